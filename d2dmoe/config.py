@@ -1,0 +1,289 @@
+"""Every knob of the project, once: defaults, help texts, recipe keys and what `config.json` stores. No torch here.
+
+One dataclass per stage. `ConvertConfig` is their union as the command line and recipes see it; `D2DMoEConfig` is what a
+converted checkpoint carries in `config.json`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message is one sentence that says what was wrong and what to do next."""
+
+
+def knob(default: Any, help: str, **extra: Any) -> Any:
+    """A dataclass field with its help text. `extra`: `choices`, `short` (flag name override), `many` (a comma list)."""
+    metadata = {"help": help, **extra}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DataConfig:
+    """Where text, token ids or images come from, and how they become batches."""
+
+    data: str = knob("builtin", "builtin, a hub data set id, or a path to text/jsonl/csv/parquet files or a folder of them")
+    text_column: str | None = knob(None, "column that holds the text (default: text, sentence, content or the only string one)")
+    sequences: str = knob(
+        "auto",
+        "packed: documents joined and cut to full sequences; documents: one padded sequence each; auto: packed for causal LMs",
+        choices=("auto", "packed", "documents"),
+    )
+    max_length: int = knob(256, "tokens per sequence, at most the model's own limit")
+    batch_size: int = knob(16, "sequences per batch")
+
+
+@dataclass
+class TrainingConfig:
+    """The one training loop (`training.py`). Learning rates are per optimiser step."""
+
+    steps: int = knob(1000, "optimiser steps")
+    learning_rate: float = knob(1e-3, "peak learning rate (AdamW)")
+    weight_decay: float = knob(0.0, "decoupled weight decay on matrices; vectors are never decayed")
+    adam_betas: tuple[float, float] = knob((0.9, 0.95), "AdamW betas")
+    schedule: str = knob("cosine", "learning-rate schedule after warm-up", choices=("cosine", "linear", "constant"))
+    warmup_fraction: float = knob(0.05, "share of the steps spent warming up linearly")
+    accumulation: int = knob(1, "batches per optimiser step")
+    clip: float = knob(1.0, "gradient-norm clip; 0 turns it off")
+    bf16: bool = knob(False, "bf16 autocast")
+    seed: int = knob(0, "seed of everything random")
+    log_every: int = knob(50, "steps between log rows")
+    save_every: int = knob(200, "steps between training states that --resume can continue from; 0 turns it off")
+
+
+@dataclass
+class Block:
+    """One feed-forward block: where its parts are in the dense model, and where its experts are mounted.
+
+    Attributes:
+        name: Module path that holds the experts after conversion.
+        kind: `ffn` (`down(act(up(x)))`) or `glu` (`down(act(gate(x)) * up(x))`).
+        activation: Name in `transformers.activations.ACT2FN`; variants of one function share a name.
+        d_model: Width of input and output.
+        width: Hidden neurons.
+        up, gate, down: Paths of the linear maps; `gate` is `None` for a plain FFN and equals `up` for a fused one.
+        fused: Order of the halves of a fused projection, `gate_up` or `up_gate`; empty when separate.
+        activation_module: Path of the module that computes the activation, if one does.
+        passed_through: Modules that become identities because the experts at `name` do their work as well.
+        calls: How often the block runs in one forward pass (above 1 where layers share weights).
+        experts: Number of experts; 0 until decided.
+        layouts: How the dense `up` (and `gate`) and `down` weights lie in memory, for packing them on load.
+    """
+
+    name: str
+    kind: str
+    activation: str
+    d_model: int
+    width: int
+    up: str
+    gate: str | None
+    down: str
+    fused: str = ""
+    activation_module: str | None = None
+    passed_through: list[str] = field(default_factory=list)
+    calls: int = 1
+    experts: int = 0
+    layouts: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Budget:
+    """One stored operating point.
+
+    Attributes:
+        active: Active fraction asked for.
+        taus: Threshold of each block.
+        measured: Active fraction on the calibration tokens.
+    """
+
+    active: float
+    taus: list[float]
+    measured: float = 0.0
+
+
+CHECKPOINT_VERSION = 1
+
+
+@dataclass
+class D2DMoEConfig:
+    """What a converted checkpoint stores under `quantization_config` in its `config.json`.
+
+    Attributes:
+        blocks: The converted blocks, in the order in which the model runs them.
+        gate: Name of the gate.
+        stand_in: What replaces skipped experts, `zero` or `mean`.
+        router_width: Hidden width of the routers.
+        budgets: Stored operating points, by rising active fraction.
+        default_active: Budget in force after loading.
+        curve: Thresholds at further active fractions, `[[active, [tau per block]], …]`, for budgets not stored.
+        min_experts, max_experts: Bounds on the experts per token (0: no upper bound).
+    """
+
+    blocks: list[Block] = field(default_factory=list)
+    gate: str = "topk"
+    stand_in: str = "zero"
+    router_width: int = 128
+    budgets: list[Budget] = field(default_factory=list)
+    default_active: float = 1.0
+    curve: list[list[Any]] = field(default_factory=list)
+    min_experts: int = 0
+    max_experts: int = 0
+    version: int = CHECKPOINT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> D2DMoEConfig:
+        """Read the stored form.
+
+        Raises:
+            UserError: If a newer version of this project wrote it.
+        """
+        version = values.get("version", CHECKPOINT_VERSION)
+        if version > CHECKPOINT_VERSION:
+            raise UserError(
+                f"this checkpoint has d2dmoe format version {version}, and this d2dmoe reads up to version "
+                f"{CHECKPOINT_VERSION}; install a newer d2dmoe-toolkit"
+            )
+        known = {f.name for f in fields(cls)}
+        values = {k: v for k, v in values.items() if k in known}
+        values["blocks"] = [b if isinstance(b, Block) else Block(**b) for b in values.get("blocks", [])]
+        values["budgets"] = [b if isinstance(b, Budget) else Budget(**b) for b in values.get("budgets", [])]
+        return cls(**values)
+
+
+@dataclass
+class ConvertConfig(DataConfig):
+    """Everything `d2dmoe convert` can be told; the keys of a recipe."""
+
+    model: str = knob("", "hub id or local folder of the dense model")
+    output_dir: str = knob("", "output folder (default: checkpoints/<model>-d2dmoe)")
+    revision: str | None = knob(None, "branch, tag or commit of a hub model")
+    preset: str = knob("default", "starting point for the keys below", choices=("default", "paper"))
+    experts: int = knob(0, "experts per block; 0 picks experts of about 32 neurons")
+    expert_size: int = knob(0, "neurons per expert, instead of --experts, where widths differ between blocks")
+    split: str = knob("weights", "how neurons are grouped", choices=("weights", "random"))
+    gate: str = knob("topk", "which experts run for a token", choices=("max", "topk"))
+    stand_in: str = knob("mean", "what replaces skipped experts", choices=("zero", "mean"))
+    thresholds: str = knob("per-layer", "one threshold for all layers, or one each", choices=("global", "per-layer"))
+    active: list[float] = knob([0.25, 0.5, 0.75], "active fractions to calibrate and store, comma separated", many=float)
+    router_width: int = knob(128, "hidden width of the routers")
+    router_tokens: int = knob(400_000, "tokens that the routers are trained on, repetitions included")
+    router_batch: int = knob(256, "tokens per router step")
+    router_learning_rate: float = knob(3e-3, "peak learning rate of the routers")
+    calibration_tokens: int = knob(32_768, "tokens for thresholds and stand-ins")
+    eval_tokens: int = knob(16_384, "held-out tokens for the figures in results.json; 0 skips them")
+    min_experts: int = knob(0, "run at least this many experts per token")
+    max_experts: int = knob(0, "run at most this many experts per token; 0 for no bound")
+    dtype: str = knob("auto", "dtype of the written checkpoint", choices=("auto", "float32", "bfloat16", "float16"))
+    max_shard_size: str = knob("5GB", "largest safetensors file")
+    seed: int = knob(0, "seed of everything random")
+
+
+# The paper's method to the letter (Szatkowski et al. 2024, sec. 3), whatever the defaults above become.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {"split": "weights", "gate": "max", "stand_in": "zero", "thresholds": "global"},
+}
+
+
+def divisors(width: int) -> list[int]:
+    """All divisors of a width, ascending."""
+    return [n for n in range(1, width + 1) if width % n == 0]
+
+
+def choose_experts(block: Block, experts: int, expert_size: int) -> int:
+    """Number of experts for a block.
+
+    Raises:
+        UserError: If the number or size asked for does not divide the width; names the nearest that do.
+    """
+    if expert_size:
+        if block.width % expert_size:
+            near = _nearest(divisors(block.width), expert_size)
+            raise UserError(
+                f"--expert-size {expert_size} does not divide the FFN width {block.width} of {block.name}; "
+                f"nearest that do: {near}"
+            )
+        return block.width // expert_size
+    if not experts:
+        sizes = [s for s in divisors(block.width) if block.width // s >= 16] or [1]
+        return block.width // min(sizes, key=lambda s: abs(s - 32))
+    if experts < 1 or block.width % experts:
+        near = _nearest(divisors(block.width), experts)
+        raise UserError(
+            f"--experts {experts} does not divide the FFN width {block.width} of {block.name}; nearest that do: {near}"
+        )
+    return experts
+
+
+def _nearest(allowed: list[int], wanted: int) -> str:
+    below = [n for n in allowed if n < wanted][-1:]
+    above = [n for n in allowed if n > wanted][:1]
+    return ", ".join(map(str, below + above))
+
+
+def resolve(config_class: type, *layers: dict[str, Any]) -> Any:
+    """Defaults < preset < recipe < flags. Later layers win; the preset named by the last layer that names one applies.
+
+    Raises:
+        UserError: If a key is unknown or a value is not allowed.
+    """
+    allowed = {f.name: f for f in fields(config_class)}
+    for layer in layers:
+        for key in layer:
+            if key not in allowed:
+                close = difflib.get_close_matches(key, allowed, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise UserError(f"unknown recipe key {key!r}{hint}")
+    merged: dict[str, Any] = {}
+    preset = next((layer["preset"] for layer in reversed(layers) if layer.get("preset")), "default")
+    if "preset" in allowed and preset in PRESETS:
+        merged.update(PRESETS[preset])
+    for layer in layers:
+        merged.update(layer)
+    config = config_class(**merged)
+    check(config)
+    return config
+
+
+def check(config: Any) -> None:
+    """Ranges and choices of every knob.
+
+    Raises:
+        UserError: Naming the key, its value and what is allowed.
+    """
+    for f in fields(config):
+        value, choices = getattr(config, f.name), f.metadata.get("choices")
+        flag = "--" + f.name.replace("_", "-")
+        if choices and value not in choices:
+            raise UserError(f"{flag} {value}: must be one of {', '.join(choices)}")
+        if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
+            raise UserError(f"{flag} {value}: must not be negative")
+    for name in ("batch_size", "max_length", "router_width", "router_batch", "calibration_tokens"):
+        if getattr(config, name, 1) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    for active in getattr(config, "active", None) or []:
+        check_active(active)
+    if getattr(config, "experts", 0) and getattr(config, "expert_size", 0):
+        raise UserError("give --experts or --expert-size, not both")
+
+
+def check_active(active: float) -> None:
+    """Raises `UserError` unless this is an active fraction."""
+    if not 0 < active <= 1:
+        raise UserError(f"--active {active:g}: an active fraction is above 0 and at most 1, for instance 0.25")
+
+
+def check_tau(tau: float, gate: str) -> None:
+    """Raises `UserError` unless this is a threshold for the gate."""
+    if tau < 0 or (gate != "absolute" and tau > 1):
+        upper = "" if gate == "absolute" else " and at most 1"
+        raise UserError(f"--tau {tau:g}: a threshold of the {gate} gate is at least 0 (everything runs){upper}")

@@ -1,0 +1,305 @@
+"""Text, token ids and images from the Hub, local files or CPython itself, as batches of tensors. Knows no model.
+
+A *document* is a dict with one of `text`, `input_ids` (already tokenised) or `image`, and maybe `label`.
+"""
+
+from __future__ import annotations
+
+import csv
+import pydoc_data.topics
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import DataConfig, UserError
+
+Document = dict[str, Any]
+PARTS = ("calibration", "held_out", "all")
+SEPARATOR = "<|endoftext|>"
+SUFFIXES = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+TEXT_COLUMNS = ("text", "sentence", "content", "document", "story")
+LABEL_COLUMNS = ("label", "labels")
+HELD_OUT_NAMES = ("valid", "val", "dev", "test")
+HELD_OUT_SHARE = 0.1
+
+
+def read_documents(source: str, part: str = "all", text_column: str | None = None) -> list[Document]:
+    """Read the documents of one part of a data source.
+
+    `builtin` and files in one piece are divided here (one topic in five, or the last tenth, is held out). A folder or
+    hub data set that has its own training and validation files or splits keeps them.
+
+    Args:
+        source: `builtin`, a path, or a hub data set id (`id:configuration` to name a configuration).
+        part: `calibration`, `held_out` or `all`.
+        text_column: Name of the text column of tabular data; guessed when `None`.
+
+    Raises:
+        UserError: If the source does not exist, is empty, is not UTF-8, or has no usable column.
+    """
+    if source == "builtin":
+        documents = _builtin(part)
+    elif Path(source).exists():
+        documents = _local(Path(source), part, text_column)
+    elif source.startswith((".", "/", "~")) or Path(source).suffix in SUFFIXES:
+        raise UserError(f"--data {source}: no such file or folder")
+    else:
+        documents = _hub(source, part, text_column)
+    if not documents:
+        raise UserError(f"--data {source}: no usable {part.replace('_', '-')} text, token ids or images in it")
+    return documents
+
+
+def _builtin(part: str) -> list[Document]:
+    """The English documentation that every CPython carries; membership follows the topic's name, not its order."""
+    topics = sorted(pydoc_data.topics.topics.items())
+    held_out = {name: zlib.crc32(name.encode()) % 5 == 0 for name, _ in topics}
+    return [{"text": text} for name, text in topics if part == "all" or held_out[name] == (part == "held_out")]
+
+
+def _local(path: Path, part: str, text_column: str | None) -> list[Document]:
+    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"--data {path}: the folder holds none of {', '.join(SUFFIXES)}")
+    train = [f for f in files if f.stem.lower().startswith("train")]
+    held_out = next(([f for f in files if f.stem.lower().startswith(n)] for n in HELD_OUT_NAMES if _has(files, n)), [])
+    if part != "all" and train and held_out:
+        chosen = train if part == "calibration" else held_out
+        return [d for f in chosen for d in _read_file(f, text_column)]
+    return _divide([d for f in files for d in _read_file(f, text_column)], part)
+
+
+def _has(files: list[Path], name: str) -> bool:
+    return any(f.stem.lower().startswith(name) for f in files)
+
+
+def _divide(documents: list[Document], part: str) -> list[Document]:
+    """First nine tenths for calibration, the rest held out; a single text is cut at the nearest line end."""
+    if part == "all":
+        return documents
+    if len(documents) == 1 and "text" in documents[0]:
+        text = documents[0]["text"]
+        cut = text.rfind("\n", 0, int(len(text) * (1 - HELD_OUT_SHARE))) + 1
+        cut = cut or int(len(text) * (1 - HELD_OUT_SHARE))
+        return [{"text": text[:cut] if part == "calibration" else text[cut:]}]
+    cut = max(1, round(len(documents) * (1 - HELD_OUT_SHARE)))
+    return documents[:cut] if part == "calibration" else documents[cut:]
+
+
+def _read_file(path: Path, text_column: str | None) -> list[Document]:
+    if path.stat().st_size == 0:
+        raise UserError(f"--data {path}: the file is empty")
+    if path.suffix == ".parquet":
+        from datasets import load_dataset
+
+        return _from_table(load_dataset("parquet", data_files=str(path), split="train"), str(path), text_column)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--data {path}: not UTF-8 text (byte {error.start}); convert it, for instance with iconv"
+        ) from None
+    kind = SUFFIXES.get(path.suffix, "text")
+    if kind == "text":
+        return [{"text": piece.strip("\n")} for piece in text.split(SEPARATOR) if piece.strip()]
+    if kind == "csv":
+        delimiter = csv.Sniffer().sniff(text[:4096], delimiters=",;\t|").delimiter
+        rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
+        return _from_rows(rows, str(path), text_column)
+    return _from_rows(_json_rows(path, text), str(path), text_column)
+
+
+def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
+    import json
+
+    try:
+        if path.suffix == ".json" and text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise UserError(f"--data {path}: not valid JSON near character {error.pos}: {error.msg}") from None
+
+
+def _from_rows(rows: list[dict[str, Any]], source: str, text_column: str | None) -> list[Document]:
+    columns = list(rows[0]) if rows else []
+    return _select(rows, columns, source, text_column)
+
+
+def _from_table(table: Any, source: str, text_column: str | None) -> list[Document]:
+    """Rows of a `datasets.Dataset`; images stay encoded until they are used."""
+    import datasets
+
+    for name, feature in (table.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+    return _select(table, list(table.column_names), source, text_column)
+
+
+def _select(rows: Any, columns: list[str], source: str, text_column: str | None) -> list[Document]:
+    label = next((c for c in LABEL_COLUMNS if c in columns), None)
+    first = rows[0] if len(rows) else {}
+    if text_column is not None and text_column not in columns:
+        raise UserError(f"--data {source}: no column {text_column!r}; it has {', '.join(columns)}")
+    image = next((c for c in ("image", "img", "pixel_values") if c in columns), None)
+    kind, column = None, None
+    if text_column is None and "input_ids" in columns:
+        kind = column = "input_ids"
+    elif text_column is None and image:
+        kind, column = "image", image
+    else:
+        strings = [c for c in columns if isinstance(first[c], str) and c != label]
+        named = [c for c in TEXT_COLUMNS if c in strings]
+        column = text_column or (named[0] if named else strings[0] if len(strings) == 1 else None)
+        kind = "text"
+    if column is None:
+        raise UserError(f"--data {source}: cannot tell the text column among {', '.join(columns)}; give --text-column")
+    return [{kind: row[column], **({"label": row[label]} if label else {})} for row in rows if row[column]]
+
+
+def _hub(source: str, part: str, text_column: str | None) -> list[Document]:
+    from datasets import load_dataset
+
+    name, _, configuration = source.partition(":")
+    try:
+        splits = load_dataset(name, configuration or None)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"--data {source}: neither a local path nor a data set that can be had from the hub ({reason}); "
+            f"without a network give a text/jsonl/csv/parquet file, a folder of them, or builtin"
+        ) from None
+    held_out = next((n for n in ("validation", "valid", "dev", "test") if n in splits), None)
+    chosen = "train" if "train" in splits else next(iter(splits))
+    if part == "held_out" and held_out:
+        return _from_table(splits[held_out], source, text_column)
+    documents = _from_table(splits[chosen], source, text_column)
+    return documents if held_out and part == "calibration" else _divide(documents, part)
+
+
+class Batches(Sequence[dict[str, torch.Tensor]]):
+    """Fixed batches of sequences or images, addressed by number.
+
+    Token batches hold `input_ids` and `attention_mask` of shape ``(batch, length)``; image batches `pixel_values`
+    ``(batch, channels, height, width)``. `labels` ``(batch,)`` where the documents have labels.
+    """
+
+    def __init__(self, items: list[Document], batch_size: int, *, pad_id: int = 0, image_processor: Any = None):
+        self.items, self.batch_size = items, batch_size
+        self.pad_id, self.image_processor = pad_id, image_processor
+
+    def __len__(self) -> int:
+        return -(-len(self.items) // self.batch_size)
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        items = self.items[number * self.batch_size : (number + 1) * self.batch_size]
+        if not items:
+            raise IndexError(number)
+        return self.collate(items)
+
+    def collate(self, items: list[Document]) -> dict[str, torch.Tensor]:
+        """One batch of these items, padded on the right."""
+        if "image" in items[0]:
+            batch = {"pixel_values": self._pixels(items)}
+        else:
+            rows = [torch.as_tensor(item["input_ids"]) for item in items]
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
+            lengths = torch.tensor([len(row) for row in rows])
+            batch = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
+        if "label" in items[0]:
+            batch["labels"] = torch.tensor([int(item["label"]) for item in items])
+        return batch
+
+    def _pixels(self, items: list[Document]) -> torch.Tensor:
+        import io
+
+        from PIL import Image
+
+        images = [Image.open(io.BytesIO(item["image"]["bytes"])).convert("RGB") for item in items]
+        return self.image_processor(images, return_tensors="pt")["pixel_values"]
+
+    def shuffled(self, seed: int) -> Batches:
+        """The same items in another order."""
+        order = torch.randperm(len(self.items), generator=torch.Generator().manual_seed(seed)).tolist()
+        items = [self.items[i] for i in order]
+        return Batches(items, self.batch_size, pad_id=self.pad_id, image_processor=self.image_processor)
+
+    def first(self, tokens: int) -> Batches:
+        """Enough leading items to hold `tokens` tokens (an image counts as one)."""
+        total, count = 0, 0
+        for item in self.items:
+            if total >= tokens:
+                break
+            total, count = total + len(item.get("input_ids", (0,))), count + 1
+        items = self.items[:count]
+        return Batches(items, self.batch_size, pad_id=self.pad_id, image_processor=self.image_processor)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all items, padding left out; images count as one each."""
+        return sum(len(item.get("input_ids", (0,))) for item in self.items)
+
+
+def make_batches(documents: list[Document], processor: Any, config: DataConfig, *, packed: bool) -> Batches:
+    """Turn documents into batches with a tokenizer or an image processor.
+
+    Args:
+        documents: From `read_documents`.
+        processor: Tokenizer for `text`, image processor for `image`, ignored for `input_ids`.
+        config: Lengths and sizes; `config.sequences` overrides `packed` unless it is `auto`.
+        packed: Join the documents and cut full sequences (for causal language models).
+
+    Raises:
+        UserError: If there is less text than one sequence, or the processor does not fit the documents.
+    """
+    if "image" in documents[0]:
+        if processor is None or not hasattr(processor, "image_mean"):
+            raise UserError(f"--data {config.data} holds images, and the model comes with no image processor")
+        return Batches(documents, config.batch_size, image_processor=processor)
+    pad_id = getattr(processor, "pad_token_id", None) or 0
+    if "input_ids" in documents[0]:
+        items = [{**d, "input_ids": d["input_ids"][: config.max_length]} for d in documents]
+        return Batches(items, config.batch_size, pad_id=pad_id)
+    if processor is None or not callable(getattr(processor, "encode", None)):
+        raise UserError(
+            f"--data {config.data} is text, and the model comes with no tokenizer; give data with an `input_ids` column "
+            f"(jsonl or parquet), or an `image` column for a vision model"
+        )
+    packed = packed if config.sequences == "auto" else config.sequences == "packed"
+    items = _pack(documents, processor, config) if packed else _chunk(documents, processor, config)
+    return Batches(items, config.batch_size, pad_id=pad_id)
+
+
+def _pack(documents: list[Document], tokenizer: Any, config: DataConfig) -> list[Document]:
+    """Documents joined (an end-of-sequence token between them) and cut to sequences of exactly `max_length`."""
+    joint = [tokenizer.eos_token_id] if len(documents) > 1 and tokenizer.eos_token_id is not None else []
+    ids: list[int] = []
+    encoded = tokenizer([d["text"] for d in documents], verbose=False)["input_ids"]
+    for row in encoded:
+        ids.extend(row)
+        ids.extend(joint)
+    length = config.max_length
+    if len(ids) < length:
+        raise UserError(
+            f"--data {config.data}: its text has {len(ids)} tokens, shorter than one sequence of {length}; "
+            f"give more text or a smaller --max-length"
+        )
+    return [{"input_ids": ids[i : i + length]} for i in range(0, len(ids) - length + 1, length)]
+
+
+def _chunk(documents: list[Document], tokenizer: Any, config: DataConfig) -> list[Document]:
+    """One sequence per document; the rest of a longer one follows as further sequences unless it has a label."""
+    items = []
+    for document in documents:
+        rest = {k: v for k, v in document.items() if k != "text"}
+        overflow = not rest and tokenizer.is_fast
+        encoded = tokenizer(
+            document["text"], truncation=True, max_length=config.max_length, return_overflowing_tokens=overflow
+        )["input_ids"]
+        rows = encoded if overflow and encoded and isinstance(encoded[0], list) else [encoded]
+        items += [{"input_ids": row, **rest} for row in rows if len(row) > 1]
+    if not items:
+        raise UserError(f"--data {config.data}: no document in it has two tokens or more")
+    return items

@@ -1,0 +1,364 @@
+"""Find the feed-forward blocks of any model by running it once, and prove each match by its values.
+
+Every linear map is made to answer with fresh random numbers of the right shape instead of its product. If another linear
+map then receives exactly `act(those numbers)`, nothing but that activation can stand between the two. The weights play no
+part, so a skeleton without real weights (`skeleton`) is as good as the model, and no table of model classes is needed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
+
+from .config import Block
+
+# One name per function: gelu_new, gelu_fast and gelu_accurate are gelu_pytorch_tanh; swish is silu.
+ACTIVATIONS = (
+    "relu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "silu", "relu2", "mish", "gelu_10", "laplace", "relu6",
+    "leaky_relu", "tanh", "sigmoid",
+)  # fmt: skip
+NOISE_SCALE, NOISE_LIMIT = 1.5, 4.0
+WINDOW = 8  # how many linear calls may lie between the two ends of a block
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5}
+
+
+@dataclass
+class Call:
+    """One call of a linear map: what it received, and the noise it answered with."""
+
+    name: str
+    input: torch.Tensor
+    output: torch.Tensor
+
+
+@dataclass
+class Trace:
+    """What one forward pass showed."""
+
+    linears: list[Call] = field(default_factory=list)
+    modules: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)  # name -> [(first tensor in, output)]
+    samples: int = 1
+
+
+@dataclass
+class Discovery:
+    """Blocks that can be converted, and everything else with the reason why it is left alone."""
+
+    blocks: list[Block]
+    refused: list[tuple[Block, str]]
+    other: list[tuple[str, int, int, str]]  # (linear, in features, out features, why)
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """Input and output width of a `Linear` or `Conv1D`."""
+    if isinstance(linear, Conv1D):
+        return linear.nx, linear.nf
+    return linear.in_features, linear.out_features
+
+
+def skeleton(model_class: type[nn.Module], config: Any) -> nn.Module:
+    """A model of this class and config whose parameters take no memory: each is one number, expanded.
+
+    Good for discovery, counting and planning; its outputs mean nothing.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = model_class(config)
+    shared: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in shared:
+                    value = torch.full((), 0.02, dtype=torch.float32).expand(parameter.shape)
+                    shared[id(parameter)] = nn.Parameter(value, requires_grad=False)
+                module._parameters[name] = shared[id(parameter)]
+    return model.float().eval() if any(b.is_floating_point() for b in model.buffers()) else model.eval()
+
+
+def dummy_inputs(model: nn.Module, samples: int = 2, length: int = 9) -> dict[str, torch.Tensor]:
+    """Small valid inputs for a Hugging Face model, from its config and the signature of its forward."""
+    import inspect
+
+    config, device = model.config, next(model.parameters()).device
+    accepted = inspect.signature(model.forward).parameters
+    main = getattr(model, "main_input_name", "input_ids")
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(vocabulary: int) -> torch.Tensor:
+        return torch.randint(min(5, vocabulary - 1), vocabulary, (samples, length), generator=generator)
+
+    text, vision = config.get_text_config(), getattr(config, "vision_config", config)
+    length = min(length, getattr(text, "max_position_embeddings", None) or length)
+    inputs: dict[str, torch.Tensor] = {}
+    if main == "pixel_values" or (hasattr(config, "vision_config") and "pixel_values" in accepted):
+        size = getattr(vision, "image_size", 224)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        inputs["pixel_values"] = torch.randn(
+            samples, getattr(vision, "num_channels", 3), height, width, generator=generator
+        )
+    if main == "input_features":
+        frames = 2 * getattr(config, "max_source_positions", 1500)
+        inputs[main] = torch.randn(samples, config.num_mel_bins, frames, generator=generator)
+    if main == "input_values":
+        inputs[main] = torch.randn(samples, 4000, generator=generator)
+    if "input_ids" in accepted and main not in inputs:
+        inputs["input_ids"] = ids(text.vocab_size)
+    elif "input_ids" in accepted and "pixel_values" in inputs:
+        inputs["input_ids"] = ids(text.vocab_size)
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = ids(config.vocab_size)
+    dtype = next(model.parameters()).dtype
+    return {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+
+
+def discover(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) -> Discovery:
+    """Find every FFN and GLU block of `model`.
+
+    Args:
+        model: Any module in fp32 or fp64; Hugging Face models need no `inputs`.
+        inputs: Keyword arguments of one small forward pass with at least two positions per sample.
+
+    Returns:
+        Blocks in the order in which the model runs them, refusals with their reasons, and the linear maps that
+        belong to no block.
+    """
+    inputs = dict(inputs) if inputs is not None else dummy_inputs(model)
+    trace = _trace(model, inputs)
+    found = _group(_matches(trace))
+    blocks, refused = [], []
+    most_rows = max((call.input.numel() // call.input.shape[-1] for call in trace.linears), default=0)
+    for block, calls in found:
+        why = _mount(model, trace, block, calls) or _objection(model, trace, block, calls, most_rows)
+        if why:
+            refused.append((block, why))
+        else:
+            blocks.append(block)
+    return Discovery(blocks, refused, _others(model, trace, blocks, refused))
+
+
+@contextmanager
+def _instrumented(model: nn.Module, trace: Trace) -> Iterator[None]:
+    """Linear maps answer with noise and are recorded; every other module's input and output are recorded."""
+    generator = torch.Generator().manual_seed(1)
+    linears, handles = [], []
+
+    def noisy(name: str, linear: nn.Module):
+        def forward(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            shape = (*x.shape[:-1], features(linear)[1])
+            noise = torch.randn(shape, generator=generator, dtype=torch.float64) * NOISE_SCALE
+            noise = noise.clamp(-NOISE_LIMIT, NOISE_LIMIT).to(x.device, x.dtype)
+            trace.linears.append(Call(name, x, noise))
+            return noise.clone()  # an in-place activation must not change the record
+
+        return forward
+
+    def record(name: str):
+        def hook(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            first = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
+            trace.modules.setdefault(name, []).append((first, output))
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            module.forward = noisy(name, module)
+            linears.append(module)
+        else:
+            handles.append(module.register_forward_hook(record(name), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for module in linears:
+            del module.forward
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _trace(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Trace:
+    trace = Trace(samples=next(iter(inputs.values())).shape[0])
+    training = model.training
+    model.eval()
+    with _instrumented(model, trace):
+        model(**inputs)
+    model.train(training)
+    return trace
+
+
+def _matches(trace: Trace) -> Iterator[tuple[Block, tuple[Call, ...]]]:
+    """Every call of a linear map whose input is an activation of earlier ones: `(block, (up, gate or up, down))`."""
+    for index, down in enumerate(trace.linears):
+        u = down.input.reshape(-1, down.input.shape[-1])
+        near = [c for c in trace.linears[max(0, index - WINDOW) : index] if c.output.numel() in (u.numel(), 2 * u.numel())]
+        match = _match_plain(u, near) or _match_fused(u, near) or _match_glu(u, near)
+        if match is None:
+            continue
+        activation, up, gate, fused = match
+        block = Block(
+            name="", kind="glu" if gate else "ffn", activation=activation, d_model=up.input.shape[-1],
+            width=u.shape[-1], up=up.name, gate=gate.name if gate else None, down=down.name, fused=fused,
+        )  # fmt: skip
+        yield block, (up, gate or up, down)
+
+
+def _fits(z: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | float = 1.0) -> str | None:
+    """Name of the activation with `act(z) * factor == target`: the one with the smallest error, if that is rounding."""
+    best, name = TOLERANCE.get(target.dtype, 1e-2), None
+    for candidate in ACTIVATIONS:
+        act = ACT2FN[candidate]
+        if (act(z[:1]) * (factor[:1] if isinstance(factor, torch.Tensor) else factor) - target[:1]).abs().max() > 0.1:
+            continue
+        error = (act(z) * factor - target).abs().max().item()
+        if error < best:
+            best, name = error, candidate
+    return name
+
+
+def _match_plain(u, near):
+    for call in reversed(near):
+        if call.output.numel() == u.numel() and (name := _fits(call.output.reshape(u.shape), u)):
+            return name, call, None, ""
+    return None
+
+
+def _match_fused(u, near):
+    for call in reversed(near):
+        if call.output.shape[-1] == 2 * u.shape[-1] and call.output.numel() == 2 * u.numel():
+            first, second = call.output.reshape(u.shape[0], -1).chunk(2, dim=-1)
+            for gate, up, order in ((first, second, "gate_up"), (second, first, "up_gate")):
+                if name := _fits(gate, u, up):
+                    return name, call, call, order
+    return None
+
+
+def _match_glu(u, near):
+    same = [c for c in near if c.output.numel() == u.numel() and c.output.shape[-1] == u.shape[-1]]
+    for gate, up in itertools.permutations(same, 2):
+        if gate.input.data_ptr() == up.input.data_ptr() and gate.input.shape == up.input.shape:
+            if name := _fits(gate.output.reshape(u.shape), u, up.output.reshape(u.shape)):
+                return name, up, gate, ""
+    return None
+
+
+def _group(matches: Iterator[tuple[Block, tuple[Call, ...]]]) -> list[tuple[Block, list[tuple[Call, ...]]]]:
+    """Calls of the same linear maps are one block that runs several times (ALBERT)."""
+    grouped: dict[tuple, tuple[Block, list[tuple[Call, ...]]]] = {}
+    for block, calls in matches:
+        grouped.setdefault((block.up, block.gate, block.down), (block, []))[1].append(calls)
+    for block, calls in grouped.values():
+        block.calls = len(calls)
+    return list(grouped.values())
+
+
+def _objection(model: nn.Module, trace: Trace, block: Block, calls: list, most_rows: int) -> str | None:
+    """Why a matched block is better left alone, if it is."""
+    times = Counter(call.name for call in trace.linears)
+    for name in {block.up, block.down, block.gate or block.up}:
+        if times[name] != block.calls:
+            return f"{name} also runs outside this block"
+        weight = model.get_submodule(name).weight
+        owners = [n for n, m in model.named_modules() if getattr(m, "weight", None) is weight]
+        if len(owners) > 1:
+            return f"its weight is tied to {next(o for o in owners if o != name)}"
+    if features(model.get_submodule(block.down))[1] != block.d_model:
+        return f"its output width {features(model.get_submodule(block.down))[1]} differs from its input width"
+    if block.width < block.d_model:
+        return f"a bottleneck: its width {block.width} is below its input width {block.d_model}"
+    rows = calls[0][0].input.numel() // block.d_model
+    if rows <= trace.samples < most_rows:
+        return "a pooling head: it sees one position per sample, so there is nothing to gain"
+    return None
+
+
+def _mount(model: nn.Module, trace: Trace, block: Block, calls: list) -> str | None:
+    """Fill in where the experts go: in place of one module, or spread over the two linear maps and the activation."""
+    up, gate, down = calls[0]
+    names = {up.name, gate.name, down.name}
+    ancestor = _common_ancestor(names)
+    block.name = ancestor or block.up
+    block.activation_module = _activation_module(model, trace, block, gate, ancestor)
+    if _is_whole(model, trace, ancestor, names, up, down):
+        return None
+    block.name = block.up
+    if block.kind == "glu":
+        return f"no single module holds {block.gate}, {block.up} and {block.down} and nothing else"
+    if block.activation_module is None:
+        return f"the activation between {block.up} and {block.down} is not a module that could be passed through"
+    block.passed_through = [block.activation_module, block.down]
+    return None
+
+
+def _common_ancestor(names: set[str]) -> str:
+    parts = [name.split(".")[:-1] for name in names]
+    return ".".join(p[0] for p in itertools.takewhile(lambda p: len(set(p)) == 1, zip(*parts, strict=False)))
+
+
+def _is_whole(model: nn.Module, trace: Trace, ancestor: str, names: set[str], up: Call, down: Call) -> bool:
+    """Does this module take what `up` takes, return what `down` returns, and hold no other parameter?"""
+    if not ancestor:
+        return False
+    owners = {
+        f"{ancestor}.{n}" for n, m in model.get_submodule(ancestor).named_modules() if m._parameters or m._buffers
+    }
+    if not owners <= names:
+        return False
+    for first, output in trace.modules.get(ancestor, []):
+        if not isinstance(output, torch.Tensor) or first is None or output.shape != down.output.shape:
+            continue
+        same_input = first.shape == up.input.shape and torch.equal(first, up.input)
+        if same_input and torch.equal(output, down.output):
+            return True
+    return False
+
+
+def _activation_module(model: nn.Module, trace: Trace, block: Block, gate: Call, ancestor: str) -> str | None:
+    """Path, inside this block, of the module that turned the linear map's output into its activation."""
+    z = gate.output
+    if block.fused:
+        z = gate.output.chunk(2, dim=-1)[0 if block.fused == "gate_up" else 1]
+    for name, calls in trace.modules.items():
+        for first, output in calls:
+            if first is None or not isinstance(output, torch.Tensor) or first.shape != z.shape or first.shape != output.shape:
+                continue
+            if list(model.get_submodule(name).children()) or not _acts(first, output, z, block.activation):
+                continue
+            module = model.get_submodule(name)
+            paths = [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
+            inside = [p for p in paths if not ancestor or p.startswith(f"{ancestor}.")]
+            return inside[0] if inside else None
+    return None
+
+
+def _acts(first: torch.Tensor, output: torch.Tensor, z: torch.Tensor, activation: str) -> bool:
+    """Was this call given `z` (an in-place activation overwrites it) and did it return `act(z)`?"""
+    given = torch.equal(first, z) or first.data_ptr() == output.data_ptr()
+    return given and (ACT2FN[activation](z) - output).abs().max().item() < TOLERANCE.get(z.dtype, 1e-2)
+
+
+def _others(model: nn.Module, trace: Trace, blocks: list[Block], refused: list) -> list[tuple[str, int, int, str]]:
+    """Linear maps outside every block, and why."""
+    used = {n for b in [*blocks, *(b for b, _ in refused)] for n in (b.up, b.down, b.gate)}
+    called = {call.name for call in trace.linears}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    rows = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or name in used:
+            continue
+        if module is head:
+            why = "the language-model head"
+        elif name not in called:
+            why = "did not run in the trace"
+        else:
+            why = "no activation and second linear map follow it directly"
+        rows.append((name, *features(module), why))
+    return rows

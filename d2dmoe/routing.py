@@ -1,0 +1,97 @@
+"""Routers, what they are trained on, and the gates that turn their scores into sets of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+class Router(nn.Module):
+    """`r(x) = |R2 relu(R1 x)|`, no biases: one non-negative score per expert (Szatkowski et al. 2024, sec. 3.3).
+
+    Plain parameters instead of `nn.Linear`, so that no model's weight initialisation can mistake them for its own.
+    """
+
+    def __init__(self, d_model: int, width: int, experts: int, *, device=None, dtype=None):
+        super().__init__()
+        self.hidden = nn.Parameter(torch.empty(width, d_model, device=device, dtype=dtype))
+        self.score = nn.Parameter(torch.empty(experts, width, device=device, dtype=dtype))
+
+    def reset(self, seed: int) -> None:
+        """Kaiming-uniform start, the same for the same seed."""
+        generator = torch.Generator().manual_seed(seed)
+        for weight in (self.hidden, self.score):
+            bound = (3.0 / weight.shape[1]) ** 0.5
+            value = (torch.rand(weight.shape, generator=generator) * 2 - 1) * bound
+            weight.data = value.to(weight.device, weight.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scores ``(tokens, experts)`` of tokens ``(tokens, d_model)``."""
+        return torch.relu(x @ self.hidden.T).matmul(self.score.T).abs()
+
+
+def expert_norms(hidden: torch.Tensor, down_weight: torch.Tensor) -> torch.Tensor:
+    """L2 norm of every expert's output: the routers' target.
+
+    With `G_e = W2_e W2_e^T` it is `sqrt(h_e G_e h_e^T)`, which never forms the outputs themselves.
+
+    Args:
+        hidden: Intermediate activations ``(experts, tokens, size)``.
+        down_weight: ``(experts, size, d_model)``.
+
+    Returns:
+        ``(tokens, experts)``.
+    """
+    gram = down_weight @ down_weight.transpose(1, 2)  # (experts, size, size)
+    return (hidden @ gram * hidden).sum(-1).clamp_min(0).sqrt().T
+
+
+def ranks(scores: torch.Tensor) -> torch.Tensor:
+    """Rank of every expert, 0 for the highest score; ties go to the lower number. ``(tokens, experts)``."""
+    return torch.argsort(scores, dim=-1, descending=True, stable=True).argsort(dim=-1)
+
+
+# A gate gives every expert a priority; expert e runs iff its priority reaches the threshold tau. At tau = 0 all run.
+GateFunction = Callable[[torch.Tensor], torch.Tensor]
+
+
+def max_priority(scores: torch.Tensor) -> torch.Tensor:
+    """`r_e / max_j r_j` (the paper's dynamic-k rule, sec. 3.4)."""
+    return scores / scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+
+
+def topk_priority(scores: torch.Tensor) -> torch.Tensor:
+    """`1 - (rank + 0.5) / E`: at threshold tau the best `round((1 - tau) E)` experts run for every token."""
+    return 1.0 - (ranks(scores).to(scores.dtype) + 0.5) / scores.shape[-1]
+
+
+GATES: dict[str, GateFunction] = {"max": max_priority, "topk": topk_priority}
+
+
+def select(
+    scores: torch.Tensor, gate: str, tau: float, min_experts: int = 0, max_experts: int = 0
+) -> torch.Tensor:
+    """Which experts run.
+
+    Args:
+        scores: Router scores ``(tokens, experts)``, non-negative.
+        gate: A key of `GATES`.
+        tau: Threshold; 0 runs every expert, and above 0 an expert with score 0 never runs unless `min_experts` asks.
+        min_experts: Run at least so many of the best.
+        max_experts: Run at most so many of the best; 0 for no bound.
+
+    Returns:
+        Boolean mask ``(tokens, experts)``.
+    """
+    if tau <= 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    scores = scores.float()
+    run = (GATES[gate](scores) >= tau) & (scores > 0)
+    if min_experts or max_experts:
+        rank = ranks(scores)
+        run = run | (rank < min_experts)
+        if max_experts:
+            run = run & (rank < max_experts)
+    return run

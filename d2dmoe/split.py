@@ -1,0 +1,102 @@
+"""Group the neurons of a block into experts of equal size: a permutation that makes every expert contiguous."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+SplitFunction = Callable[[torch.Tensor, int, int], torch.Tensor]
+
+
+def split_neurons(method: str, rows: torch.Tensor, experts: int, seed: int = 0) -> torch.Tensor:
+    """Order the neurons so that expert `e` owns positions `e * s` to `(e + 1) * s` of the result.
+
+    Args:
+        method: A key of `SPLITS`.
+        rows: What describes each neuron, ``(width, features)``.
+        experts: Number of experts; must divide the width.
+        seed: For starts and shuffles.
+
+    Returns:
+        Neuron indices ``(width,)``.
+    """
+    if rows.shape[0] % experts:
+        raise ValueError(f"{experts} experts do not divide {rows.shape[0]} neurons")
+    if experts in (1, rows.shape[0]):
+        return torch.arange(rows.shape[0])
+    return SPLITS[method](rows, experts, seed)
+
+
+def by_weights(rows: torch.Tensor, experts: int, seed: int) -> torch.Tensor:
+    """Balanced k-means on L2-normalised weight rows (Szatkowski et al. 2024, sec. 3.2, after MoEfication)."""
+    unit = torch.nn.functional.normalize(rows.float(), dim=1).cpu().numpy()
+    labels = balanced_kmeans(unit, experts, seed)
+    return torch.from_numpy(np.argsort(labels, kind="stable"))
+
+
+def at_random(rows: torch.Tensor, experts: int, seed: int) -> torch.Tensor:
+    """The control: a random partition."""
+    return torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(seed))
+
+
+SPLITS: dict[str, SplitFunction] = {"weights": by_weights, "random": at_random}
+
+
+def balanced_kmeans(points: np.ndarray, clusters: int, seed: int, iterations: int = 8) -> np.ndarray:
+    """K-means with clusters of exactly equal size.
+
+    k-means++ start, then Lloyd steps whose assignment is greedy in order of regret (how much a point loses if it cannot
+    have its first choice). Keeps the best of the steps.
+
+    Args:
+        points: ``(n, features)``, float32.
+        clusters: Number of clusters, dividing `n`.
+        seed: Of the start.
+        iterations: Lloyd steps.
+
+    Returns:
+        Cluster of each point ``(n,)``.
+    """
+    from sklearn.cluster import kmeans_plusplus
+
+    centres, _ = kmeans_plusplus(points, clusters, random_state=seed, n_local_trials=1)
+    best, best_inertia = None, np.inf
+    for _ in range(iterations):
+        distances = ((centres**2).sum(1)[None, :] - 2.0 * points @ centres.T).astype(np.float32)
+        labels = _assign_by_regret(distances, len(points) // clusters)
+        inertia = float(distances[np.arange(len(points)), labels].sum())
+        if inertia >= best_inertia - 1e-6 * abs(best_inertia if np.isfinite(best_inertia) else 0.0):
+            break
+        best, best_inertia = labels, inertia
+        order = np.argsort(labels, kind="stable").reshape(clusters, -1)
+        centres = points[order].mean(axis=1)
+    return best
+
+
+def _assign_by_regret(distances: np.ndarray, size: int) -> np.ndarray:
+    """Give each point the nearest cluster with room; points with most to lose choose first.
+
+    Runs in rounds: in each, every open point bids for its nearest open cluster, and a cluster takes the bidders with the
+    largest regret up to its room. Full clusters close, so there are at most as many rounds as clusters.
+    """
+    count, clusters = distances.shape
+    labels = np.full(count, -1)
+    room = np.full(clusters, size)
+    open_points = np.arange(count)
+    distances = distances.copy()
+    while len(open_points):
+        part = distances[open_points]
+        first = part.argmin(1)
+        two = np.partition(part, 1, axis=1)[:, :2] if (room > 0).sum() > 1 else np.zeros((len(part), 2))
+        regret = np.where(np.isfinite(two[:, 1]), two[:, 1] - two[:, 0], 0.0)
+        order = np.lexsort((-regret, first))  # by cluster, then by falling regret
+        bids = first[order]
+        rank = np.arange(len(order)) - np.searchsorted(bids, bids)
+        taken = rank < room[bids]
+        labels[open_points[order[taken]]] = bids[taken]
+        room -= np.bincount(bids[taken], minlength=clusters)
+        distances[:, room == 0] = np.inf
+        open_points = np.sort(open_points[order[~taken]])
+    return labels

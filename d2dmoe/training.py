@@ -1,0 +1,178 @@
+"""The one training loop, on `accelerate`: a loss goes in, a trained module and a log come out. No method knowledge.
+
+Batches are addressed by number (`batch_at(i)`), so that a resumed run sees exactly the batches an uninterrupted one would
+have seen, and several processes take disjoint ones, without replaying a data stream.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import get_scheduler
+
+from .config import TrainingConfig, UserError
+from .progress import progress
+
+Batch = Any
+LossFunction = Callable[[nn.Module, Batch], torch.Tensor | Mapping[str, torch.Tensor]]
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def train(
+    model: nn.Module,
+    batch_at: Callable[[int], Batch],
+    loss_function: LossFunction,
+    config: TrainingConfig,
+    *,
+    name: str = "training",
+    state_dir: Path | None = None,
+    resume: bool = False,
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+) -> list[dict[str, float]]:
+    """Train the parameters of `model` that require gradients.
+
+    Args:
+        model: Trained in place; left in evaluation mode.
+        batch_at: Micro-batch number to batch. Optimiser step `t` uses numbers
+            `t * accumulation * processes` onwards; batch `i` must not depend on what was asked before.
+        loss_function: `(model, batch)` to a scalar, or to a mapping whose `"loss"` is trained and whose other
+            entries are logged.
+        config: Steps, learning rate and so on.
+        name: Shown on the progress bar.
+        state_dir: Folder for resumable states; `None` keeps none. It is removed when training completes.
+        resume: Continue from `state_dir` if it holds a state of this very config.
+        evaluate: Called after the last step and at every saved state; its figures join the log row.
+
+    Returns:
+        Log rows, `{"step", "loss", "learning_rate", …}`.
+
+    Raises:
+        UserError: If the saved state was made with another config (the differing key is named), or the loss
+            became NaN or infinite.
+    """
+    accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else "no")
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=tuple(config.adam_betas)
+    )
+    scheduler = get_scheduler(
+        SCHEDULES[config.schedule],
+        optimizer,
+        num_warmup_steps=round(config.warmup_fraction * config.steps),
+        num_training_steps=max(config.steps, 1),
+    )
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    prepared.train()
+    log: list[dict[str, float]] = []
+    running: dict[str, float] = {}
+    first_step = 0
+    if state_dir is not None and resume and (state_dir / "state.json").exists():
+        first_step, log, running = _load_state(state_dir, model, optimizer, scheduler, config)
+    else:
+        torch.manual_seed(config.seed)
+    bar = progress(range(first_step, config.steps), total=config.steps, initial=first_step, desc=name)
+    for step in bar:
+        for micro in range(config.accumulation):
+            number = (step * config.accumulation + micro) * accelerator.num_processes + accelerator.process_index
+            figures = loss_function(prepared, batch_at(number))
+            figures = figures if isinstance(figures, Mapping) else {"loss": figures}
+            accelerator.backward(figures["loss"] / config.accumulation)
+            for key, value in figures.items():
+                running[key] = running.get(key, 0.0) + float(value.detach()) / config.accumulation
+        if config.clip:
+            accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
+        learning_rate = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        last = step + 1 == config.steps
+        if (step + 1) % config.log_every == 0 or last:
+            count = (step % config.log_every) + 1
+            row = {"step": step + 1, **{k: v / count for k, v in running.items()}, "learning_rate": learning_rate}
+            running.clear()
+            if not torch.isfinite(torch.tensor(row["loss"])):
+                raise UserError(f"{name}: the loss became {row['loss']} by step {step + 1}; lower --learning-rate")
+            log.append(row)
+            bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "step"}, refresh=False)
+        saving = state_dir is not None and config.save_every and (step + 1) % config.save_every == 0 and not last
+        if evaluate is not None and (saving or last):
+            prepared.eval()
+            log.append({"step": step + 1, **evaluate(model)})
+            prepared.train()
+        if saving and accelerator.is_main_process:
+            _save_state(state_dir, model, optimizer, scheduler, config, step + 1, log, running)
+    prepared.eval()
+    if state_dir is not None and accelerator.is_main_process:
+        shutil.rmtree(state_dir, ignore_errors=True)
+    return log
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices are decayed, vectors (biases, norms) are not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("the model has no parameter that requires a gradient")
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _save_state(state_dir, model, optimizer, scheduler, config, step, log, running) -> None:
+    """Write tensors as safetensors and the rest as JSON, under a temporary name that is then renamed."""
+    tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in model.named_parameters() if v.requires_grad}
+    optimizer_state = optimizer.state_dict()["state"]
+    for index, slots in optimizer_state.items():
+        tensors.update({f"optimizer.{index}.{k}": v.cpu().contiguous() for k, v in slots.items()})
+    tensors["rng"] = torch.get_rng_state()
+    scratch = state_dir.with_name(state_dir.name + ".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    save_file(tensors, scratch / "state.safetensors")
+    meta = {"step": step, "log": log, "running": running, "config": asdict(config), "scheduler": scheduler.state_dict()}
+    (scratch / "state.json").write_text(json.dumps(meta, default=list))
+    old = state_dir.with_name(state_dir.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if state_dir.exists():
+        os.replace(state_dir, old)
+    os.replace(scratch, state_dir)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _load_state(state_dir, model, optimizer, scheduler, config) -> tuple[int, list[dict[str, float]], dict[str, float]]:
+    """Restore what `_save_state` wrote; returns the next step, the log so far and the sums of the open log row."""
+    meta = json.loads((state_dir / "state.json").read_text())
+    wanted = json.loads(json.dumps(asdict(config), default=list))
+    for key, value in wanted.items():
+        if meta["config"].get(key) != value:
+            raise UserError(
+                f"cannot resume from {state_dir}: {key} was {meta['config'].get(key)} and is now {value}; "
+                f"use the same recipe, or start again with --overwrite"
+            )
+    tensors = load_file(state_dir / "state.safetensors")
+    parameters = dict(model.named_parameters())
+    slots: dict[int, dict[str, torch.Tensor]] = {}
+    with torch.no_grad():
+        for key, value in tensors.items():
+            kind, _, rest = key.partition(".")
+            if kind == "model":
+                parameters[rest].copy_(value)
+            elif kind == "optimizer":
+                index, _, slot = rest.partition(".")
+                slots.setdefault(int(index), {})[slot] = value
+    state = optimizer.state_dict()
+    state["state"] = slots
+    optimizer.load_state_dict(state)
+    scheduler.load_state_dict(meta["scheduler"])
+    torch.set_rng_state(tensors["rng"])
+    return meta["step"], meta["log"], meta["running"]

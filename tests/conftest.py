@@ -1,0 +1,51 @@
+"""Shared fixtures, and the one table of tolerances."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2dmoe.experts import DynamicFFN, layers
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("D2DMOE_DATA", ROOT.parent / "shared" / "data"))
+
+# What agrees with what, and how closely. Loosening a row takes a reason in the same diff.
+#   permutation, or all experts on = dense            fp64, default assert_close
+#   operator against the fp64 reference                fp32, default assert_close; bf16 relative RMSE <= 5e-3
+#   save and load                                      bit-equal
+#   model quality                                      recorded figure +- stated noise, marked slow
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    """The data folder, or a skip that says how to get it."""
+    if not DATA.exists():
+        pytest.skip(f"no data folder at {DATA}; set D2DMOE_DATA")
+    return DATA
+
+
+def randomise_vectors(model: torch.nn.Module) -> None:
+    """Biases are zero in a fresh model, and a conversion that loses one would pass unseen: make them count."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.3
+
+
+def randomise_routers(model: torch.nn.Module) -> None:
+    """Routers with random weights, for tests that need some routing but no training."""
+    for seed, layer in enumerate(layers(model)):
+        layer.router.reset(seed)
+
+
+__all__ = ["DATA", "ROOT", "DynamicFFN", "randomise_routers", "randomise_vectors"]
