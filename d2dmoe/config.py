@@ -27,8 +27,12 @@ def knob(default: Any, help: str, **extra: Any) -> Any:
 class DataConfig:
     """Where text, token ids or images come from, and how they become batches."""
 
-    data: str = knob("builtin", "builtin, a hub data set id, or a path to text/jsonl/csv/parquet files or a folder of them")
-    text_column: str | None = knob(None, "column that holds the text (default: text, sentence, content or the only string one)")
+    data: str = knob(
+        "builtin", "builtin, a hub data set id, or a path to text/jsonl/csv/parquet files or a folder of them"
+    )
+    text_column: str | None = knob(
+        None, "column that holds the text (default: text, sentence, content or the only string one)"
+    )
     sequences: str = knob(
         "auto",
         "packed: documents joined and cut to full sequences; documents: one padded sequence each; auto: packed for causal LMs",
@@ -173,7 +177,9 @@ class ConvertConfig(DataConfig):
     gate: str = knob("topk", "which experts run for a token", choices=("max", "topk"))
     stand_in: str = knob("mean", "what replaces skipped experts", choices=("zero", "mean"))
     thresholds: str = knob("per-layer", "one threshold for all layers, or one each", choices=("global", "per-layer"))
-    active: list[float] = knob([0.25, 0.5, 0.75], "active fractions to calibrate and store, comma separated", many=float)
+    active: list[float] = knob(
+        [0.25, 0.5, 0.75], "active fractions to calibrate and store, comma separated", many=float
+    )
     router_width: int = knob(128, "hidden width of the routers")
     router_tokens: int = knob(400_000, "tokens that the routers are trained on, repetitions included")
     router_batch: int = knob(256, "tokens per router step")

@@ -273,8 +273,12 @@ def make_batches(documents: list[Document], processor: Any, config: DataConfig, 
 
 
 def _pack(documents: list[Document], tokenizer: Any, config: DataConfig) -> list[Document]:
-    """Documents joined (an end-of-sequence token between them) and cut to sequences of exactly `max_length`."""
-    joint = [tokenizer.eos_token_id] if len(documents) > 1 and tokenizer.eos_token_id is not None else []
+    """Documents joined and cut to sequences of exactly `max_length`.
+
+    Between documents stands what the tokenizer adds itself, or else the end-of-sequence token.
+    """
+    marks_itself = bool(tokenizer("")["input_ids"])
+    joint = [] if marks_itself or len(documents) < 2 or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     encoded = tokenizer([d["text"] for d in documents], verbose=False)["input_ids"]
     for row in encoded:

@@ -111,9 +111,7 @@ def dummy_inputs(model: nn.Module, samples: int = 2, length: int = 9) -> dict[st
         inputs[main] = torch.randn(samples, config.num_mel_bins, frames, generator=generator)
     if main == "input_values":
         inputs[main] = torch.randn(samples, 4000, generator=generator)
-    if "input_ids" in accepted and main not in inputs:
-        inputs["input_ids"] = ids(text.vocab_size)
-    elif "input_ids" in accepted and "pixel_values" in inputs:
+    if ("input_ids" in accepted and main not in inputs) or ("input_ids" in accepted and "pixel_values" in inputs):
         inputs["input_ids"] = ids(text.vocab_size)
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = ids(config.vocab_size)
@@ -199,7 +197,9 @@ def _matches(trace: Trace) -> Iterator[tuple[Block, tuple[Call, ...]]]:
     """Every call of a linear map whose input is an activation of earlier ones: `(block, (up, gate or up, down))`."""
     for index, down in enumerate(trace.linears):
         u = down.input.reshape(-1, down.input.shape[-1])
-        near = [c for c in trace.linears[max(0, index - WINDOW) : index] if c.output.numel() in (u.numel(), 2 * u.numel())]
+        near = [
+            c for c in trace.linears[max(0, index - WINDOW) : index] if c.output.numel() in (u.numel(), 2 * u.numel())
+        ]
         match = _match_plain(u, near) or _match_fused(u, near) or _match_glu(u, near)
         if match is None:
             continue
@@ -328,7 +328,12 @@ def _activation_module(model: nn.Module, trace: Trace, block: Block, gate: Call,
         z = gate.output.chunk(2, dim=-1)[0 if block.fused == "gate_up" else 1]
     for name, calls in trace.modules.items():
         for first, output in calls:
-            if first is None or not isinstance(output, torch.Tensor) or first.shape != z.shape or first.shape != output.shape:
+            if (
+                first is None
+                or not isinstance(output, torch.Tensor)
+                or first.shape != z.shape
+                or first.shape != output.shape
+            ):
                 continue
             if list(model.get_submodule(name).children()) or not _acts(first, output, z, block.activation):
                 continue

@@ -169,7 +169,9 @@ class Pack(ConversionOps):
     def __init__(self, experts: int, layout: str, order: tuple[str, ...] = (), reverse: bool = False):
         self.experts, self.layout, self.order, self.reverse = experts, layout, order, reverse
 
-    def convert(self, input_dict: dict[str, Any], source_patterns, target_patterns, **_: Any) -> dict[str, torch.Tensor]:
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns, target_patterns, **_: Any
+    ) -> dict[str, torch.Tensor]:
         """See `ConversionOps`; `order` names the halves of a fused projection."""
         tensors = {k: v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
         if self.reverse:

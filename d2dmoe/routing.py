@@ -70,9 +70,7 @@ def topk_priority(scores: torch.Tensor) -> torch.Tensor:
 GATES: dict[str, GateFunction] = {"max": max_priority, "topk": topk_priority}
 
 
-def select(
-    scores: torch.Tensor, gate: str, tau: float, min_experts: int = 0, max_experts: int = 0
-) -> torch.Tensor:
+def select(scores: torch.Tensor, gate: str, tau: float, min_experts: int = 0, max_experts: int = 0) -> torch.Tensor:
     """Which experts run.
 
     Args:

@@ -31,7 +31,7 @@ def split_neurons(method: str, rows: torch.Tensor, experts: int, seed: int = 0) 
 
 def by_weights(rows: torch.Tensor, experts: int, seed: int) -> torch.Tensor:
     """Balanced k-means on L2-normalised weight rows (Szatkowski et al. 2024, sec. 3.2, after MoEfication)."""
-    unit = torch.nn.functional.normalize(rows.float(), dim=1).cpu().numpy()
+    unit = torch.nn.functional.normalize(rows.detach().float(), dim=1).cpu().numpy()
     labels = balanced_kmeans(unit, experts, seed)
     return torch.from_numpy(np.argsort(labels, kind="stable"))
 

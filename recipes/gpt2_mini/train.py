@@ -104,8 +104,13 @@ def main() -> None:
         batch_at,
         lambda _, b: step_model(input_ids=b["input_ids"], labels=b["input_ids"]).loss,
         TrainingConfig(
-            steps=arguments.steps, learning_rate=arguments.learning_rate, weight_decay=0.1, bf16=True,
-            seed=arguments.seed, save_every=200, log_every=50,
+            steps=arguments.steps,
+            learning_rate=arguments.learning_rate,
+            weight_decay=0.1,
+            bf16=True,
+            seed=arguments.seed,
+            save_every=200,
+            log_every=50,
         ),  # fmt: skip
         name="gpt2-mini",
         state_dir=arguments.output_dir.with_name(arguments.output_dir.name + ".state"),

@@ -1,0 +1,367 @@
+"""The pipeline: stages in order, what each leaves behind, resume, and the final folder. Nothing numeric."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from . import hub
+from .calibrate import calibrate
+from .config import Budget, ConvertConfig, D2DMoEConfig, UserError
+from .data import Batches, make_batches, read_documents
+from .discovery import dummy_inputs
+from .evaluate import evaluate
+from .experts import Neurons, layers
+from .gating import set_gate
+from .loader import attach
+from .plan import Plan, make_plan
+from .progress import progress
+from .report import machine, model_card
+from .router_training import train_routers
+from .split import split_neurons
+
+Say = Callable[[str], None]
+# Keys that may change between an interrupted run and the one that resumes it.
+FREE_ON_RESUME = {"output_dir", "eval_tokens", "max_shard_size"}
+VERIFY_TOLERANCE = 1e-4
+
+
+def convert(
+    config: ConvertConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Say = lambda _: None,
+    command: list[str] | None = None,
+) -> dict[str, Any]:
+    """Convert a model by name and write the checkpoint folder.
+
+    Args:
+        config: What to convert and how.
+        resume: Go on from what an interrupted run left beside the output folder.
+        overwrite: Replace a non-empty output folder, once the new one is complete.
+        say: Receives progress messages.
+        command: What the user typed, for the record.
+
+    Returns:
+        The contents of `results.json`.
+
+    Raises:
+        UserError: For anything the user can mend, before any long work starts.
+    """
+    output = Path(config.output_dir or default_output(config.model))
+    work = output.with_name(output.name + ".partial")
+    model_config = hub.read_config(config.model, config.revision)
+    if hub.is_converted(model_config):
+        raise UserError(f"--model {config.model} is already a converted checkpoint; give the dense model it came from")
+    plan = make_plan(model_config, config)
+    processor = hub.load_processor(config.model, model_config, config.revision)
+    calibration, held_out = batches_for(config, model_config, plan, processor)
+    prepare_folders(output, work, plan, resume=resume, overwrite=overwrite)
+    recipe = {**asdict(config), "output_dir": str(output)}
+    _check_recipe(work, recipe, hub.fingerprint(config.model, model_config), resume)
+
+    started = time.time()
+    say(f"{len(plan.blocks)} blocks of {plan.blocks[0].experts} experts in {plan.model_class.__name__}")
+    model = hub.load_model(config.model, model_config, config.revision)
+    log = convert_model(model, config, calibration, blocks=plan.blocks, work=work, resume=resume, say=say)
+    rows = []
+    if held_out is not None:
+        rows = evaluate(model, held_out, [{"active": a} for a in sorted({*config.active, 1.0})])
+    dtype = _output_dtype(config, model_config)
+    results = {
+        "d2dmoe": _version(), "command": command or ["d2dmoe", "convert", "--model", config.model], "machine": machine(),
+        "seed": config.seed, "plan": plan.summary(), "minutes": round((time.time() - started) / 60, 2),
+        "calibration_tokens": calibration.first(config.calibration_tokens).tokens, "router_log": log, "rows": rows,
+    }  # fmt: skip
+    _write(output, work, model.to(dtype), processor, recipe, results, config)
+    say(f"saved {output}")
+    return results
+
+
+def convert_model(
+    model: PreTrainedModel,
+    config: ConvertConfig,
+    batches: Batches,
+    *,
+    blocks: list | None = None,
+    work: Path | None = None,
+    resume: bool = False,
+    say: Say = lambda _: None,
+) -> list[dict[str, float]]:
+    """Convert a loaded model in place: split, verify, train routers, calibrate.
+
+    Args:
+        model: Dense model in evaluation mode.
+        config: Method and sizes; data and output keys are not used.
+        batches: Calibration batches.
+        blocks: From a plan; discovered on the model itself when `None`.
+        work: Folder for what stages leave behind; `None` keeps nothing.
+        resume: Use what is there.
+        say: Receives progress messages.
+
+    Returns:
+        The router training log.
+    """
+    if blocks is None:
+        from .config import choose_experts
+        from .discovery import discover
+
+        blocks = discover(model).blocks
+        if not blocks:
+            raise UserError("no feed-forward block found in this model")
+        for block in blocks:
+            block.experts = choose_experts(block, config.experts, config.expert_size)
+    stored = D2DMoEConfig(
+        blocks=blocks, gate=config.gate, stand_in=config.stand_in, router_width=config.router_width,
+        min_experts=config.min_experts, max_experts=config.max_experts,
+    )  # fmt: skip
+    orders = _stage(work, "split", resume, lambda: _split(model, config, blocks, say))
+    reference = _block_outputs(model, blocks)
+    budgets = len({a for a in config.active if a < 1})
+    attach(model, stored, [orders[block.name] for block in blocks], budgets=budgets)
+    _zero_constants(model)
+    _verify(model, reference)
+    log: list[dict[str, float]] = []
+
+    def train() -> dict[str, torch.Tensor]:
+        state_dir = work / "router-state" if work is not None else None
+        log.extend(train_routers(model, batches, config, state_dir=state_dir, resume=resume))
+        return {f"{i}.{k}": v for i, layer in enumerate(layers(model)) for k, v in layer.router.state_dict().items()}
+
+    routers = _stage(work, "routers", resume, train)
+    for i, layer in enumerate(layers(model)):
+        layer.router.load_state_dict({k: routers[f"{i}.{k}"] for k in ("hidden", "score")})
+    say("routers done; calibrating")
+    _calibrate(model, config, stored, batches, work, resume)
+    set_gate(model, active=stored.default_active)
+    return log
+
+
+def _split(model: PreTrainedModel, config: ConvertConfig, blocks: list, say: Say) -> dict[str, torch.Tensor]:
+    orders = {}
+    for number, block in enumerate(progress(blocks, desc="split")):
+        started = time.time()
+        rows = Neurons(model, block).rows()
+        orders[block.name] = split_neurons(config.split, rows, block.experts, config.seed * 1000 + number)
+        say(f"split {block.name}: {block.experts} experts in {time.time() - started:.2f} s")
+    return orders
+
+
+@torch.no_grad()
+def _block_outputs(model: PreTrainedModel, blocks: list) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Input and output of every block in one small forward pass of the dense model."""
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    inputs: dict[str, torch.Tensor] = {}
+    handles = []
+    for block in blocks:
+        up, down = model.get_submodule(block.up), model.get_submodule(block.down)
+        handles.append(
+            up.register_forward_hook(lambda m, a, o, n=block.name: inputs.__setitem__(n, a[0].detach().clone()))
+        )
+        handles.append(
+            down.register_forward_hook(
+                lambda m, a, o, n=block.name: seen.__setitem__(n, (inputs[n], o.detach().clone()))
+            )
+        )
+    try:
+        model(**dummy_inputs(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@torch.no_grad()
+def _verify(model: PreTrainedModel, reference: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Re-execute every converted block with all experts on and compare with the dense block.
+
+    Raises:
+        UserError: Naming the block and its relative error.
+    """
+    for layer in layers(model):
+        x, dense = reference[layer.block.name]
+        error = (layer(x) - dense).norm() / dense.norm().clamp_min(1e-12)
+        if not error <= VERIFY_TOLERANCE:
+            raise UserError(
+                f"{layer.block.name}: as experts it differs from the dense block by {error:.2g} relative "
+                f"(allowed {VERIFY_TOLERANCE:g}), so this model is not converted"
+            )
+
+
+def _zero_constants(model: PreTrainedModel) -> None:
+    for layer in layers(model):
+        if layer.constants is not None:
+            layer.constants.data.zero_()
+
+
+def _calibrate(model, config: ConvertConfig, stored: D2DMoEConfig, batches: Batches, work: Path | None, resume: bool):
+    """Calibration, kept as one JSON and one tensor file."""
+    done = work / "calibration.json" if work is not None else None
+
+    def fit() -> dict[str, torch.Tensor]:
+        calibrate(model, batches.first(config.calibration_tokens), stored, config.active, config.thresholds)
+        if done is not None:
+            kept = {k: v for k, v in stored.to_dict().items() if k in ("budgets", "curve", "default_active")}
+            _write_text(done, json.dumps(kept))
+        return {str(i): layer.constants.data for i, layer in enumerate(layers(model)) if layer.constants is not None}
+
+    constants = _stage(work, "stand-ins", resume, fit)
+    if not stored.curve and done is not None:
+        kept = json.loads(done.read_text())
+        stored.budgets = [Budget(**b) for b in kept["budgets"]]
+        stored.curve, stored.default_active = kept["curve"], kept["default_active"]
+    for i, layer in enumerate(layers(model)):
+        if layer.constants is not None:
+            layer.constants.data.copy_(constants[str(i)])
+
+
+def _stage(
+    work: Path | None, name: str, resume: bool, compute: Callable[[], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Compute tensors, or take them from an earlier run that got past this stage."""
+    if work is None:
+        return compute()
+    file = work / f"{name}.safetensors"
+    if resume and file.exists():
+        return load_file(file)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in compute().items()}
+    scratch = file.with_suffix(".tmp")
+    save_file(tensors, scratch)
+    os.replace(scratch, file)
+    return tensors
+
+
+def default_output(model: str) -> str:
+    """`checkpoints/<model>-d2dmoe`, the last part of a path or id."""
+    return f"checkpoints/{Path(model.rstrip('/')).name}-d2dmoe"
+
+
+def batches_for(config: ConvertConfig, model_config: Any, plan: Plan, processor: Any) -> tuple[Batches, Batches | None]:
+    """Calibration batches, shuffled, and held-out batches (`None` when `eval_tokens` is 0)."""
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if limit and limit > 0:
+        config.max_length = min(config.max_length, limit)
+    causal = plan.model_class.__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+    def make(part: str) -> Batches:
+        documents = read_documents(config.data, part, config.text_column)
+        return make_batches(documents, processor, config, packed=causal)
+
+    calibration = make("calibration").shuffled(config.seed)
+    return calibration, make("held_out").first(config.eval_tokens) if config.eval_tokens else None
+
+
+def prepare_folders(output: Path, work: Path, plan: Plan, *, resume: bool, overwrite: bool) -> None:
+    """Check the output folder and make the working folder.
+
+    Raises:
+        UserError: If the output is not empty, cannot be written, or the disk has too little room.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output-dir {output}: is a file")
+    if output.is_dir() and any(output.iterdir()) and not (overwrite or resume):
+        raise UserError(f"--output-dir {output} is not empty; use --overwrite to replace it, or another folder")
+    if work.is_dir() and not (resume or overwrite):
+        raise UserError(f"{work} holds an interrupted conversion; use --resume to go on or --overwrite to start again")
+    try:
+        if work.is_dir() and overwrite and not resume:
+            shutil.rmtree(work)
+        work.mkdir(parents=True, exist_ok=True)
+        probe = work / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output-dir {output}: cannot be written ({error.strerror or error})") from None
+    free = shutil.disk_usage(work).free
+    if free < 1.2 * plan.disk_bytes:
+        shutil.rmtree(work, ignore_errors=True)
+        raise UserError(
+            f"--output-dir {output}: {free / 1e9:.2f} GB free, and the checkpoint needs about {plan.disk_bytes / 1e9:.2f} GB"
+        )
+
+
+def _check_recipe(work: Path, recipe: dict[str, Any], model: dict[str, Any], resume: bool) -> None:
+    """A resumed run must be the same conversion; the first key that differs is named."""
+    file = work / "recipe.json"
+    wanted = json.loads(json.dumps({**recipe, "_model": model}, default=list))
+    if resume and file.exists():
+        before = json.loads(file.read_text())
+        for key in sorted({*before, *wanted} - FREE_ON_RESUME):
+            if before.get(key) != wanted.get(key):
+                name = "the model's files" if key == "_model" else key
+                raise UserError(
+                    f"cannot resume {work}: {name} changed ({_short(before.get(key))} then, {_short(wanted.get(key))} now); "
+                    f"use the same values, or --overwrite to start again"
+                )
+    _write_text(file, json.dumps(wanted))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def _write_text(file: Path, text: str) -> None:
+    scratch = file.with_suffix(file.suffix + ".tmp")
+    scratch.write_text(text)
+    os.replace(scratch, file)
+
+
+def _output_dtype(config: ConvertConfig, model_config: Any) -> torch.dtype:
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    stored = getattr(model_config, "dtype", None) or torch.float32
+    return stored if isinstance(stored, torch.dtype) else getattr(torch, str(stored).removeprefix("torch."))
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
+
+
+def _write(
+    output: Path, work: Path, model: PreTrainedModel, processor: Any, recipe: dict, results: dict, config: ConvertConfig
+) -> None:
+    """Write everything under a temporary name, then rename it to the output folder."""
+    scratch = work / "checkpoint"
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        model.save_pretrained(scratch, max_shard_size=config.max_shard_size)
+        if processor is not None:
+            processor.save_pretrained(scratch)
+        (scratch / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+        (scratch / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        (scratch / "README.md").write_text(model_card(model, recipe, results))
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOSPC and not _disk_full(error):
+            raise UserError(f"--output-dir {output}: cannot be written ({error.strerror or error})") from None
+        if not _disk_full(error):
+            raise
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise UserError(f"--output-dir {output}: the disk is full; free some room and use --resume") from None
+    old = output.with_name(output.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.exists():
+        os.replace(output, old)
+    os.replace(scratch, output)
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _disk_full(error: Exception) -> bool:
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)

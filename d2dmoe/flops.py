@@ -1,0 +1,38 @@
+"""Floating-point operations per token. One multiply-accumulate is two operations, everywhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .experts import DynamicFFN
+
+
+def dense_ffn_flops(layer: DynamicFFN) -> int:
+    """Of the block before conversion, matrix products only, as `FlopCounterMode` counts them."""
+    block, d_out = layer.block, layer.down_weight.shape[-1]
+    ups = 2 if block.kind == "glu" else 1
+    return 2 * block.width * (ups * block.d_model + d_out) * block.calls
+
+
+def sparse_ffn_flops(layer: DynamicFFN, active: float) -> float:
+    """Of the converted block at an active fraction: executed experts, router, gate, and stand-ins.
+
+    The gate costs one comparison per expert, a stand-in one vector addition per executed expert.
+    """
+    block, router = layer.block, layer.router
+    cost = active * dense_ffn_flops(layer)
+    if layer.gate_state.tau > 0:
+        cost += (2 * (router.hidden.numel() + router.score.numel()) + block.experts) * block.calls
+        if layer.constants is not None and layer.gate_state.stand_in is not None:
+            cost += active * block.experts * layer.down_weight.shape[-1] * block.calls
+    return cost
+
+
+@torch.no_grad()
+def model_flops(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """Of one forward pass as it is set, counted by `FlopCounterMode` (matrix products, convolutions, attention)."""
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    return counter.get_total_flops()

@@ -1,0 +1,159 @@
+"""Open a model by hub id or local folder: its class, config, weights and processor, with errors a user can act on."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
+
+from .config import UserError
+
+LOCAL_WAYS = (
+    "local ways: a folder written by save_pretrained, the bundled checkpoints/gpt2-mini, an earlier download with "
+    "HF_HUB_OFFLINE=1, or a mirror named in HF_ENDPOINT"
+)
+
+
+def read_config(name: str, revision: str | None = None) -> Any:
+    """The model's config.
+
+    Raises:
+        UserError: If there is no such folder or hub model, or the hub cannot be reached.
+    """
+    if not name:
+        raise UserError("no model given; use --model with a hub id or a local folder")
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"--model {name}: the folder has no config.json; it must be one written by save_pretrained")
+    elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"--model {name}: no such folder")
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _explain(name, error) from None
+
+
+def _explain(name: str, error: Exception) -> UserError:
+    """Which of the usual mishaps this is."""
+    text = str(error)
+    if Path(name).is_dir():
+        return UserError(f"--model {name}: its config.json cannot be read ({_first_line(text)})")
+    if "trust_remote_code" in text:
+        return UserError(f"--model {name}: it needs its own code, which d2dmoe does not run")
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        return UserError(f"--model {name}: the hub refuses access; log in with `hf auth login`")
+    if "not a valid model identifier" in text or "404" in text:
+        return UserError(f"--model {name}: neither a local folder nor a model on the hub; check the spelling")
+    return UserError(f"--model {name}: not a local folder, and the hub cannot be reached; {LOCAL_WAYS}")
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else "no reason given"
+
+
+def is_converted(config: Any) -> bool:
+    """Whether this config is of a checkpoint that `convert` wrote."""
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    return method == "d2dmoe"
+
+
+def model_class(config: Any, name: str = "") -> type[PreTrainedModel]:
+    """The class that the checkpoint was saved from, by the name in its config.
+
+    Raises:
+        UserError: If `transformers` has no such class.
+    """
+    for architecture in getattr(config, "architectures", None) or []:
+        found = getattr(transformers, architecture, None)
+        if found is not None:
+            return found
+    raise UserError(
+        f"--model {name}: its config names {getattr(config, 'architectures', None)}, and transformers "
+        f"{transformers.__version__} has no such class"
+    )
+
+
+def load_model(
+    name: str, config: Any, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The model with its weights, in evaluation mode.
+
+    Raises:
+        UserError: If the weights are missing, truncated or do not fit.
+    """
+    _check_safetensors(name)
+    try:
+        model, info = model_class(config, name).from_pretrained(
+            name, revision=revision, dtype=dtype, output_loading_info=True, low_cpu_mem_usage=True
+        )
+    except UserError:
+        raise
+    except OSError as error:
+        if Path(name).is_dir():
+            raise UserError(f"--model {name}: its weights cannot be read ({_first_line(str(error))})") from None
+        raise _explain(name, error) from None
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise UserError(f"--model {name}: a safetensors file is damaged ({_first_line(str(error))})") from None
+        raise
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"--model {name}: the checkpoint lacks {len(missing)} tensors of the model, first {missing[0]}")
+    return model.eval()
+
+
+def _check_safetensors(name: str) -> None:
+    """A file shorter than its own header says was cut off while copying."""
+    if not Path(name).is_dir():
+        return
+    for file in sorted(Path(name).glob("*.safetensors")):
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            head = stream.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+            header = stream.read(length) if 0 < length <= size - 8 else b""
+        end = _data_end(header)
+        if length < 0 or not header or end is None or 8 + length + end != size:
+            raise UserError(f"--model {name}: {file.name} is truncated or damaged ({size} bytes); copy it again")
+
+
+def _data_end(header: bytes) -> int | None:
+    import json
+
+    try:
+        entries = json.loads(header)
+    except ValueError:
+        return None
+    return max((v["data_offsets"][1] for k, v in entries.items() if k != "__metadata__"), default=0)
+
+
+def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
+    """The tokenizer, or the image processor of a vision model; `None` where there is none."""
+    vision = getattr(model_class(config, name), "main_input_name", "input_ids") == "pixel_values"
+    try:
+        processor = (AutoImageProcessor if vision else AutoTokenizer).from_pretrained(name, revision=revision)
+    except Exception:
+        return None
+    if not vision and len(processor) < 3:  # made up from nothing, because the folder has no tokenizer files
+        return None
+    return processor
+
+
+def fingerprint(name: str, config: Any) -> dict[str, Any]:
+    """What tells whether a model is still the same one: the hub commit, or names, sizes and times of local files."""
+    commit = getattr(config, "_commit_hash", None)
+    if not Path(name).is_dir():
+        return {"model": name, "commit": commit}
+    files = [f for pattern in ("*.safetensors", "*.json") for f in sorted(Path(name).glob(pattern))]
+    return {
+        "model": str(Path(name).resolve()),
+        "files": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+    }

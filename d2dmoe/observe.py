@@ -1,0 +1,89 @@
+"""Run a converted model over batches and look into its layers, padding left out and memory bounded by one batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .experts import DynamicFFN, layers
+from .progress import progress
+
+# (layer number, layer, x (tokens, d), hidden (E, tokens, s), scores (tokens, E) or None, run (tokens, E) or None)
+Observer = Callable[[int, DynamicFFN, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], None]
+
+
+def model_inputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The part of a batch that the model's forward takes, on its device; a decoder is fed the encoder's own tokens."""
+    accepted = inspect.signature(model.forward).parameters
+    inputs = {k: v for k, v in batch.items() if k in accepted and k != "labels"}
+    if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted and "input_ids" in inputs:
+        inputs.setdefault("decoder_input_ids", inputs["input_ids"])
+    first = next(model.parameters())
+    return {k: v.to(first.device, first.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+
+
+@contextmanager
+def observing(model: nn.Module, observer: Observer) -> Iterator[dict[str, torch.Tensor | None]]:
+    """Have `observer` called in every converted layer at every forward pass.
+
+    Yields:
+        A mapping whose entry `"mask"` may be set to the batch's `attention_mask` ``(batch, length)``: tokens it
+        excludes are then not shown to the observer.
+    """
+    current: dict[str, torch.Tensor | None] = {"mask": None}
+
+    def watch(index: int) -> Callable:
+        def call(layer, x, hidden, scores, run):
+            mask = current["mask"]
+            if mask is not None and mask.numel() == x.shape[0] and not mask.all():
+                keep = mask.reshape(-1).bool()
+                x, hidden = x[keep], hidden[:, keep]
+                scores, run = (None if t is None else t[keep] for t in (scores, run))
+            observer(index, layer, x, hidden, scores, run)
+
+        return call
+
+    watched = layers(model)
+    for index, layer in enumerate(watched):
+        layer.observer = watch(index)
+    try:
+        yield current
+    finally:
+        for layer in watched:
+            layer.observer = None
+
+
+@torch.no_grad()
+def run_observed(model: nn.Module, batches: Iterable[dict[str, Any]], observer: Observer, *, name: str = "") -> None:
+    """One pass of the model over the batches with `observer` in every layer."""
+    with observing(model, observer) as current:
+        for batch in progress(batches, desc=name, disable=not name):
+            current["mask"] = batch.get("attention_mask")
+            model(**model_inputs(model, batch))
+
+
+class ActiveCounter:
+    """An observer that counts executed (token, expert) pairs of each layer, padding left out."""
+
+    def __init__(self) -> None:
+        self.executed: dict[int, int] = {}
+        self.possible: dict[int, int] = {}
+
+    def __call__(self, index, layer, x, hidden, scores, run) -> None:
+        pairs = x.shape[0] * layer.block.experts
+        self.possible[index] = self.possible.get(index, 0) + pairs
+        self.executed[index] = self.executed.get(index, 0) + (pairs if run is None else int(run.sum()))
+
+    @property
+    def fraction(self) -> float:
+        """Executed pairs over all pairs, all layers together."""
+        return sum(self.executed.values()) / max(sum(self.possible.values()), 1)
+
+    def by_layer(self, count: int) -> list[float]:
+        """The same for each of `count` layers; a layer that never ran counts as 1."""
+        return [self.executed[i] / self.possible[i] if self.possible.get(i) else 1.0 for i in range(count)]

@@ -1,0 +1,105 @@
+"""What a conversion would do, from the config alone: no weights are read and no memory is taken for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .config import Block, ConvertConfig, UserError, choose_experts
+from .discovery import Discovery, discover, skeleton
+from .hub import model_class
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BASE_MEMORY = 700 * 2**20  # Python with torch and transformers imported
+
+
+@dataclass
+class Plan:
+    """Blocks with their experts, and what they will cost."""
+
+    model_class: type[nn.Module]
+    discovery: Discovery
+    dense_parameters: int
+    added_parameters: int
+    peak_memory_bytes: int
+    disk_bytes: int
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks to convert."""
+        return self.discovery.blocks
+
+    def summary(self) -> dict[str, Any]:
+        """Plain figures for reports."""
+        return {
+            "blocks": len(self.blocks),
+            "dense_parameters": self.dense_parameters,
+            "added_parameters": self.added_parameters,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "disk_bytes": self.disk_bytes,
+            "stages": ["split", "routers", "calibrate", "evaluate", "save"],
+        }
+
+
+def make_plan(model_config: Any, config: ConvertConfig) -> Plan:
+    """Discover the blocks on a skeleton of the model, choose their experts and count.
+
+    Raises:
+        UserError: If no block is found, or the experts do not divide a width.
+    """
+    kind = model_class(model_config, config.model)
+    model = skeleton(kind, model_config)
+    discovery = discover(model)
+    if not discovery.blocks:
+        reasons = "; ".join(f"{block.up}: {why}" for block, why in discovery.refused[:3])
+        raise UserError(f"--model {config.model}: no feed-forward block found" + (f" ({reasons})" if reasons else ""))
+    for block in discovery.blocks:
+        block.experts = choose_experts(block, config.experts, config.expert_size)
+    dense = sum(p.numel() for p in model.parameters())
+    added = sum(_added(block, config) for block in discovery.blocks)
+    stored = BYTES.get(config.dtype) or BYTES.get(str(getattr(model_config, "dtype", "")).removeprefix("torch."), 4)
+    rows = config.batch_size * config.max_length
+    block = max(discovery.blocks, key=lambda b: b.width * b.d_model)
+    activations = (
+        4 * rows * (3 * block.width + 12 * block.d_model + getattr(model_config.get_text_config(), "vocab_size", 0))
+    )
+    captured = 4 * min(rows, 8192) * sum(b.d_model + b.experts for b in discovery.blocks)
+    peak = BASE_MEMORY + 4 * (dense + added) + activations + captured
+    return Plan(kind, discovery, dense, added, peak, stored * (dense + added))
+
+
+def _added(block: Block, config: ConvertConfig) -> int:
+    router = config.router_width * (block.d_model + block.experts)
+    stand_ins = block.experts * block.d_model * sum(1 for a in set(config.active) if a < 1)
+    return router + (stand_ins if config.stand_in != "zero" else 0)
+
+
+def describe(discovery: Discovery) -> list[dict[str, Any]]:
+    """Rows of `d2dmoe list`: every block and linear map, converted or not, and why not."""
+    from .config import divisors
+
+    rows = [
+        {
+            "name": block.name, "kind": block.kind, "activation": block.activation, "d_model": block.d_model,
+            "width": block.width, "parts": {"up": block.up, "gate": block.gate, "down": block.down},
+            "divisors": [n for n in divisors(block.width) if 1 < n < block.width],
+            "converted": why is None, "why": why or _remark(block),
+        }
+        for block, why in [*((b, None) for b in discovery.blocks), *discovery.refused]
+    ]  # fmt: skip
+    rows += [
+        {
+            "name": name, "kind": "linear", "activation": None, "d_model": inputs, "width": outputs,
+            "parts": {"up": name, "gate": None, "down": None}, "divisors": [], "converted": False, "why": why,
+        }
+        for name, inputs, outputs, why in discovery.other
+    ]  # fmt: skip
+    return rows
+
+
+def _remark(block: Block) -> str:
+    return (
+        f"runs {block.calls} times with the same weights: one set of experts and one router" if block.calls > 1 else ""
+    )

@@ -1,0 +1,116 @@
+"""Train all routers in one pass over the frozen model, with layer inputs held for one batch at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import TrainingConfig
+from .data import Batches
+from .experts import DynamicFFN, layers
+from .gating import set_gate
+from .observe import run_observed
+from .routing import expert_norms
+from .training import train
+
+ROWS_HELD = 8192  # rows of every layer kept at a time
+
+
+class RouterBank(nn.Module):
+    """The routers of all layers as one trainable module; what else the model has is not trained."""
+
+    def __init__(self, converted: list[DynamicFFN]):
+        super().__init__()
+        self.routers = nn.ModuleList(layer.router for layer in converted)
+
+    def forward(self, samples: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """Sum over layers of the mean squared error between scores and targets (Szatkowski et al. 2024, eq. 4)."""
+        losses = [
+            torch.nn.functional.mse_loss(router(x), target)
+            for router, (x, target) in zip(self.routers, samples, strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+
+class RouterSamples:
+    """Layer inputs and expert norms, by micro-batch number.
+
+    One forward pass of the dense model fills a buffer with the rows of one data batch for every layer; it serves
+    `per_pass` micro-batches of rows drawn without replacement and is then dropped. Memory: rows of one batch times
+    (d_model + experts) per layer. Data batches repeat in a new order when they are used up.
+    """
+
+    def __init__(self, model: nn.Module, batches: Batches, rows: int, seed: int):
+        self.model, self.batches, self.rows, self.seed = model, batches, rows, seed
+        per_batch = max(1, batches.tokens // max(len(batches), 1))
+        self.per_pass = max(1, min(per_batch, ROWS_HELD) // rows)
+        self._held: tuple[int, list[tuple[torch.Tensor, torch.Tensor]]] = (-1, [])
+        self._order: tuple[int, Batches | None] = (-1, None)
+
+    def __call__(self, number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        pass_number, part = divmod(number, self.per_pass)
+        if self._held[0] != pass_number:
+            self._held = (pass_number, self._capture(pass_number))
+        return [
+            (x[part :: self.per_pass][: self.rows], target[part :: self.per_pass][: self.rows])
+            for x, target in self._held[1]
+        ]
+
+    def _batch(self, pass_number: int) -> dict[str, Any]:
+        epoch, index = divmod(pass_number, len(self.batches))
+        if self._order[0] != epoch:
+            self._order = (epoch, self.batches.shuffled(self.seed + epoch))
+        return self._order[1][index]
+
+    @torch.no_grad()
+    def _capture(self, pass_number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        held: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + pass_number)
+
+        def collect(index, layer, x, hidden, scores, run):
+            room = ROWS_HELD // layer.block.calls
+            keep = torch.randperm(x.shape[0], generator=generator)[:room].to(x.device)
+            held.setdefault(index, []).append((x[keep].clone(), expert_norms(hidden[:, keep], layer.down_weight)))
+
+        with set_gate(self.model, tau=0):
+            run_observed(self.model, [self._batch(pass_number)], collect)
+        return [tuple(torch.cat(parts) for parts in zip(*held[i], strict=True)) for i in sorted(held)]
+
+
+def train_routers(
+    model: nn.Module, batches: Batches, config: Any, *, state_dir: Path | None = None, resume: bool = False
+) -> list[dict[str, float]]:
+    """Train the routers of a converted model on their layers' inputs; returns the training log.
+
+    Args:
+        model: Converted model; only its routers change.
+        batches: Calibration batches.
+        config: A `ConvertConfig`: `router_tokens`, `router_batch`, `router_learning_rate`, `seed`.
+        state_dir: Where resumable states go.
+        resume: Continue from there.
+    """
+    converted = layers(model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    for index, layer in enumerate(converted):
+        layer.router.reset(config.seed * 1000 + index)
+        layer.router.requires_grad_(True)
+    samples = RouterSamples(model, batches, config.router_batch, config.seed)
+    settings = TrainingConfig(
+        steps=max(1, config.router_tokens // config.router_batch),
+        learning_rate=config.router_learning_rate,
+        adam_betas=(0.9, 0.99),
+        seed=config.seed,
+        save_every=500,
+    )
+    log = train(
+        RouterBank(converted), samples, lambda bank, batch: bank(batch), settings,
+        name="routers", state_dir=state_dir, resume=resume,
+    )  # fmt: skip
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+    return log
