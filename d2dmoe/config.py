@@ -35,7 +35,7 @@ class DataConfig:
     )
     sequences: str = knob(
         "auto",
-        "packed: documents joined and cut to full sequences; documents: one padded sequence each; auto: packed for causal LMs",
+        "packed: joined and cut to full sequences; documents: one padded sequence each; auto: packed for causal LMs",
         choices=("auto", "packed", "documents"),
     )
     max_length: int = knob(256, "tokens per sequence, at most the model's own limit")

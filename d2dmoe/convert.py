@@ -82,7 +82,8 @@ def convert(
         rows = evaluate(model, held_out, [{"active": a} for a in sorted({*config.active, 1.0})])
     dtype = _output_dtype(config, model_config)
     results = {
-        "d2dmoe": _version(), "command": command or ["d2dmoe", "convert", "--model", config.model], "machine": machine(),
+        "d2dmoe": _version(), "machine": machine(),
+        "command": command or ["d2dmoe", "convert", "--model", config.model],
         "seed": config.seed, "plan": plan.summary(), "minutes": round((time.time() - started) / 60, 2),
         "calibration_tokens": calibration.first(config.calibration_tokens).tokens, "router_log": log, "rows": rows,
     }  # fmt: skip

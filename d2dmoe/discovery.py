@@ -1,8 +1,9 @@
 """Find the feed-forward blocks of any model by running it once, and prove each match by its values.
 
-Every linear map is made to answer with fresh random numbers of the right shape instead of its product. If another linear
-map then receives exactly `act(those numbers)`, nothing but that activation can stand between the two. The weights play no
-part, so a skeleton without real weights (`skeleton`) is as good as the model, and no table of model classes is needed.
+Every linear map is made to answer with fresh random numbers of the right shape instead of its product. If another
+linear map then receives exactly `act(those numbers)`, nothing but that activation can stand between the two. The weights
+play no part, so a skeleton without real weights (`skeleton`) is as good as the model, and no table of model classes is
+needed.
 """
 
 from __future__ import annotations
@@ -244,9 +245,9 @@ def _match_fused(u, near):
 def _match_glu(u, near):
     same = [c for c in near if c.output.numel() == u.numel() and c.output.shape[-1] == u.shape[-1]]
     for gate, up in itertools.permutations(same, 2):
-        if gate.input.data_ptr() == up.input.data_ptr() and gate.input.shape == up.input.shape:
-            if name := _fits(gate.output.reshape(u.shape), u, up.output.reshape(u.shape)):
-                return name, up, gate, ""
+        same_input = gate.input.data_ptr() == up.input.data_ptr() and gate.input.shape == up.input.shape
+        if same_input and (name := _fits(gate.output.reshape(u.shape), u, up.output.reshape(u.shape))):
+            return name, up, gate, ""
     return None
 
 

@@ -1,8 +1,8 @@
 """Everything that touches Hugging Face internals: opening and saving converted checkpoints through `transformers`.
 
-On disk a checkpoint is the dense model, its neurons merely reordered, plus router and stand-in tensors. The quantiser hook
-of `from_pretrained` serves as a loader only: it swaps modules on the meta device, has dense tensors packed while they
-load and unpacked when they are saved, and then takes its marks off the model again.
+On disk a checkpoint is the dense model, its neurons merely reordered, plus router and stand-in tensors. The quantiser
+hook of `from_pretrained` serves as a loader only: it swaps modules on the meta device, has dense tensors packed while
+they load and unpacked when they are saved, and then takes its marks off the model again.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class D2DMoELoader(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         config: D2DMoEConfig = self.quantization_config.d2dmoe
-        here = [block for block in map(lambda b: localise(model, b), config.blocks) if block is not None]
+        here = [here for block in config.blocks if (here := localise(model, block)) is not None]
         if not here:
             raise UserError(f"{type(model).__name__} has none of the {len(config.blocks)} blocks of this checkpoint")
         for block in here:
@@ -196,7 +196,7 @@ def _named(tensors: dict[str, torch.Tensor], half: str) -> torch.Tensor:
 
 
 def conversions(blocks: list[Block], base_prefix: str | None) -> list[WeightConverter | WeightRenaming]:
-    """Load-time transforms from dense tensors to the packed ones of these blocks; `transformers` reverses them to save."""
+    """Load-time transforms from dense to packed tensors of these blocks; `transformers` reverses them to save."""
 
     def pattern(name: str) -> str:
         if base_prefix:

@@ -75,6 +75,7 @@ class ActiveCounter:
         self.possible: dict[int, int] = {}
 
     def __call__(self, index, layer, x, hidden, scores, run) -> None:
+        """See `Observer`."""
         pairs = x.shape[0] * layer.block.experts
         self.possible[index] = self.possible.get(index, 0) + pairs
         self.executed[index] = self.executed.get(index, 0) + (pairs if run is None else int(run.sum()))

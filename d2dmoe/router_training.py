@@ -51,6 +51,7 @@ class RouterSamples:
         self._order: tuple[int, Batches | None] = (-1, None)
 
     def __call__(self, number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """`(inputs, targets)` of every layer for micro-batch `number`."""
         pass_number, part = divmod(number, self.per_pass)
         if self._held[0] != pass_number:
             self._held = (pass_number, self._capture(pass_number))

@@ -78,8 +78,8 @@ def balanced_kmeans(points: np.ndarray, clusters: int, seed: int, iterations: in
 def _assign_by_regret(distances: np.ndarray, size: int) -> np.ndarray:
     """Give each point the nearest cluster with room; points with most to lose choose first.
 
-    Runs in rounds: in each, every open point bids for its nearest open cluster, and a cluster takes the bidders with the
-    largest regret up to its room. Full clusters close, so there are at most as many rounds as clusters.
+    Runs in rounds: in each, every open point bids for its nearest open cluster, and a cluster takes the bidders with
+    the largest regret up to its room. Full clusters close, so there are at most as many rounds as clusters.
     """
     count, clusters = distances.shape
     labels = np.full(count, -1)

@@ -1,7 +1,7 @@
 """The one training loop, on `accelerate`: a loss goes in, a trained module and a log come out. No method knowledge.
 
-Batches are addressed by number (`batch_at(i)`), so that a resumed run sees exactly the batches an uninterrupted one would
-have seen, and several processes take disjoint ones, without replaying a data stream.
+Batches are addressed by number (`batch_at(i)`), so that a resumed run sees exactly the batches an uninterrupted one
+would have seen, and several processes take disjoint ones, without replaying a data stream.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python recipes/gpt2_mini/train.py --data-dir ../shared/data --output-dir checkpoints/gpt2-mini
 
-Text: WikiText-2 train, the first of the two TinyStories files, and the calibration part of the built-in text. Held out:
-WikiText-2 valid, the second TinyStories file, and the held-out part of the built-in text. Interrupted, it goes on from its
-last saved state when started again with `--resume`.
+Text: WikiText-2 train, the first of the two TinyStories files, and the calibration part of the built-in text. Held
+out: WikiText-2 valid, the second TinyStories file, and the held-out part of the built-in text. Interrupted, it goes on
+from its last saved state when started again with `--resume`.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def held_out_loss(model: GPT2LMHeadModel, batches: Batches, limit: int | None = 
 
 
 def main() -> None:
+    """Train, save, measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("D2DMOE_DATA", "../shared/data")))
     parser.add_argument("--output-dir", type=Path, default=Path("checkpoints/gpt2-mini"))
@@ -111,7 +112,7 @@ def main() -> None:
             seed=arguments.seed,
             save_every=200,
             log_every=50,
-        ),  # fmt: skip
+        ),
         name="gpt2-mini",
         state_dir=arguments.output_dir.with_name(arguments.output_dir.name + ".state"),
         resume=arguments.resume,
