@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import types
 import typing
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     _quiet()
     try:
+        _check_json(arguments.json)
         return arguments.run(arguments, sys.argv[1:] if argv is None else argv)
     except UserError as error:
         if arguments.debug:
@@ -41,6 +43,14 @@ def main(argv: list[str] | None = None) -> int:
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         print(f"d2dmoe: {type(error).__name__}: {first} (--debug shows where)", file=sys.stderr)
         return 1
+
+
+def _check_json(path: str | None) -> None:
+    """Before any long work: can the figures be written there at its end?"""
+    if path:
+        above = next(p for p in Path(path).absolute().parents if p.exists())
+        if Path(path).is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+            raise UserError(f"--json {path}: cannot be written; name a file in a folder that can be")
 
 
 def _quiet() -> None:
@@ -84,10 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("eval", _eval, "quality, active fraction and FLOPs on held-out data")
     sub.add_argument("--model", required=True, help="converted or dense model: hub id or local folder")
     add_fields(sub, DataConfig)
-    sub.add_argument("--part", choices=("held_out", "calibration", "all"), help="part of the data (default: held_out of "
-                     "builtin, all of anything else)")  # fmt: skip
-    sub.add_argument("--active", metavar="A,B,…", help="active fractions, one row each (default: the stored budgets)")
-    sub.add_argument("--tau", metavar="T,U,…", help="thresholds, one row each")
+    parts = "part of the data (default: held_out of builtin, all of anything else)"
+    sub.add_argument("--part", choices=("held_out", "calibration", "all"), help=parts)
+    every = "active fractions, one row each (default: the stored budgets)"
+    sub.add_argument("--active", type=_numbers, metavar="A,B,…", help=every)
+    sub.add_argument("--tau", type=_numbers, metavar="T,U,…", help="thresholds, one row each")
     sub.add_argument("--tokens", type=int, default=0, help="stop after this many tokens; 0 for all")
     sub.add_argument("--oracle", action="store_true", help="select by true expert norms instead of the routers")
 
@@ -145,12 +156,14 @@ def _recipe(path: str | None) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--recipe {path}: {error.strerror}") from None
+        raise UserError(f"--recipe {path}: {error.strerror}; give a YAML file of convert's keys") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--recipe {path}: not valid YAML ({str(error).splitlines()[0]})") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f" near line {mark.line + 1}" if mark else ""
+        raise UserError(f"--recipe {path}: not valid YAML{where}; write one `key: value` per line") from None
     if not isinstance(content, dict):
-        raise UserError(f"--recipe {path}: must be a mapping of keys to values")
-    return content
+        raise UserError(f"--recipe {path}: not a mapping; write one `key: value` per line")
+    return {str(key): value for key, value in content.items()}
 
 
 def _emit(arguments: argparse.Namespace, command: list[str], seed: int, rows: list[dict], text: str) -> None:
@@ -205,28 +218,28 @@ def _eval(arguments: argparse.Namespace, command: list[str]) -> int:
     from . import hub
     from .data import make_batches, read_documents
     from .evaluate import evaluate
-    from .gating import stored_config
     from .report import eval_table
 
     config = resolve(DataConfig, _given(arguments, DataConfig))
-    settings = [{"active": a} for a in _numbers(arguments.active or "")]
-    settings += [{"tau": t} for t in _numbers(arguments.tau or "")]
+    if arguments.tokens < 0:
+        raise UserError(f"--tokens {arguments.tokens}: must be 0 or more; 0 is all of them")
+    settings = [{"active": a} for a in arguments.active or []] + [{"tau": t} for t in arguments.tau or []]
     for setting in settings:
         check_active(setting.get("active", 1.0))
     model_config = hub.read_config(arguments.model)
+    stored = hub.stored_config(model_config)
+    for setting in settings:
+        check_tau(setting.get("tau", 0.0), stored.gate if stored else "max")
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     config.max_length = min(config.max_length, limit) if limit and limit > 0 else config.max_length
     part = arguments.part or ("held_out" if config.data == "builtin" else "all")
     documents = read_documents(config.data, part, config.text_column)
     processor = hub.load_processor(arguments.model, model_config)
-    causal = hub.model_class(model_config).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    causal = hub.model_class(model_config, arguments.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     batches = make_batches(documents, processor, config, packed=causal)
     batches = batches.first(arguments.tokens) if arguments.tokens else batches
     model = hub.load_model(arguments.model, model_config)
-    if hub.is_converted(model_config):
-        stored = stored_config(model)
-        for setting in settings:
-            check_tau(setting.get("tau", 0.0), stored.gate)
+    if stored:
         settings = settings or [{"active": a} for a in sorted({*(b.active for b in stored.budgets), 1.0})]
     settings = [{**s, "oracle": True} for s in settings] if arguments.oracle else settings
     rows = evaluate(model, batches, settings)
@@ -250,10 +263,11 @@ def _list(arguments: argparse.Namespace, command: list[str]) -> int:
 
 
 def _env(arguments: argparse.Namespace, command: list[str]) -> int:
+    from . import __version__
     from .kernels import backends
     from .report import machine, table
 
-    facts = machine()
+    facts = {"d2dmoe": __version__, **machine()}
     rows = [{"backend": name, "live": live, "why": why} for name, live, why in backends()]
     text = table(["fact", "value"], [[k, v] for k, v in facts.items()])
     text += "\n\n" + table(

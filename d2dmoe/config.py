@@ -7,6 +7,8 @@ converted checkpoint carries in `config.json`.
 from __future__ import annotations
 
 import difflib
+import types
+import typing
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -248,16 +250,45 @@ def resolve(config_class: type, *layers: dict[str, Any]) -> Any:
             if key not in allowed:
                 close = difflib.get_close_matches(key, allowed, n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
-                raise UserError(f"unknown recipe key {key!r}{hint}")
+                raise UserError(f"unknown recipe key {key!r}{hint}; the keys are the flags of d2dmoe convert --help")
     merged: dict[str, Any] = {}
     preset = next((layer["preset"] for layer in reversed(layers) if layer.get("preset")), "default")
     if "preset" in allowed and preset in PRESETS:
         merged.update(PRESETS[preset])
+    hints = typing.get_type_hints(config_class)
     for layer in layers:
-        merged.update(layer)
+        merged.update({key: _typed(key, value, hints[key]) for key, value in layer.items()})
     config = config_class(**merged)
     check(config)
     return config
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    """The value as its key's type. YAML reads 3e-3 as text, and one number where a list may stand.
+
+    Raises:
+        UserError: If it cannot be.
+    """
+    if hint == list[float]:
+        many = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        return [_typed(key, item, float) for item in many]
+    union = isinstance(hint, types.UnionType)
+    if union and value is None:
+        return None
+    kind = next(a for a in typing.get_args(hint) if a is not types.NoneType) if union else hint
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    fits = value is not None and isinstance(value, bool) == (kind is bool) and not isinstance(value, list | dict)
+    try:
+        if kind is int and fits and not isinstance(value, int):
+            fits = float(value) == int(float(value))
+            value = int(float(value)) if fits else value
+        elif kind in (float, str) and fits:
+            value = kind(value)
+    except (ValueError, OverflowError):
+        fits = False
+    if kind in names and not fits:
+        raise UserError(f"--{key.replace('_', '-')} {value}: must be {names[kind]}")
+    return value
 
 
 def check(config: Any) -> None:
@@ -271,15 +302,23 @@ def check(config: Any) -> None:
         flag = "--" + f.name.replace("_", "-")
         if choices and value not in choices:
             raise UserError(f"{flag} {value}: must be one of {', '.join(choices)}")
-        if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
-            raise UserError(f"{flag} {value}: must not be negative")
-    for name in ("batch_size", "max_length", "router_width", "router_batch", "calibration_tokens"):
-        if getattr(config, name, 1) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+        if isinstance(value, int | float) and not isinstance(value, bool) and not value >= 0:
+            raise UserError(f"{flag} {value}: must be 0 or more")
+    least = {"max_length": 2, "batch_size": 1, "router_width": 1, "router_batch": 1, "calibration_tokens": 1}
+    for name, bound in least.items():
+        if getattr(config, name, bound) < bound:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {bound}")
+    if 0 < getattr(config, "max_experts", 0) < config.min_experts:
+        raise UserError(
+            f"--max-experts {config.max_experts}: must not be below --min-experts {config.min_experts}; 0 is no bound"
+        )
     for active in getattr(config, "active", None) or []:
         check_active(active)
     if getattr(config, "experts", 0) and getattr(config, "expert_size", 0):
-        raise UserError("give --experts or --expert-size, not both")
+        raise UserError(
+            f"give --experts or --expert-size, not both ({config.experts} and {config.expert_size}); "
+            f"0 takes one back that a recipe gives"
+        )
 
 
 def check_active(active: float) -> None:
@@ -290,6 +329,6 @@ def check_active(active: float) -> None:
 
 def check_tau(tau: float, gate: str) -> None:
     """Raises `UserError` unless this is a threshold for the gate."""
-    if tau < 0 or (gate != "absolute" and tau > 1):
+    if not 0 <= tau <= (float("inf") if gate == "absolute" else 1):
         upper = "" if gate == "absolute" else " and at most 1"
         raise UserError(f"--tau {tau:g}: a threshold of the {gate} gate is at least 0 (everything runs){upper}")

@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ def convert(
     Raises:
         UserError: For anything the user can mend, before any long work starts.
     """
-    output = Path(config.output_dir or default_output(config.model))
+    named = config.output_dir or default_output(config.model)
+    output = Path(os.path.abspath(named))
     work = output.with_name(output.name + ".partial")
     model_config = hub.read_config(config.model, config.revision)
     if hub.is_converted(model_config):
@@ -69,26 +71,28 @@ def convert(
     plan = make_plan(model_config, config)
     processor = hub.load_processor(config.model, model_config, config.revision)
     calibration, held_out = batches_for(config, model_config, plan, processor)
-    prepare_folders(output, work, plan, resume=resume, overwrite=overwrite)
-    recipe = {**asdict(config), "output_dir": str(output)}
-    _check_recipe(work, recipe, hub.fingerprint(config.model, model_config), resume)
-
+    hub.check_safetensors(config.model)
+    prepare_folders(output, work, plan, keep=(config.model, config.data), resume=resume, overwrite=overwrite)
+    recipe = {**asdict(config), "output_dir": named}
     started = time.time()
-    say(f"{len(plan.blocks)} blocks of {plan.blocks[0].experts} experts in {plan.model_class.__name__}")
-    model = hub.load_model(config.model, model_config, config.revision)
-    log = convert_model(model, config, calibration, blocks=plan.blocks, work=work, resume=resume, say=say)
-    rows = []
-    if held_out is not None:
-        rows = evaluate(model, held_out, [{"active": a} for a in sorted({*config.active, 1.0})])
-    dtype = _output_dtype(config, model_config)
-    results = {
-        "d2dmoe": _version(), "machine": machine(),
-        "command": command or ["d2dmoe", "convert", "--model", config.model],
-        "seed": config.seed, "plan": plan.summary(), "minutes": round((time.time() - started) / 60, 2),
-        "calibration_tokens": calibration.first(config.calibration_tokens).tokens, "router_log": log, "rows": rows,
-    }  # fmt: skip
-    _write(output, work, model.to(dtype), processor, recipe, results, config)
-    say(f"saved {output}")
+    with _folder_errors(output, work):
+        files = {"model": hub.fingerprint(config.model, model_config), "data": _files(config.data)}
+        _check_recipe(work, recipe, files, resume)
+        say(f"{len(plan.blocks)} blocks of {plan.blocks[0].experts} experts in {plan.model_class.__name__}")
+        model = hub.load_model(config.model, model_config, config.revision)
+        log = convert_model(model, config, calibration, blocks=plan.blocks, work=work, resume=resume, say=say)
+        rows = []
+        if held_out is not None:
+            rows = evaluate(model, held_out, [{"active": a} for a in sorted({*config.active, 1.0})])
+        results = {
+            "d2dmoe": _version(), "machine": machine(),
+            "command": command or ["d2dmoe", "convert", "--model", config.model],
+            "seed": config.seed, "plan": plan.summary(), "minutes": round((time.time() - started) / 60, 2),
+            "calibration_tokens": calibration.first(config.calibration_tokens).tokens, "router_log": log, "rows": rows,
+        }  # fmt: skip
+        model.to(_output_dtype(config, model_config))
+        _write(output, work, model, processor, recipe, results, config)
+    say(f"saved {named}")
     return results
 
 
@@ -134,15 +138,20 @@ def convert_model(
     budgets = len({a for a in config.active if a < 1})
     attach(model, stored, [orders[block.name] for block in blocks], budgets=budgets)
     _zero_constants(model)
+    _let_go_of_files(model)
     _verify(model, reference)
     log: list[dict[str, float]] = []
 
     def train() -> dict[str, torch.Tensor]:
         state_dir = work / "router-state" if work is not None else None
         log.extend(train_routers(model, batches, config, state_dir=state_dir, resume=resume))
+        if work is not None:
+            _write_text(work / "router-log.json", json.dumps(log))
         return {f"{i}.{k}": v for i, layer in enumerate(layers(model)) for k, v in layer.router.state_dict().items()}
 
     routers = _stage(work, "routers", resume, train)
+    if work is not None and not log:
+        log = json.loads((work / "router-log.json").read_text())
     for i, layer in enumerate(layers(model)):
         layer.router.load_state_dict({k: routers[f"{i}.{k}"] for k in ("hidden", "score")})
     say("routers done; calibrating")
@@ -202,6 +211,14 @@ def _verify(model: PreTrainedModel, reference: dict[str, tuple[torch.Tensor, tor
             )
 
 
+def _let_go_of_files(model: PreTrainedModel) -> None:
+    """Copy what still lies in the mapped weight files: the dense blocks in them are no longer needed in memory."""
+    packed = {id(p) for layer in layers(model) for p in layer.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in packed:
+            parameter.data = parameter.data.clone()
+
+
 def _zero_constants(model: PreTrainedModel) -> None:
     for layer in layers(model):
         if layer.constants is not None:
@@ -247,7 +264,8 @@ def _stage(
 
 def default_output(model: str) -> str:
     """`checkpoints/<model>-d2dmoe`, the last part of a path or id."""
-    return f"checkpoints/{Path(model.rstrip('/')).name}-d2dmoe"
+    path = Path(model).resolve() if Path(model).is_dir() else Path(model)
+    return f"checkpoints/{path.name}-d2dmoe"
 
 
 def batches_for(config: ConvertConfig, model_config: Any, plan: Plan, processor: Any) -> tuple[Batches, Batches | None]:
@@ -262,52 +280,109 @@ def batches_for(config: ConvertConfig, model_config: Any, plan: Plan, processor:
         return make_batches(documents, processor, config, packed=causal)
 
     calibration = make("calibration").shuffled(config.seed)
-    return calibration, make("held_out").first(config.eval_tokens) if config.eval_tokens else None
+    if not config.eval_tokens:
+        return calibration, None
+    try:
+        return calibration, make("held_out").first(config.eval_tokens)
+    except UserError as error:
+        raise UserError(f"{error} (this is the part held out for the figures; --eval-tokens 0 skips them)") from None
 
 
-def prepare_folders(output: Path, work: Path, plan: Plan, *, resume: bool, overwrite: bool) -> None:
+def prepare_folders(
+    output: Path, work: Path, plan: Plan, *, keep: tuple[str, ...] = (), resume: bool = False, overwrite: bool = False
+) -> None:
     """Check the output folder and make the working folder.
+
+    Args:
+        output: Where the checkpoint will be, absolute.
+        work: Where stages leave what an interrupted run can go on from.
+        plan: Says how much room is needed.
+        keep: Paths (or ids) that must not lie in the output folder, because it is replaced as a whole.
+        resume: The working folder of an interrupted run is welcome.
+        overwrite: So is a non-empty output folder.
 
     Raises:
         UserError: If the output is not empty, cannot be written, or the disk has too little room.
     """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output-dir {output}: is a file")
-    if output.is_dir() and any(output.iterdir()) and not (overwrite or resume):
-        raise UserError(f"--output-dir {output} is not empty; use --overwrite to replace it, or another folder")
-    if work.is_dir() and not (resume or overwrite):
-        raise UserError(f"{work} holds an interrupted conversion; use --resume to go on or --overwrite to start again")
+    for path in [Path.cwd(), *(Path(k).resolve() for k in keep if Path(k).exists())]:
+        if path.is_relative_to(output.resolve()):
+            raise UserError(f"--output-dir {output}: {path} lies in it and would be replaced; name another folder")
     try:
-        if work.is_dir() and overwrite and not resume:
+        interrupted = work.is_dir()
+        if output.exists() and not output.is_dir():
+            raise UserError(f"--output-dir {output}: is a file; name another folder")
+        if output.is_dir() and any(output.iterdir()) and not (overwrite or (resume and interrupted)):
+            raise UserError(f"--output-dir {output} is not empty; use --overwrite to replace it, or another folder")
+        if interrupted and not (resume or overwrite):
+            raise UserError(
+                f"{work} holds an interrupted conversion; use --resume to go on or --overwrite to start again"
+            )
+        free = shutil.disk_usage(next(p for p in work.parents if p.is_dir())).free
+        if free < 1.2 * plan.disk_bytes:
+            raise UserError(
+                f"--output-dir {output}: the disk has {free / 1e9:.2f} GB free, and the checkpoint needs about "
+                f"{plan.disk_bytes / 1e9:.2f} GB; free some room or name a folder on another disk"
+            )
+        if interrupted and not resume:
             shutil.rmtree(work)
         work.mkdir(parents=True, exist_ok=True)
         probe = work / ".probe"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"--output-dir {output}: cannot be written ({error.strerror or error})") from None
-    free = shutil.disk_usage(work).free
-    if free < 1.2 * plan.disk_bytes:
-        shutil.rmtree(work, ignore_errors=True)
-        raise UserError(
-            f"--output-dir {output}: {free / 1e9:.2f} GB free, and the checkpoint needs about {plan.disk_bytes / 1e9:.2f} GB"
-        )
+        raise _cannot_write(output, error) from None
 
 
-def _check_recipe(work: Path, recipe: dict[str, Any], model: dict[str, Any], resume: bool) -> None:
+def _cannot_write(output: Path, error: OSError) -> UserError:
+    reason = error.strerror or error
+    return UserError(f"--output-dir {output}: cannot be written ({reason}); name a folder that can be")
+
+
+@contextmanager
+def _folder_errors(output: Path, work: Path) -> Iterator[None]:
+    """Trouble with the disk in the user's words; a working folder that nothing could go on from does not stay.
+
+    Raises:
+        UserError: If the disk is full or cannot be written.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if _disk_full(error):
+            shutil.rmtree(work / "checkpoint", ignore_errors=True)
+            raise UserError(
+                f"--output-dir {output}: the disk is full; free some room and use --resume to go on"
+            ) from None
+        if isinstance(error, OSError) and str(output) in str(error.filename):
+            raise _cannot_write(output, error) from None
+        raise
+    finally:
+        if work.is_dir() and not any(work.rglob("*.safetensors")):
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _check_recipe(work: Path, recipe: dict[str, Any], files: dict[str, Any], resume: bool) -> None:
     """A resumed run must be the same conversion; the first key that differs is named."""
     file = work / "recipe.json"
-    wanted = json.loads(json.dumps({**recipe, "_model": model}, default=list))
+    wanted = json.loads(json.dumps({"recipe": recipe, "files": files}, default=list))
     if resume and file.exists():
         before = json.loads(file.read_text())
-        for key in sorted({*before, *wanted} - FREE_ON_RESUME):
-            if before.get(key) != wanted.get(key):
-                name = "the model's files" if key == "_model" else key
-                raise UserError(
-                    f"cannot resume {work}: {name} changed ({_short(before.get(key))} then, {_short(wanted.get(key))} now); "
-                    f"use the same values, or --overwrite to start again"
-                )
+        again = "use the same values, or --overwrite to start again"
+        for key in sorted({*before["recipe"], *recipe} - FREE_ON_RESUME):
+            then, now = before["recipe"].get(key), wanted["recipe"].get(key)
+            if then != now:
+                raise UserError(f"cannot resume {work}: {key} changed ({_short(then)} then, {_short(now)} now); {again}")
+        for kind, found in wanted["files"].items():
+            if found != before["files"].get(kind):
+                raise UserError(f"cannot resume {work}: the files of --{kind} {recipe[kind]} changed meanwhile; {again}")
     _write_text(file, json.dumps(wanted))
+
+
+def _files(path: str) -> list[Any]:
+    """Names, sizes and times of a local file or folder; empty for anything else."""
+    root = Path(path)
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
 
 def _short(value: Any) -> str:
@@ -340,20 +415,12 @@ def _write(
     """Write everything under a temporary name, then rename it to the output folder."""
     scratch = work / "checkpoint"
     shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        model.save_pretrained(scratch, max_shard_size=config.max_shard_size)
-        if processor is not None:
-            processor.save_pretrained(scratch)
-        (scratch / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-        (scratch / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        (scratch / "README.md").write_text(model_card(model, recipe, results))
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno != errno.ENOSPC and not _disk_full(error):
-            raise UserError(f"--output-dir {output}: cannot be written ({error.strerror or error})") from None
-        if not _disk_full(error):
-            raise
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise UserError(f"--output-dir {output}: the disk is full; free some room and use --resume") from None
+    model.save_pretrained(scratch, max_shard_size=config.max_shard_size)
+    if processor is not None:
+        processor.save_pretrained(scratch)
+    (scratch / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    (scratch / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (scratch / "README.md").write_text(model_card(model, recipe, results))
     old = output.with_name(output.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -364,5 +431,5 @@ def _write(
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _disk_full(error: Exception) -> bool:
+def _disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)

@@ -6,6 +6,8 @@ A *document* is a dict with one of `text`, `input_ids` (already tokenised) or `i
 from __future__ import annotations
 
 import csv
+import io
+import json
 import pydoc_data.topics
 import zlib
 from collections.abc import Sequence
@@ -45,11 +47,14 @@ def read_documents(source: str, part: str = "all", text_column: str | None = Non
     elif Path(source).exists():
         documents = _local(Path(source), part, text_column)
     elif source.startswith((".", "/", "~")) or Path(source).suffix in SUFFIXES:
-        raise UserError(f"--data {source}: no such file or folder")
+        raise UserError(
+            f"--data {source}: no such file or folder; give text/jsonl/csv/parquet files, a hub data set id or builtin"
+        )
     else:
         documents = _hub(source, part, text_column)
     if not documents:
-        raise UserError(f"--data {source}: no usable {part.replace('_', '-')} text, token ids or images in it")
+        name = "" if part == "all" else f"{part.replace('_', '-')} "
+        raise UserError(f"--data {source}: no usable {name}text, token ids or images in it; give more data")
     return documents
 
 
@@ -77,15 +82,15 @@ def _has(files: list[Path], name: str) -> bool:
 
 
 def _divide(documents: list[Document], part: str) -> list[Document]:
-    """First nine tenths for calibration, the rest held out; a single text is cut at the nearest line end."""
+    """First nine tenths for calibration, the rest held out; a single text is cut at a line end where it has one."""
     if part == "all":
         return documents
     if len(documents) == 1 and "text" in documents[0]:
         text = documents[0]["text"]
-        cut = text.rfind("\n", 0, int(len(text) * (1 - HELD_OUT_SHARE))) + 1
-        cut = cut or int(len(text) * (1 - HELD_OUT_SHARE))
+        most = int(len(text) * (1 - HELD_OUT_SHARE))
+        cut = text.rfind("\n", len(text) // 2, most) + 1 or most
         return [{"text": text[:cut] if part == "calibration" else text[cut:]}]
-    cut = max(1, round(len(documents) * (1 - HELD_OUT_SHARE)))
+    cut = max(1, min(len(documents) - 1, round(len(documents) * (1 - HELD_OUT_SHARE))))
     return documents[:cut] if part == "calibration" else documents[cut:]
 
 
@@ -95,9 +100,14 @@ def _read_file(path: Path, text_column: str | None) -> list[Document]:
     if path.suffix == ".parquet":
         from datasets import load_dataset
 
-        return _from_table(load_dataset("parquet", data_files=str(path), split="train"), str(path), text_column)
+        try:
+            table = load_dataset("parquet", data_files=str(path), split="train")
+        except Exception as error:
+            reason = str(error.__cause__ or error).strip().partition("\n")[0]
+            raise UserError(f"--data {path}: not a parquet file with rows in it ({reason})") from None
+        return _from_table(table, str(path), text_column)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"--data {path}: not UTF-8 text (byte {error.start}); convert it, for instance with iconv"
@@ -106,21 +116,41 @@ def _read_file(path: Path, text_column: str | None) -> list[Document]:
     if kind == "text":
         return [{"text": piece.strip("\n")} for piece in text.split(SEPARATOR) if piece.strip()]
     if kind == "csv":
-        delimiter = csv.Sniffer().sniff(text[:4096], delimiters=",;\t|").delimiter
-        rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
-        return _from_rows(rows, str(path), text_column)
+        return _from_rows(_csv_rows(path, text), str(path), text_column)
     return _from_rows(_json_rows(path, text), str(path), text_column)
 
 
-def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
-    import json
-
+def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
+    header = text.splitlines()[0]
+    delimiter = max("\t" if path.suffix == ".tsv" else ",", ";", "\t", "|", key=header.count)
+    csv.field_size_limit(2**31 - 1)  # a field may hold a whole document
+    reader, rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), []
     try:
-        if path.suffix == ".json" and text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise UserError(f"--data {path}: not valid JSON near character {error.pos}: {error.msg}") from None
+        for row in reader:
+            if None in row:  # what has no column: most likely the rest of a text that holds the delimiter
+                raise csv.Error(f"line {reader.line_num} has more fields than the header")
+            rows.append(row)
+    except csv.Error as error:
+        raise UserError(
+            f"--data {path}: not valid CSV ({error}); quote fields that hold {delimiter!r}, quotes or line ends"
+        ) from None
+    return rows
+
+
+def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
+    listed = path.suffix == ".json" and text.lstrip().startswith("[")
+    rows = []
+    for number, line in [(1, text)] if listed else enumerate(text.split("\n"), 1):
+        try:
+            rows += json.loads(line) if listed else [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            line_number = number + error.lineno - 1
+            raise UserError(
+                f"--data {path}: not valid JSON in line {line_number}: {error.msg}; write one object per line"
+            ) from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f'--data {path}: every row must be an object such as {{"text": "…"}}')
+    return rows
 
 
 def _from_rows(rows: list[dict[str, Any]], source: str, text_column: str | None) -> list[Document]:
@@ -139,8 +169,10 @@ def _from_table(table: Any, source: str, text_column: str | None) -> list[Docume
 
 
 def _select(rows: Any, columns: list[str], source: str, text_column: str | None) -> list[Document]:
-    label = next((c for c in LABEL_COLUMNS if c in columns), None)
-    first = rows[0] if len(rows) else {}
+    if not len(rows):
+        return []
+    first = rows[0]
+    label = next((c for c in LABEL_COLUMNS if c in columns and _is_class(first[c])), None)
     if text_column is not None and text_column not in columns:
         raise UserError(f"--data {source}: no column {text_column!r}; it has {', '.join(columns)}")
     image = next((c for c in ("image", "img", "pixel_values") if c in columns), None)
@@ -150,18 +182,26 @@ def _select(rows: Any, columns: list[str], source: str, text_column: str | None)
     elif text_column is None and image:
         kind, column = "image", image
     else:
-        strings = [c for c in columns if isinstance(first[c], str) and c != label]
+        strings = [c for c in columns if isinstance(first[c], str) and c not in LABEL_COLUMNS]
         named = [c for c in TEXT_COLUMNS if c in strings]
         column = text_column or (named[0] if named else strings[0] if len(strings) == 1 else None)
         kind = "text"
     if column is None:
         raise UserError(f"--data {source}: cannot tell the text column among {', '.join(columns)}; give --text-column")
-    return [{kind: row[column], **({"label": row[label]} if label else {})} for row in rows if row[column]]
+    return [{kind: row[column], **({"label": row[label]} if label else {})} for row in rows if row.get(column)]
+
+
+def _is_class(value: Any) -> bool:
+    """Whether this is a class number; words and scores are no labels here."""
+    return isinstance(value, int) or (isinstance(value, str) and value.strip().isdecimal())
 
 
 def _hub(source: str, part: str, text_column: str | None) -> list[Document]:
     from datasets import load_dataset
 
+    from .hub import reachable
+
+    reachable()
     name, _, configuration = source.partition(":")
     try:
         splits = load_dataset(name, configuration or None)
@@ -213,8 +253,6 @@ class Batches(Sequence[dict[str, torch.Tensor]]):
         return batch
 
     def _pixels(self, items: list[Document]) -> torch.Tensor:
-        import io
-
         from PIL import Image
 
         images = [Image.open(io.BytesIO(item["image"]["bytes"])).convert("RGB") for item in items]
@@ -264,8 +302,8 @@ def make_batches(documents: list[Document], processor: Any, config: DataConfig, 
         return Batches(items, config.batch_size, pad_id=pad_id)
     if processor is None or not callable(getattr(processor, "encode", None)):
         raise UserError(
-            f"--data {config.data} is text, and the model comes with no tokenizer; give data with an `input_ids` column "
-            f"(jsonl or parquet), or an `image` column for a vision model"
+            f"--data {config.data} is text, and the model comes with no tokenizer; give data with an `input_ids` "
+            f"column (jsonl or parquet), or an `image` column for a vision model"
         )
     packed = packed if config.sequences == "auto" else config.sequences == "packed"
     items = _pack(documents, processor, config) if packed else _chunk(documents, processor, config)
@@ -281,9 +319,9 @@ def _pack(documents: list[Document], tokenizer: Any, config: DataConfig) -> list
     joint = [] if marks_itself or len(documents) < 2 or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     encoded = tokenizer([d["text"] for d in documents], verbose=False)["input_ids"]
-    for row in encoded:
+    for number, row in enumerate(encoded):
+        ids.extend(joint if number else [])
         ids.extend(row)
-        ids.extend(joint)
     length = config.max_length
     if len(ids) < length:
         raise UserError(

@@ -13,7 +13,7 @@ from torch import nn
 from .experts import layers
 from .flops import dense_ffn_flops, model_flops, sparse_ffn_flops
 from .gating import set_gate, stored_config
-from .observe import ActiveCounter, model_inputs, observing
+from .observe import ActiveCounter, model_inputs, observing, pieces
 from .progress import progress
 
 
@@ -37,7 +37,7 @@ def evaluate(model: nn.Module, batches: Sequence, settings: list[dict[str, float
     config = stored_config(model)
     with set_gate(model, active=1):
         dense, tokens, dense_ms, _ = _measure(model, batches, metric, "dense")
-        inputs = model_inputs(model, batches[0])
+        inputs = model_inputs(model, next(pieces(batches, _row_limit(model, batches))))
         total = model_flops(model, inputs) / _positions(model, inputs)
     rows = []
     for setting in settings:
@@ -99,7 +99,7 @@ def _measure(model: nn.Module, batches: Sequence, metric: str, name: str) -> tup
     """Metric, tokens it was taken over, milliseconds per token of the forward passes, and the active counter."""
     counter, total, count, tokens, seconds = ActiveCounter(), 0.0, 0, 0, 0.0
     with observing(model, counter) as current:
-        for batch in progress(batches, desc=f"eval {name}"):
+        for batch in progress(pieces(batches, _row_limit(model, batches)), desc=f"eval {name}"):
             current["mask"] = batch.get("attention_mask")
             inputs = model_inputs(model, batch)
             started = time.perf_counter()
@@ -114,6 +114,16 @@ def _measure(model: nn.Module, batches: Sequence, metric: str, name: str) -> tup
     if metric == "perplexity":
         value = math.exp(value)
     return value, tokens, 1000 * seconds / max(tokens, 1), counter
+
+
+LOGITS_HELD = 2**25  # elements, 128 MB in fp32
+
+
+def _row_limit(model: nn.Module, batches: Sequence) -> int:
+    """Sequences per forward pass, so that logits over a large vocabulary stay small."""
+    ids = batches[0].get("input_ids")
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0) if ids is not None else 0
+    return max(1, LOGITS_HELD // (ids.shape[1] * vocabulary)) if vocabulary else 2**30
 
 
 def _negative_log_likelihood(model, inputs, output, batch) -> tuple[float, int]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
+from huggingface_hub import errors
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from .config import UserError
+from .config import D2DMoEConfig, UserError
 
 LOCAL_WAYS = (
     "local ways: a folder written by save_pretrained, the bundled checkpoints/gpt2-mini, an earlier download with "
@@ -30,8 +34,14 @@ def read_config(name: str, revision: str | None = None) -> Any:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"--model {name}: the folder has no config.json; it must be one written by save_pretrained")
-    elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"--model {name}: no such folder")
+    elif path.exists():
+        raise UserError(f"--model {name}: a file; give the folder that save_pretrained wrote, or a hub id")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(
+            f"--model {name}: no such folder; check the path, or give a hub id such as openai-community/gpt2"
+        )
+    else:
+        reachable()
     try:
         return AutoConfig.from_pretrained(name, revision=revision)
     except UserError:
@@ -40,18 +50,49 @@ def read_config(name: str, revision: str | None = None) -> Any:
         raise _explain(name, error) from None
 
 
+@functools.cache
+def reachable() -> bool:
+    """Whether the hub answers. Asked once; if not, this process goes offline as with `HF_HUB_OFFLINE=1`.
+
+    Its client would otherwise retry every file for half a minute. Earlier downloads are still found.
+    """
+    if huggingface_hub.is_offline_mode():
+        return False
+    try:
+        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+    except Exception:
+        import datasets
+
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        return False
+    return True
+
+
 def _explain(name: str, error: Exception) -> UserError:
     """Which of the usual mishaps this is."""
-    text = str(error)
     if Path(name).is_dir():
-        return UserError(f"--model {name}: its config.json cannot be read ({_first_line(text)})")
-    if "trust_remote_code" in text:
-        return UserError(f"--model {name}: it needs its own code, which d2dmoe does not run")
-    if "gated" in text.lower() or "401" in text or "403" in text:
-        return UserError(f"--model {name}: the hub refuses access; log in with `hf auth login`")
-    if "not a valid model identifier" in text or "404" in text:
-        return UserError(f"--model {name}: neither a local folder nor a model on the hub; check the spelling")
-    return UserError(f"--model {name}: not a local folder, and the hub cannot be reached; {LOCAL_WAYS}")
+        return UserError(f"--model {name}: its config.json cannot be read ({_first_line(str(error))})")
+    if "trust_remote_code" in str(error):
+        return UserError(f"--model {name}: it needs its own code, which d2dmoe does not run; give another model")
+    for cause in _causes(error):
+        if isinstance(cause, errors.GatedRepoError):
+            return UserError(
+                f"--model {name}: the hub refuses access; ask for it there and log in with `hf auth login`"
+            )
+        if isinstance(cause, errors.RepositoryNotFoundError | errors.HFValidationError):
+            return UserError(f"--model {name}: neither a local folder nor a model on the hub; check the spelling")
+        if isinstance(cause, errors.RevisionNotFoundError):
+            return UserError(f"--model {name}: the hub has no such --revision of it")
+        if isinstance(cause, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | ConnectionError):
+            return UserError(f"--model {name}: not a local folder, and the hub cannot be reached; {LOCAL_WAYS}")
+    return UserError(f"--model {name}: it cannot be opened ({_first_line(str(error))}); give another model")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _first_line(text: str) -> str:
@@ -63,6 +104,18 @@ def is_converted(config: Any) -> bool:
     stored = getattr(config, "quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     return method == "d2dmoe"
+
+
+def stored_config(config: Any) -> D2DMoEConfig | None:
+    """The conversion's record in this config, `None` for a dense model.
+
+    Raises:
+        UserError: If a newer d2dmoe wrote it.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if not is_converted(config):
+        return None
+    return D2DMoEConfig.from_dict(stored) if isinstance(stored, dict) else stored.d2dmoe
 
 
 def model_class(config: Any, name: str = "") -> type[PreTrainedModel]:
@@ -89,7 +142,7 @@ def load_model(
     Raises:
         UserError: If the weights are missing, truncated or do not fit.
     """
-    _check_safetensors(name)
+    check_safetensors(name)
     try:
         model, info = model_class(config, name).from_pretrained(
             name, revision=revision, dtype=dtype, output_loading_info=True, low_cpu_mem_usage=True
@@ -110,8 +163,12 @@ def load_model(
     return model.eval()
 
 
-def _check_safetensors(name: str) -> None:
-    """A file shorter than its own header says was cut off while copying."""
+def check_safetensors(name: str) -> None:
+    """A file shorter than its own header says was cut off while copying.
+
+    Raises:
+        UserError: Naming the file.
+    """
     if not Path(name).is_dir():
         return
     for file in sorted(Path(name).glob("*.safetensors")):

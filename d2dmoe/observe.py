@@ -58,11 +58,31 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[dict[str, torch.
             layer.observer = None
 
 
+TOKENS_AT_ONCE = 2048
+
+
+def pieces(batches: Iterable[dict[str, Any]], row_limit: int = 2**30) -> Iterator[dict[str, Any]]:
+    """The batches cut to at most `TOKENS_AT_ONCE` tokens and `row_limit` sequences, which bounds what a pass holds."""
+    for batch in batches:
+        first = next(iter(batch.values()))
+        length = batch["input_ids"].shape[1] if "input_ids" in batch else 1
+        rows = max(1, min(row_limit, TOKENS_AT_ONCE // length))
+        for start in range(0, len(first), rows):
+            yield {k: v[start : start + rows] for k, v in batch.items()}
+
+
+def trunk(model: nn.Module) -> nn.Module:
+    """The model without its head where every converted layer is below: logits can be larger than everything else."""
+    base = getattr(model, "base_model", model)
+    return base if len(layers(base)) == len(layers(model)) else model
+
+
 @torch.no_grad()
 def run_observed(model: nn.Module, batches: Iterable[dict[str, Any]], observer: Observer, *, name: str = "") -> None:
-    """One pass of the model over the batches with `observer` in every layer."""
+    """One pass of the model, without its head, over the batches with `observer` in every layer."""
+    model = trunk(model)
     with observing(model, observer) as current:
-        for batch in progress(batches, desc=name, disable=not name):
+        for batch in progress(pieces(batches), desc=name, disable=not name):
             current["mask"] = batch.get("attention_mask")
             model(**model_inputs(model, batch))
 

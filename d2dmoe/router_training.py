@@ -72,7 +72,7 @@ class RouterSamples:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + pass_number)
 
         def collect(index, layer, x, hidden, scores, run):
-            room = ROWS_HELD // layer.block.calls
+            room = min(ROWS_HELD // layer.block.calls, x.shape[0])
             keep = torch.randperm(x.shape[0], generator=generator)[:room].to(x.device)
             held.setdefault(index, []).append((x[keep].clone(), expert_norms(hidden[:, keep], layer.down_weight)))
 

@@ -21,8 +21,11 @@ def split_neurons(method: str, rows: torch.Tensor, experts: int, seed: int = 0) 
 
     Returns:
         Neuron indices ``(width,)``.
+
+    Raises:
+        ValueError: If the number of experts does not divide the width.
     """
-    if rows.shape[0] % experts:
+    if experts < 1 or rows.shape[0] % experts:
         raise ValueError(f"{experts} experts do not divide {rows.shape[0]} neurons")
     if experts in (1, rows.shape[0]):
         return torch.arange(rows.shape[0])

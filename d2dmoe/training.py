@@ -49,7 +49,8 @@ def train(
             entries are logged.
         config: Steps, learning rate and so on.
         name: Shown on the progress bar.
-        state_dir: Folder for resumable states; `None` keeps none. It is removed when training completes.
+        state_dir: Folder for resumable states; `None` keeps none. It is removed when training completes, and a state
+            that is there already is removed unless `resume`.
         resume: Continue from `state_dir` if it holds a state of this very config.
         evaluate: Called after the last step and at every saved state; its figures join the log row.
 
@@ -60,7 +61,8 @@ def train(
         UserError: If the saved state was made with another config (the differing key is named), or the loss
             became NaN or infinite.
     """
-    accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else "no")
+    # Autocast is ours, not the accelerator's: its precision holds for the whole process and patches the model for good.
+    accelerator = Accelerator()
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=tuple(config.adam_betas)
     )
@@ -75,6 +77,9 @@ def train(
     log: list[dict[str, float]] = []
     running: dict[str, float] = {}
     first_step = 0
+    if state_dir is not None and accelerator.is_main_process:
+        _recover(state_dir) if resume else _remove(state_dir)
+    accelerator.wait_for_everyone()
     if state_dir is not None and resume and (state_dir / "state.json").exists():
         first_step, log, running = _load_state(state_dir, model, optimizer, scheduler, config)
     else:
@@ -83,7 +88,9 @@ def train(
     for step in bar:
         for micro in range(config.accumulation):
             number = (step * config.accumulation + micro) * accelerator.num_processes + accelerator.process_index
-            figures = loss_function(prepared, batch_at(number))
+            batch = batch_at(number)
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.bf16):
+                figures = loss_function(prepared, batch)
             figures = figures if isinstance(figures, Mapping) else {"loss": figures}
             accelerator.backward(figures["loss"] / config.accumulation)
             for key, value in figures.items():
@@ -106,47 +113,71 @@ def train(
         saving = state_dir is not None and config.save_every and (step + 1) % config.save_every == 0 and not last
         if evaluate is not None and (saving or last):
             prepared.eval()
-            log.append({"step": step + 1, **evaluate(model)})
+            if not log or log[-1]["step"] != step + 1:
+                log.append({"step": step + 1})
+            log[-1].update(evaluate(model))
             prepared.train()
         if saving and accelerator.is_main_process:
             _save_state(state_dir, model, optimizer, scheduler, config, step + 1, log, running)
     prepared.eval()
     if state_dir is not None and accelerator.is_main_process:
-        shutil.rmtree(state_dir, ignore_errors=True)
+        _remove(state_dir)
     return log
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices are decayed, vectors (biases, norms) are not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
+    """Matrices are decayed, vectors (biases, norms) are not; a bias stays one when it is laid out by expert."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.ndim > 1 and not name.endswith("bias") else plain).append(parameter)
+    if not decayed and not plain:
         raise ValueError("the model has no parameter that requires a gradient")
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
 def _save_state(state_dir, model, optimizer, scheduler, config, step, log, running) -> None:
     """Write tensors as safetensors and the rest as JSON, under a temporary name that is then renamed."""
     tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in model.named_parameters() if v.requires_grad}
+    tensors.update(
+        {f"buffer.{k}": v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in model.named_buffers()}
+    )
     optimizer_state = optimizer.state_dict()["state"]
     for index, slots in optimizer_state.items():
         tensors.update({f"optimizer.{index}.{k}": v.cpu().contiguous() for k, v in slots.items()})
     tensors["rng"] = torch.get_rng_state()
-    scratch = state_dir.with_name(state_dir.name + ".tmp")
+    if torch.cuda.is_available():
+        tensors["rng_cuda"] = torch.cuda.get_rng_state()
+    scratch, old = _beside(state_dir)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     save_file(tensors, scratch / "state.safetensors")
     meta = {"step": step, "log": log, "running": running, "config": asdict(config), "scheduler": scheduler.state_dict()}
     (scratch / "state.json").write_text(json.dumps(meta, default=list))
-    old = state_dir.with_name(state_dir.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if state_dir.exists():
         os.replace(state_dir, old)
     os.replace(scratch, state_dir)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(state_dir: Path) -> tuple[Path, Path]:
+    """Where a state is written first, and where the one before it waits until the new one is in its place."""
+    return state_dir.with_name(state_dir.name + ".tmp"), state_dir.with_name(state_dir.name + ".old")
+
+
+def _recover(state_dir: Path) -> None:
+    """Put the older state back if the process died while a new one took its place."""
+    _, old = _beside(state_dir)
+    if not state_dir.exists() and old.exists():
+        os.replace(old, state_dir)
+
+
+def _remove(state_dir: Path) -> None:
+    """Delete the state and whatever an interrupted `_save_state` left beside it."""
+    for folder in (state_dir, *_beside(state_dir)):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _load_state(state_dir, model, optimizer, scheduler, config) -> tuple[int, list[dict[str, float]], dict[str, float]]:
@@ -160,13 +191,15 @@ def _load_state(state_dir, model, optimizer, scheduler, config) -> tuple[int, li
                 f"use the same recipe, or start again with --overwrite"
             )
     tensors = load_file(state_dir / "state.safetensors")
-    parameters = dict(model.named_parameters())
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     slots: dict[int, dict[str, torch.Tensor]] = {}
     with torch.no_grad():
         for key, value in tensors.items():
             kind, _, rest = key.partition(".")
             if kind == "model":
                 parameters[rest].copy_(value)
+            elif kind == "buffer" and not torch.equal(buffers[rest].cpu(), value):
+                buffers[rest].copy_(value)
             elif kind == "optimizer":
                 index, _, slot = rest.partition(".")
                 slots.setdefault(int(index), {})[slot] = value
@@ -174,5 +207,9 @@ def _load_state(state_dir, model, optimizer, scheduler, config) -> tuple[int, li
     state["state"] = slots
     optimizer.load_state_dict(state)
     scheduler.load_state_dict(meta["scheduler"])
+    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate  # a scheduler sets it only when it steps
     torch.set_rng_state(tensors["rng"])
+    if "rng_cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng_cuda"])
     return meta["step"], meta["log"], meta["running"]
