@@ -54,7 +54,7 @@ def threshold_curve(model: nn.Module, batches: Sequence, gate: str, thresholds: 
 
     def collect(index, layer, x, hidden, scores, run):
         priority = GATES[gate](layer.router(x).float())
-        histograms[index] += torch.histc(priority, bins=BINS, min=0.0, max=1.0).double()
+        histograms[index] += torch.histc(priority, bins=BINS, min=0.0, max=1.0).double().cpu()
 
     with set_gate(model, tau=0):
         run_observed(model, batches, collect, name="thresholds")
@@ -127,6 +127,8 @@ def bisect(
 ) -> tuple[float, float]:
     """Argument at which a rising function reaches `target`, within `SEARCH_TOLERANCE`; the best of the points tried."""
     point, best = start, (start, float("inf"))
+    before: tuple[float, float] | None = None
+    slope = 1.0  # the curve is nearly the identity; corrected by what is measured
     for _ in range(SEARCH_STEPS):
         value = measure(point)
         if abs(value - target) < abs(best[1] - target):
@@ -134,6 +136,9 @@ def bisect(
         if abs(value - target) <= SEARCH_TOLERANCE * target:
             break
         low, high = (point, high) if value < target else (low, point)
-        step = point + (target - value)  # the curve is nearly the identity, so this lands close
+        if before is not None:
+            slope = (value - before[1]) / (point - before[0])
+        before = (point, value)
+        step = point + (target - value) / slope if slope > 0 else low
         point = step if low < step < high else (low + high) / 2
     return best

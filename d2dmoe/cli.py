@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"d2dmoe: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("d2dmoe: interrupted", file=sys.stderr)
+        print("d2dmoe: interrupted" + "; --resume goes on" * (arguments.run is _convert), file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1
@@ -183,8 +183,6 @@ def _convert(arguments: argparse.Namespace, command: list[str]) -> int:
 
     if arguments.dry_run:
         model_config = hub.read_config(config.model, config.revision)
-        if hub.is_converted(model_config):
-            raise UserError(f"--model {config.model} is already a converted checkpoint")
         plan = make_plan(model_config, config)
         _emit(arguments, command, config.seed, [plan.summary()], _plan_text(plan, config))
         return 0
@@ -258,7 +256,7 @@ def _list(arguments: argparse.Namespace, command: list[str]) -> int:
     rows = describe(discover(model))
     _emit(arguments, command, 0, rows, list_table(rows))
     if not any(row["converted"] for row in rows):
-        raise UserError(f"--model {arguments.model}: no feed-forward block found")
+        raise UserError(f"--model {arguments.model}: no feed-forward block found; give another model")
     return 0
 
 

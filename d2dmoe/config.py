@@ -7,6 +7,7 @@ converted checkpoint carries in `config.json`.
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
@@ -312,6 +313,9 @@ def check(config: Any) -> None:
         raise UserError(
             f"--max-experts {config.max_experts}: must not be below --min-experts {config.min_experts}; 0 is no bound"
         )
+    size = getattr(config, "max_shard_size", "1GB")
+    if not re.fullmatch(r"\s*0*[1-9]\d*(\.\d+)?\s*[KMGT]B\s*", size, re.IGNORECASE):
+        raise UserError(f"--max-shard-size {size}: must be a number and KB, MB, GB or TB, for instance 5GB")
     for active in getattr(config, "active", None) or []:
         check_active(active)
     if getattr(config, "experts", 0) and getattr(config, "expert_size", 0):

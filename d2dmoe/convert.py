@@ -66,8 +66,6 @@ def convert(
     output = Path(os.path.abspath(named))
     work = output.with_name(output.name + ".partial")
     model_config = hub.read_config(config.model, config.revision)
-    if hub.is_converted(model_config):
-        raise UserError(f"--model {config.model} is already a converted checkpoint; give the dense model it came from")
     plan = make_plan(model_config, config)
     processor = hub.load_processor(config.model, model_config, config.revision)
     calibration, held_out = batches_for(config, model_config, plan, processor)
@@ -78,8 +76,8 @@ def convert(
     with _folder_errors(output, work):
         files = {"model": hub.fingerprint(config.model, model_config), "data": _files(config.data)}
         _check_recipe(work, recipe, files, resume)
-        say(f"{len(plan.blocks)} blocks of {plan.blocks[0].experts} experts in {plan.model_class.__name__}")
         model = hub.load_model(config.model, model_config, config.revision)
+        say(f"{len(plan.blocks)} blocks of {plan.blocks[0].experts} experts in {plan.model_class.__name__}")
         log = convert_model(model, config, calibration, blocks=plan.blocks, work=work, resume=resume, say=say)
         rows = []
         if held_out is not None:
@@ -367,14 +365,14 @@ def _check_recipe(work: Path, recipe: dict[str, Any], files: dict[str, Any], res
     wanted = json.loads(json.dumps({"recipe": recipe, "files": files}, default=list))
     if resume and file.exists():
         before = json.loads(file.read_text())
-        again = "use the same values, or --overwrite to start again"
+        stop, again = f"cannot resume {work}", "use the same, or --overwrite to start again"
         for key in sorted({*before["recipe"], *recipe} - FREE_ON_RESUME):
             then, now = before["recipe"].get(key), wanted["recipe"].get(key)
             if then != now:
-                raise UserError(f"cannot resume {work}: {key} changed ({_short(then)} then, {_short(now)} now); {again}")
+                raise UserError(f"{stop}: {key} changed ({_short(then)} then, {_short(now)} now); {again}")
         for kind, found in wanted["files"].items():
             if found != before["files"].get(kind):
-                raise UserError(f"cannot resume {work}: the files of --{kind} {recipe[kind]} changed meanwhile; {again}")
+                raise UserError(f"{stop}: the files of --{kind} {recipe[kind]} changed meanwhile; {again}")
     _write_text(file, json.dumps(wanted))
 
 

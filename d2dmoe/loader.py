@@ -60,7 +60,13 @@ class D2DMoELoader(HfQuantizer):
         if not self.pre_quantized:
             raise UserError("d2dmoe converts with `d2dmoe convert`, not with from_pretrained(quantization_config=…)")
 
+    def update_dtype(self, dtype: Any) -> Any:
+        """Nothing to change; remembered for `_cast`."""
+        self._dtype = dtype
+        return dtype
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        self._model = model
         config: D2DMoEConfig = self.quantization_config.d2dmoe
         here = [here for block in config.blocks if (here := localise(model, block)) is not None]
         if not here:
@@ -69,16 +75,17 @@ class D2DMoELoader(HfQuantizer):
             mount(model, make_layer(model, block, config, budgets=len(config.budgets)))
 
     def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
-        """Add ours to the model's own (transformers 5.17 does not pass the model)."""
-        blocks = self.quantization_config.d2dmoe.blocks
-        if model is not None:
-            blocks = [layer.block for layer in layers(model)]
-        return [*weight_conversions, *conversions(blocks, getattr(model, "base_model_prefix", None))]
+        """Add ours to the model's own (transformers 5.17 does not pass the model, which has been seen before)."""
+        model = model if model is not None else self._model
+        blocks = [layer.block for layer in layers(model)]
+        return [*weight_conversions, *conversions(blocks, model.base_model_prefix)]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         config = self.quantization_config.d2dmoe
+        self._model = None
         _take_marks_off(model)
         _refuse_missing(model)
+        _cast(model, self._dtype)
         if len(layers(model)) != len(config.blocks):
             keep = {layer.block.up for layer in layers(model)}
             _drop_blocks(config, [_match_local(model, b) in keep for b in config.blocks])
@@ -109,6 +116,15 @@ def _refuse_missing(model: PreTrainedModel) -> None:
         for name, parameter in layer.named_parameters():
             if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False):
                 raise UserError(f"the checkpoint lacks {layer.block.name}.{name}; convert the model again")
+
+
+def _cast(model: PreTrainedModel, dtype: Any) -> None:
+    """Converted tensors keep the dtype of the file in transformers 5.17, whatever dtype was asked for."""
+    if isinstance(dtype, torch.dtype):
+        for layer in layers(model):
+            for parameter in layer.parameters():
+                if parameter.dtype != dtype:
+                    parameter.data = parameter.data.to(dtype)
 
 
 def _drop_blocks(config: D2DMoEConfig, keep: list[bool]) -> None:
@@ -170,13 +186,17 @@ class Pack(ConversionOps):
         self.experts, self.layout, self.order, self.reverse = experts, layout, order, reverse
 
     def convert(
-        self, input_dict: dict[str, Any], source_patterns, target_patterns, **_: Any
+        self, input_dict: dict[str, Any], source_patterns, target_patterns, full_layer_name: str = "", **_: Any
     ) -> dict[str, torch.Tensor]:
-        """See `ConversionOps`; `order` names the halves of a fused projection."""
+        """See `ConversionOps`; `order` names the halves of a fused projection.
+
+        A dense tensor goes by its full name: transformers 5.17 has applied the model's own renamings to it by then and
+        would not find the pattern in it.
+        """
         tensors = {k: v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
         if self.reverse:
             parts = [unpack(_named(tensors, half), self.layout) for half in self.order or ("",)]
-            return {target_patterns[0]: parts[0] if len(parts) == 1 else torch.cat(parts, dim=self._fused_dim)}
+            return {full_layer_name: parts[0] if len(parts) == 1 else torch.cat(parts, dim=self._fused_dim)}
         (tensor,) = tensors.values()
         parts = tensor.chunk(len(self.order), dim=self._fused_dim) if self.order else [tensor]
         return {t: pack(p, self.experts, self.layout) for t, p in zip(target_patterns, parts, strict=True)}

@@ -9,7 +9,7 @@ from torch import nn
 
 from .config import Block, ConvertConfig, UserError, choose_experts
 from .discovery import Discovery, discover, skeleton
-from .hub import model_class
+from .hub import is_converted, model_class
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BASE_MEMORY = 700 * 2**20  # Python with torch and transformers imported
@@ -47,16 +47,22 @@ def make_plan(model_config: Any, config: ConvertConfig) -> Plan:
     """Discover the blocks on a skeleton of the model, choose their experts and count.
 
     Raises:
-        UserError: If no block is found, or the experts do not divide a width.
+        UserError: If the model is a converted one, no block is found, or the experts do not divide a width.
     """
+    if is_converted(model_config):
+        raise UserError(f"--model {config.model} is already a converted checkpoint; give the dense model it came from")
     kind = model_class(model_config, config.model)
     model = skeleton(kind, model_config)
+    model.tie_weights()
     discovery = discover(model)
     if not discovery.blocks:
         reasons = "; ".join(f"{block.up}: {why}" for block, why in discovery.refused[:3])
-        raise UserError(f"--model {config.model}: no feed-forward block found" + (f" ({reasons})" if reasons else ""))
+        found = "no feed-forward block found" + (f" ({reasons})" if reasons else "")
+        raise UserError(f"--model {config.model}: {found}; d2dmoe list shows what is in it")
     for block in discovery.blocks:
         block.experts = choose_experts(block, config.experts, config.expert_size)
+        if config.min_experts > block.experts:
+            raise UserError(f"--min-experts {config.min_experts}: {block.name} has {block.experts} experts in all")
     dense = sum(p.numel() for p in model.parameters())
     added = sum(_added(block, config) for block in discovery.blocks)
     stored = BYTES.get(config.dtype) or BYTES.get(str(getattr(model_config, "dtype", "")).removeprefix("torch."), 4)

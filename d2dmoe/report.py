@@ -79,11 +79,11 @@ def list_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         pattern = ".".join("*" if part.isdigit() else part for part in row["name"].split("."))
         key = (pattern, row["kind"], row["activation"], row["d_model"], row["width"], row["converted"], row["why"])
-        folded.setdefault(key, [0, row["divisors"]])[0] += 1
+        folded.setdefault(key, [0, row["divisors"], row["name"]])[0] += 1
     body = [
-        [name, count, kind, activation or "", f"{inputs}->{width}", "yes" if converted else "no",
-         why or "divisors " + _some(divs)]
-        for (name, kind, activation, inputs, width, converted, why), (count, divs) in folded.items()
+        [name if count == 1 else pattern, count, kind, activation or "", f"{inputs}->{width}",
+         "yes" if converted else "no", why or "divisors " + _some(divs)]
+        for (pattern, kind, activation, inputs, width, converted, why), (count, divs, name) in folded.items()
     ]  # fmt: skip
     return table(["module", "count", "kind", "activation", "size", "converted", "why / expert counts"], body)
 

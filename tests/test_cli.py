@@ -152,6 +152,18 @@ def test_the_written_recipe_repeats_the_conversion(home: Path, d2dmoe, tmp_path:
     assert yaml.safe_load((tmp_path / "seed" / "recipe.yaml").read_text())["seed"] == 1
 
 
+def test_shards_and_half_precision(home: Path, d2dmoe, tmp_path: Path) -> None:
+    flags = ["--max-shard-size", "20KB", "--dtype", "bfloat16"]
+    d2dmoe(*convert_argv(home / "dense", home / "text.txt", tmp_path / "out", *flags))
+    assert "model.safetensors.index.json" in names(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    argv = ["eval", "--model", tmp_path / "out", "--data", home / "text.txt", "--max-length", 32, "--active", 1]
+    d2dmoe(*argv, "--json", tmp_path / "f.json")
+    d2dmoe("eval", "--model", home / "dense", *argv[3:7], "--json", tmp_path / "g.json")
+    (half,), (full,) = (figures(tmp_path / name)["rows"] for name in ("f.json", "g.json"))
+    assert half["metric"]["value"] == pytest.approx(full["metric"]["value"], rel=0.02)
+
+
 def test_the_default_output_folder(home: Path, d2dmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     argv = convert_argv(home / "dense", home / "text.txt", "")
@@ -330,6 +342,19 @@ def test_a_killed_conversion_is_started_again_with_overwrite(home: Path, killed:
     assert names(tmp_path) == {"plain"}
 
 
+def test_an_interrupt_tells_how_to_go_on(home: Path, d2dmoe, tmp_path: Path) -> None:
+    def interrupt(*_, **__) -> None:
+        raise KeyboardInterrupt
+
+    argv = convert_argv(home / "dense", home / "text.txt", tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("d2dmoe.convert.calibrate", interrupt)
+        result = d2dmoe(*argv, code=130)
+    assert result.err.endswith("d2dmoe: interrupted; --resume goes on\n")
+    d2dmoe(*argv, "--resume")
+    assert weights(tmp_path / "out") == weights(home / "first")
+
+
 def test_a_kill_from_outside(home: Path, d2dmoe, tmp_path: Path) -> None:
     """No knowledge of the code: `python -m d2dmoe convert` gets SIGKILL some time after its first stage."""
     argv = convert_argv(home / "dense", home / "text.txt", tmp_path / "out")
@@ -468,6 +493,7 @@ def test_eval_of_the_dense_and_the_converted_folder(home: Path, d2dmoe, tmp_path
     assert [row["active"] for row in stored] == [0.25, 0.5, 0.75, 1.0]
 
 
+@pytest.mark.filterwarnings("always")
 def test_eval_says_when_a_fraction_is_not_stored(home: Path, d2dmoe) -> None:
     flags = ["--data", home / "text.txt", "--max-length", 32, "--tokens", 200]
     result = d2dmoe("eval", "--model", home / "first", *flags, "--active", 0.4)

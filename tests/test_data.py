@@ -128,7 +128,9 @@ def test_txt_is_one_document(tmp_path):
 
 
 def test_separator_divides_documents(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\nlines\n<|endoftext|>\n  \n<|endoftext|>three<|endoftext|>\n")
+    (tmp_path / "a.txt").write_text(
+        "one\n<|endoftext|>\ntwo\nlines\n<|endoftext|>\n  \n<|endoftext|>three<|endoftext|>\n"
+    )
     assert texts(tmp_path / "a.txt") == ["one", "two\nlines", "three"]
 
 
@@ -138,7 +140,14 @@ def test_unknown_endings_are_text(tmp_path, name):
     assert texts(tmp_path / name) == ["some text, with a comma"]
 
 
-AWKWARD = ["a, b; c\td | e", 'she said "no"', "two\nlines", "odd\u2028separator \x85 and \x0c", "naïve — 漢字 🙂", " spaces "]
+AWKWARD = [
+    "a, b; c\td | e",
+    'she said "no"',
+    "two\nlines",
+    "odd\u2028separator \x85 and \x0c",
+    "naïve — 漢字 🙂",
+    " spaces ",
+]
 
 
 @in_every_table

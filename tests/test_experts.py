@@ -207,7 +207,9 @@ def test_fp32_agrees_with_the_fp64_loops(kind, x):
     layer = dense.layer(torch.float32)
     layer.gate_state = GateState("max", 0.5, 0)
     y = layer(x.float())
-    assert_close(y.detach().double(), dense.output(x, expected_run(layer, x, 0.5), dense.constants[0]), rtol=1e-5, atol=1e-5)
+    assert_close(
+        y.detach().double(), dense.output(x, expected_run(layer, x, 0.5), dense.constants[0]), rtol=1e-5, atol=1e-5
+    )
 
 
 @KINDS

@@ -27,7 +27,7 @@ import d2dmoe
 from d2dmoe.config import Budget, D2DMoEConfig, UserError
 from d2dmoe.discovery import discover, dummy_inputs
 from d2dmoe.experts import DynamicFFN, layers
-from d2dmoe.loader import attach
+from d2dmoe.loader import D2DMoEQuantizationConfig, attach
 
 AUTO = {
     "gpt2": AutoModelForCausalLM,
@@ -93,8 +93,10 @@ def run(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor
     return model(**inputs)[0]
 
 
-@pytest.mark.parametrize("shard", ["5GB", "20KB"], ids=["whole", "sharded"])
-@pytest.mark.parametrize("name", AUTO)
+WHOLE, SHARDED = [(name, "5GB") for name in AUTO], [(name, "20KB") for name in ("gpt2", "llama", "phi3")]
+
+
+@pytest.mark.parametrize(("name", "shard"), WHOLE + SHARDED)
 def test_opens_with_and_without_d2dmoe(name, shard, tmp_path):
     model, dense, orders = converted(name)
     inputs = dummy_inputs(dense)
@@ -288,20 +290,14 @@ def test_newer_version_is_refused(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_converted_in_place_of_a_quantisation_config():
-    from d2dmoe.loader import D2DMoEQuantizationConfig
-
-    model = tiny("gpt2")
+def test_converts_only_by_its_own_command(tmp_path):
+    tiny("gpt2").save_pretrained(tmp_path)
     with pytest.raises(UserError, match="d2dmoe convert"):
-        type(model)._from_config(model.config)
-        from transformers.quantizers.auto import AutoHfQuantizer
-
-        AutoHfQuantizer.from_config(D2DMoEQuantizationConfig(), pre_quantized=False).validate_environment()
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=D2DMoEQuantizationConfig())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "phi3"])
-def test_device_map_and_pipeline(name, tmp_path):
-    model, dense, _ = converted(name)
+def test_device_map(tmp_path):
+    model, dense, _ = converted("phi3")
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
     inputs = dummy_inputs(dense)

@@ -60,7 +60,9 @@ TAUS = st.integers(0, 64).map(lambda n: Fraction(n, 64))
 @given(rows=score_rows(), tau=TAUS, bounds=st.tuples(st.integers(0, 4), st.integers(0, 6)))
 @FAST
 def test_gate_is_its_formula(gate, rows, tau, bounds):
-    assume(gate != "topk" or not rows or ((1 - tau) * len(rows[0])) % 1 != Fraction(1, 2))  # which way a half goes is open
+    assume(
+        gate != "topk" or not rows or ((1 - tau) * len(rows[0])) % 1 != Fraction(1, 2)
+    )  # which way a half goes is open
     run = select(tensor(rows), gate, float(tau), *bounds)
     assert run.dtype == torch.bool
     assert run.tolist() == naive_select(rows, gate, tau, *bounds)
@@ -158,7 +160,9 @@ def test_router_start_depends_on_the_seed_alone():
         assert first[name].std() > 0
 
 
-@pytest.mark.parametrize(("experts", "tokens", "size", "d_out"), [(1, 1, 1, 1), (5, 7, 3, 11), (4, 9, 13, 3), (3, 0, 2, 2)])
+@pytest.mark.parametrize(
+    ("experts", "tokens", "size", "d_out"), [(1, 1, 1, 1), (5, 7, 3, 11), (4, 9, 13, 3), (3, 0, 2, 2)]
+)
 def test_expert_norms_are_norms_of_the_outputs(experts, tokens, size, d_out):
     hidden = torch.randn(experts, tokens, size, dtype=torch.float64)
     hidden[0] = torch.relu(hidden[0])

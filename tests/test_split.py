@@ -10,7 +10,15 @@ from sklearn.cluster import KMeans
 
 from d2dmoe.split import SPLITS, balanced_kmeans, split_neurons
 
-SHAPES = [(6, 3, 2), (35, 5, 7), (48, 16, 33), (63, 9, 1), (64, 32, 5), (7, 7, 3), (7, 1, 3)]  # width, experts, features
+SHAPES = [
+    (6, 3, 2),
+    (35, 5, 7),
+    (48, 16, 33),
+    (63, 9, 1),
+    (64, 32, 5),
+    (7, 7, 3),
+    (7, 1, 3),
+]  # width, experts, features
 
 
 def planted(experts: int, size: int, features: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -203,8 +203,10 @@ def killed(state: str) -> None:
 
 def test_killed_process_and_resumed_is_bit_equal(tmp_path):
     state = tmp_path / "state"
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_training as t; t.killed({str(state)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    code = f"from test_training import killed; killed({str(state)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert state.is_dir()
 
@@ -229,9 +231,10 @@ def test_a_crash_while_saving_leaves_the_last_state(tmp_path, monkeypatch, renam
             raise KeyboardInterrupt
         real(source, target)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", crash)
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
         train(toy(), batch_at, loss_of, CONFIG, state_dir=tmp_path / "state")
+    monkeypatch.undo()
     asked = []
 
     def record(number):
@@ -281,7 +284,7 @@ def test_loss_that_is_not_finite_is_an_error(bad, step):
         return loss_of(model, batch) * (bad if loss.calls == step + 1 else 1)
 
     loss.calls = 0
-    with pytest.raises(UserError, match="toy.* (nan|inf) .*step"):
+    with pytest.raises(UserError, match=r"toy.* (nan|inf) .*step"):
         train(toy(), batch_at, loss, CONFIG, name="toy")
 
 
@@ -335,7 +338,9 @@ def test_evaluation_joins_the_log_and_does_not_disturb(tmp_path):
     train(without, batch_at, loss_of, CONFIG)
     assert_same(with_evaluation, without)
     assert modes == [False] * 3
-    assert {row["step"]: row["held_out"] for row in log if "held_out" in row} == dict(zip((5, 10, 12), figures, strict=True))
+    assert {row["step"]: row["held_out"] for row in log if "held_out" in row} == dict(
+        zip((5, 10, 12), figures, strict=True)
+    )
     assert [row["step"] for row in log if "loss" in row] == [4, 8, 12]
     assert {"step", "loss", "learning_rate", "held_out"} <= log[-1].keys()  # "its figures join the log row"
 

@@ -1,0 +1,505 @@
+"""Budgets, thresholds and stand-ins of a tiny converted GPT-2 against naive counts, and the semantics of `set_gate`."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from conftest import randomise_routers, randomise_vectors
+from torch.testing import assert_close
+from zoo import tiny
+
+from d2dmoe import set_gate
+from d2dmoe.calibrate import (
+    SEARCH_STEPS,
+    SEARCH_TOLERANCE,
+    bisect,
+    calibrate,
+    fit_constants,
+    measure_active,
+    threshold_curve,
+)
+from d2dmoe.config import Budget, D2DMoEConfig, UserError
+from d2dmoe.data import Batches
+from d2dmoe.discovery import discover
+from d2dmoe.experts import DynamicFFN, layers
+from d2dmoe.gating import stored_config, taus_on_curve
+from d2dmoe.loader import attach
+
+EXPERTS = 16
+HUGE = 1e6  # a stand-in that leaks shows at once
+
+
+def converted(budgets: int = 2, **settings) -> tuple[torch.nn.Module, D2DMoEConfig]:
+    """The zoo's GPT-2 in fp64, two layers of 16 experts of 4, with random routers and no calibration."""
+    model = tiny("gpt2").double()
+    randomise_vectors(model)
+    blocks = discover(model).blocks
+    for block in blocks:
+        block.experts = EXPERTS
+    config = D2DMoEConfig(blocks=blocks, router_width=8, **{"gate": "max", "stand_in": "mean", **settings})
+    attach(model, config, [torch.randperm(block.width) for block in blocks], budgets=budgets)
+    randomise_routers(model)
+    for layer in layers(model):
+        if layer.constants is not None:
+            layer.constants.data.normal_().mul_(HUGE)
+    return model, config
+
+
+def documents(count: int = 24, seed: int = 0) -> Batches:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 17, (count,), generator=generator).tolist()
+    return Batches([{"input_ids": torch.randint(5, 99, (n,), generator=generator)} for n in lengths], 5)
+
+
+def padded(batches: Batches, extra: int) -> list[dict[str, torch.Tensor]]:
+    """The same batches with `extra` further columns of padding, of a token that is not the usual one."""
+    return [
+        {
+            "input_ids": torch.nn.functional.pad(batch["input_ids"], (0, extra), value=77),
+            "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, extra), value=0),
+        }
+        for batch in batches
+    ]
+
+
+def layer_inputs(model: torch.nn.Module, batches) -> list[torch.Tensor]:
+    """What each converted layer receives for the tokens that are not padding, as the model is set."""
+    rows: list[list[torch.Tensor]] = [[] for _ in layers(model)]
+    mask = None
+    handles = [
+        layer.register_forward_pre_hook(lambda m, args, i=i: rows[i].append(args[0][mask].detach().clone()))
+        for i, layer in enumerate(layers(model))
+    ]
+    for batch in batches:
+        mask = batch["attention_mask"].bool()
+        with torch.no_grad():
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    return [torch.cat(parts) for parts in rows]
+
+
+def sets(layer: DynamicFFN, x: torch.Tensor, gate: str, tau: float) -> torch.Tensor:
+    """Which experts run, from the formulas of the router and the gates."""
+    if tau == 0:
+        return torch.ones(len(x), EXPERTS, dtype=torch.bool)
+    r = (torch.relu(x @ layer.router.hidden.T) @ layer.router.score.T).abs().detach()
+    if gate == "topk":
+        chosen = torch.zeros_like(r, dtype=torch.bool)
+        return chosen.scatter(1, r.topk(round((1 - tau) * EXPERTS), dim=1).indices, True)
+    return (r >= tau * r.max(1, keepdim=True).values) & (r > 0)
+
+
+def fractions(model: torch.nn.Module, batches, gate: str = "max") -> list[float]:
+    """Active fraction of each layer, counted naively on the inputs that it gets as the model is set."""
+    inputs = layer_inputs(model, batches)
+    return [
+        sets(layer, x, gate, layer.gate_state.tau).double().mean().item()
+        for layer, x in zip(layers(model), inputs, strict=True)
+    ]
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def output(model: torch.nn.Module, seed: int = 5) -> torch.Tensor:
+    ids = torch.randint(5, 99, (2, 11), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.fixture(scope="module")
+def shared() -> tuple[torch.nn.Module, D2DMoEConfig]:
+    torch.manual_seed(0)
+    model, config = converted()
+    calibrate(model, documents(), config, [0.25, 0.5], "per-layer")
+    return model, config
+
+
+@pytest.fixture
+def calibrated(shared) -> tuple[torch.nn.Module, D2DMoEConfig]:
+    """Calibrated per layer for 0.25 and 0.5, everything on; a copy for each test."""
+    model = copy.deepcopy(shared[0])
+    set_gate(model, tau=0)
+    return model, stored_config(model)
+
+
+# Thresholds
+
+
+@pytest.mark.parametrize("thresholds", ["global", "per-layer"])
+@pytest.mark.parametrize("stand_in", ["mean", "zero"])
+@pytest.mark.parametrize("bounds", [(0, 0), (3, 0), (1, 9)], ids=str)
+def test_budgets_are_met_on_the_calibration_tokens(thresholds, stand_in, bounds):
+    model, config = converted(stand_in=stand_in, min_experts=bounds[0], max_experts=bounds[1])
+    batches = documents()
+    calibrate(model, batches, config, [0.5, 0.25], thresholds)
+    assert [b.active for b in config.budgets] == [0.25, 0.5]
+    assert config.default_active == 0.5
+    for budget in config.budgets:
+        with set_gate(model, active=budget.active):
+            measured = measure_active(model, batches)
+            if bounds == (0, 0):
+                assert measured == pytest.approx(mean(fractions(model, batches)), rel=1e-9)
+        assert measured == pytest.approx(budget.active, rel=0.02)
+        assert budget.measured == pytest.approx(measured, rel=0.01)
+        assert (len(set(budget.taus)) == 1) == (thresholds == "global")
+    assert config.budgets[0].measured < config.budgets[1].measured
+    for first, second in zip(*(b.taus for b in config.budgets), strict=True):
+        assert first > second
+
+
+@pytest.mark.parametrize("thresholds", ["global", "per-layer"])
+def test_curve_holds_the_quantiles_of_the_dense_inputs(thresholds):
+    model, _ = converted()
+    batches = documents()
+    curve = threshold_curve(model, batches, "max", thresholds)
+    inputs = layer_inputs(model, batches)
+    for active, taus in curve:
+        expected = max(active, 1 / EXPERTS)  # the best expert always runs
+        shares = [
+            sets(layer, x, "max", tau).double().mean().item()
+            for layer, x, tau in zip(layers(model), inputs, taus, strict=True)
+        ]
+        if thresholds == "global":
+            assert len(set(taus)) == 1
+            shares = [mean(shares)]
+        assert_close(shares, [expected] * len(shares), rtol=0, atol=2e-3)
+    assert [point for point, _ in curve] == sorted(point for point, _ in curve)
+    for i in range(2):
+        column = [taus[i] for _, taus in curve]
+        assert column == sorted(column, reverse=True)
+
+
+@pytest.mark.parametrize("thresholds", ["global", "per-layer"])
+def test_more_active_runs_more(thresholds):
+    model, config = converted()
+    batches = documents()
+    calibrate(model, batches, config, [0.25, 0.5], thresholds)
+    measured = []
+    for active in (0.02, 0.1, 0.25, 0.35, 0.5, 0.65, 0.8, 0.97, 1.0):
+        with warnings.catch_warnings(action="ignore"), set_gate(model, active=active):
+            measured.append(measure_active(model, batches))
+            assert active < 0.1 or measured[-1] == pytest.approx(active, rel=0.1)
+    assert measured == sorted(measured)
+    assert measured[-1] == 1.0
+
+
+@pytest.mark.parametrize("active", [0.25, 0.5, 0.3, 0.7, 1 / 16, 15 / 16])
+def test_topk_is_exact(active):
+    model, config = converted(budgets=1, gate="topk")
+    batches = documents(8)
+    calibrate(model, batches, config, [active], "per-layer")
+    k = round(active * EXPERTS)
+    set_gate(model, active=active)
+    assert measure_active(model, batches) == k / EXPERTS
+    assert config.budgets[0].measured == k / EXPERTS
+    assert fractions(model, batches, "topk") == [k / EXPERTS] * 2
+
+
+def test_calibrating_again_changes_nothing():
+    model, config = converted()
+    batches = documents()
+    calibrate(model, batches, config, [0.25, 0.5], "per-layer")
+    before, constants = copy.deepcopy(config), [layer.constants.clone() for layer in layers(model)]
+    calibrate(model, batches, config, [0.25, 0.5], "per-layer")
+    assert config == before
+    for layer, old in zip(layers(model), constants, strict=True):
+        assert torch.equal(layer.constants, old)
+
+
+@pytest.mark.parametrize(("actives", "stored", "default"), [([1.0], [], 1.0), ([0.9, 0.2, 0.9, 1.0], [0.2, 0.9], 0.2)])
+def test_what_is_stored(actives, stored, default):
+    model, config = converted(budgets=len(stored))
+    before = output(model)
+    calibrate(model, documents(8), config, actives, "global")
+    assert [b.active for b in config.budgets] == stored
+    assert config.default_active == default
+    assert torch.equal(output(model), before)  # calibration leaves the setting as it was
+
+
+@pytest.mark.parametrize("power", [0.5, 1, 2, 3])
+@pytest.mark.parametrize("target", [0.1, 0.25, 0.5, 0.9])
+def test_bisect_finds_the_argument(power, target):
+    asked = []
+
+    def measure(point: float) -> float:
+        asked.append(point)
+        return point**power
+
+    point, value = bisect(measure, target, low=0.001, high=1.0, start=target)
+    assert value == point**power
+    assert value == pytest.approx(target, rel=SEARCH_TOLERANCE)
+    assert len(asked) <= SEARCH_STEPS
+
+
+def test_bisect_returns_the_best_of_what_it_tried():
+    point, value = bisect(lambda p: 0.2 if p < 0.6 else 0.34, 0.3, low=0.0, high=1.0, start=0.3)
+    assert value == 0.34
+    assert point >= 0.6
+
+
+# Stand-ins
+
+
+def naive_constants(model: torch.nn.Module, batches, gate: str, taus: list[float]) -> list[torch.Tensor]:
+    """Mean output of every expert over the tokens that skip it, from explicit outputs; 0 where none skips it."""
+    with set_gate(model, tau=0):
+        inputs = layer_inputs(model, batches)
+    result = []
+    for layer, x, tau in zip(layers(model), inputs, taus, strict=True):
+        run = sets(layer, x, gate, tau)
+        rows = torch.zeros(EXPERTS, 32, dtype=torch.float64)
+        for e in range(EXPERTS):
+            outputs = [
+                layer.act(token @ layer.up_weight[e] + layer.up_bias[e]) @ layer.down_weight[e]
+                for token, mask in zip(x, run[:, e].tolist(), strict=True)
+                if not mask
+            ]
+            if outputs:
+                rows[e] = torch.stack(outputs).mean(0).detach()
+        result.append(rows)
+    return result
+
+
+@pytest.mark.parametrize("gate", ["max", "topk"])
+def test_constants_are_means_over_the_tokens_that_skip(gate):
+    model, config = converted(budgets=3, gate=gate)
+    batches = documents()
+    tiny_tau = 1e-4  # hardly anything is skipped: some experts have no token to average over
+    taus = [[0.75, 0.5], [0.25, 0.75], [tiny_tau, tiny_tau]]
+    config.budgets = [Budget(0.1 * i, row) for i, row in enumerate(taus, 1)]
+    fit_constants(model, batches, config)
+    never = 0
+    for number, row in enumerate(taus):
+        expected = naive_constants(model, batches, gate, row)
+        never += sum(int((rows == 0).all(1).sum()) for rows in expected)
+        for i, (layer, rows) in enumerate(zip(layers(model), expected, strict=True)):
+            assert_close(
+                layer.constants[number].detach(), rows, msg=lambda m, n=number, i=i: f"budget {n} layer {i}: {m}"
+            )
+    assert never > 0
+
+
+def test_calibrate_fits_the_constants_for_the_thresholds_it_stores(calibrated):
+    model, config = calibrated
+    for number, budget in enumerate(config.budgets):
+        for layer, rows in zip(layers(model), naive_constants(model, documents(), "max", budget.taus), strict=True):
+            assert_close(layer.constants[number].detach(), rows)
+
+
+def test_constants_bring_the_output_nearer_to_the_experts_they_replace():
+    """The mean is the best constant: with it, the error of a layer's output over the tokens that skip is smaller."""
+    model, config = converted()
+    batches = documents()
+    calibrate(model, batches, config, [0.25, 0.5], "per-layer")
+    with set_gate(model, tau=0):
+        x = layer_inputs(model, batches)[0]
+    layer = layers(model)[0]
+    with torch.no_grad():
+        dense = layer(x)
+        set_gate(model, active=0.25)
+        with_means = (layer(x) - dense).square().mean()
+        layer.constants.data.zero_()
+        assert with_means < 0.9 * (layer(x) - dense).square().mean()
+
+
+def test_zero_has_no_constants():
+    model, config = converted(stand_in="zero")
+    calibrate(model, documents(8), config, [0.5], "global")
+    assert [layer.constants for layer in layers(model)] == [None, None]
+
+
+@pytest.mark.parametrize("gate", ["max", "topk"])
+@pytest.mark.parametrize("thresholds", ["global", "per-layer"])
+def test_padding_has_no_influence(gate, thresholds):
+    (model, config), (other, other_config) = converted(gate=gate), converted(gate=gate)
+    other.load_state_dict(model.state_dict())
+    batches = documents()
+    calibrate(model, batches, config, [0.25, 0.5], thresholds)
+    calibrate(other, padded(batches, 9), other_config, [0.25, 0.5], thresholds)
+    for ours, theirs in zip(config.budgets, other_config.budgets, strict=True):
+        assert_close(ours.taus, theirs.taus)
+        assert_close(ours.measured, theirs.measured)
+    assert_close(config.curve[5][1], other_config.curve[5][1])
+    for layer, twin in zip(layers(model), layers(other), strict=True):
+        assert_close(layer.constants, twin.constants)
+
+
+# set_gate
+
+
+def test_stored_budget_takes_its_own_thresholds_and_stand_ins(calibrated):
+    model, config = calibrated
+    with warnings.catch_warnings(action="error"):
+        for number, budget in enumerate(config.budgets):
+            set_gate(model, active=budget.active)
+            assert [layer.gate_state.tau for layer in layers(model)] == budget.taus
+            assert [layer.gate_state.stand_in for layer in layers(model)] == [number] * 2
+            assert [layer.gate_state.name for layer in layers(model)] == ["max"] * 2
+
+
+@pytest.mark.parametrize(("active", "nearest"), [(0.3, 0), (0.1, 0), (0.45, 1), (0.9, 1)])
+def test_other_fraction_interpolates_and_warns_once(calibrated, active, nearest):
+    model, config = calibrated
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        set_gate(model, active=active)
+    (warning,) = caught
+    assert f"active={active:g}" in str(warning.message)
+    assert f"active={config.budgets[nearest].active:g}" in str(warning.message)
+    assert warning.filename == __file__  # it points at the caller
+    assert [layer.gate_state.stand_in for layer in layers(model)] == [nearest] * 2
+    assert measure_active(model, documents()) == pytest.approx(active, rel=0.1)
+
+
+def test_interpolation_is_linear():
+    config = D2DMoEConfig(curve=[[0.2, [0.9, 0.5]], [0.4, [0.7, 0.1]], [0.8, [0.3, 0.0]]])
+    expected = {0.2: [0.9, 0.5], 0.3: [0.8, 0.3], 0.4: [0.7, 0.1], 0.5: [0.6, 0.075], 0.8: [0.3, 0.0]}
+    for active, taus in expected.items():
+        assert_close(taus_on_curve(config, active), taus)
+    assert_close(taus_on_curve(config, 0.1), [0.9, 0.5])  # beyond its ends the curve is level
+    assert_close(taus_on_curve(config, 0.95), [0.3, 0.0])
+
+
+def test_tau_takes_the_nearest_stand_ins_and_warns_once(calibrated):
+    model, config = calibrated
+    low, high = config.budgets
+    tau = high.taus[0] + 0.1 * (low.taus[0] - high.taus[0])
+    with pytest.warns(UserWarning, match=f"tau={tau:g}") as caught:
+        set_gate(model, tau=tau)
+    assert len(caught) == 1
+    for i, layer in enumerate(layers(model)):
+        assert layer.gate_state.tau == tau
+        distances = [abs(b.taus[i] - tau) for b in config.budgets]
+        assert layer.gate_state.stand_in == distances.index(min(distances))
+
+
+def test_nothing_to_warn_about_without_stand_ins():
+    model, config = converted(stand_in="zero")
+    calibrate(model, documents(8), config, [0.5], "global")
+    with warnings.catch_warnings(action="error"):
+        set_gate(model, active=0.3)
+        set_gate(model, tau=0.4)
+
+
+@pytest.mark.parametrize("setting", [{"tau": 0}, {"tau": 0.0}, {"active": 1}, {"active": 1.0}], ids=str)
+def test_everything_on_is_the_dense_model(setting):
+    torch.manual_seed(0)
+    model, config = converted()
+    calibrate(model, documents(8), config, [0.25, 0.5], "global")
+    for layer in layers(model):
+        layer.constants.data.normal_().mul_(HUGE)
+    dense = tiny("gpt2").double()
+    randomise_vectors(dense)
+    set_gate(model, active=0.25)
+    assert (output(model) - output(dense)).abs().max() > 0.1
+    set_gate(model, **setting)
+    assert_close(output(model), output(dense))
+    everything_on = output(model)
+    set_gate(model, tau=0)
+    assert torch.equal(output(model), everything_on)
+    assert measure_active(model, documents(8)) == 1.0
+
+
+def test_context_manager_restores(calibrated):
+    model, _ = calibrated
+    set_gate(model, active=0.5)
+    before = output(model)
+    with set_gate(model, active=0.25):
+        inner = output(model)
+        with set_gate(model, active=0.5):
+            assert torch.equal(output(model), before)
+        assert torch.equal(output(model), inner)
+        with pytest.raises(ZeroDivisionError), set_gate(model, tau=0):
+            raise ZeroDivisionError
+        assert torch.equal(output(model), inner)
+    assert torch.equal(output(model), before)
+    assert not torch.equal(inner, before)
+
+
+def test_without_with_it_stays(calibrated):
+    model, config = calibrated
+    set_gate(model, active=0.25)
+    assert measure_active(model, documents()) == pytest.approx(0.25, rel=0.02)
+    assert [layer.gate_state.tau for layer in layers(model)] == config.budgets[0].taus
+
+
+@pytest.mark.parametrize("which", [[1], [-1], ["transformer.h.1.mlp"]], ids=str)
+def test_single_layer(calibrated, which):
+    model, _ = calibrated
+    batches = documents()
+    set_gate(model, active=0.5)
+    half = fractions(model, batches)
+    with set_gate(model, active=1, layers=which):
+        assert_close(fractions(model, batches), [half[0], 1.0])
+    set_gate(model, active=0.25, layers=which)
+    first, second = fractions(model, batches)
+    assert first == half[0]
+    assert second < 0.7 * half[1]
+
+
+def test_copies_are_not_touched(calibrated):
+    model, _ = calibrated
+    twin = copy.deepcopy(model)
+    before = output(twin)
+    set_gate(model, active=0.25)
+    assert torch.equal(output(twin), before)
+    set_gate(twin, active=0.5)
+    assert measure_active(model, documents()) == pytest.approx(0.25, rel=0.02)
+    assert measure_active(twin, documents()) == pytest.approx(0.5, rel=0.02)
+
+
+def test_oracle_runs_the_experts_with_the_largest_outputs():
+    model, config = converted(budgets=1, gate="topk")
+    calibrate(model, documents(8), config, [0.25], "global")
+    x = torch.randn(6, 32, dtype=torch.float64)
+    layer = layers(model)[0]
+    outputs = [layer.act(x @ layer.up_weight[e] + layer.up_bias[e]) @ layer.down_weight[e] for e in range(EXPERTS)]
+    best = torch.stack(outputs).norm(dim=-1).T.topk(4, dim=1).indices
+    seen = []
+    layer.observer = lambda _, x, hidden, scores, run: seen.append(run)
+    with set_gate(model, active=0.25, oracle=True):
+        layer(x)
+    assert torch.equal(seen[0], torch.zeros(6, EXPERTS, dtype=torch.bool).scatter(1, best, True))
+    assert not any(other.gate_state.oracle for other in layers(model))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "active=… or tau=…"),
+        ({"active": 0.5, "tau": 0.1}, "active=… or tau=…"),
+        ({"active": 0}, "active 0"),
+        ({"active": -0.25}, "active -0.25"),
+        ({"active": 1.5}, "active 1.5"),
+        ({"active": float("nan")}, "active nan"),
+        ({"tau": -0.1}, "tau -0.1"),
+        ({"tau": 1.01}, "tau 1.01"),
+        ({"tau": float("inf")}, "tau inf"),
+        ({"tau": float("nan")}, "tau nan"),
+        ({"active": 0.5, "layers": [2]}, "layer 2"),
+        ({"active": 0.5, "layers": [-3]}, "layer -3"),
+        ({"active": 0.5, "layers": ["h.7.mlp"]}, "layer 'h.7.mlp'"),
+    ],
+    ids=str,
+)
+def test_bad_values_are_refused_and_change_nothing(calibrated, arguments, message):
+    model, _ = calibrated
+    set_gate(model, active=0.5)
+    before = [layer.gate_state for layer in layers(model)]
+    with pytest.raises(UserError, match=message):
+        set_gate(model, **arguments)
+    assert [layer.gate_state for layer in layers(model)] == before
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(UserError, match="not converted"):
+        set_gate(tiny("gpt2"), active=0.5)
+    model, _ = converted()
+    with pytest.raises(UserError, match="no calibration"):
+        set_gate(model, active=0.5)
+    set_gate(model, active=1)
