@@ -8,15 +8,19 @@ import torch
 from torch import nn
 
 from .config import Budget, D2DMoEConfig
+from .data import Batches
 from .experts import layers
 from .gating import set_gate, taus_on_curve
 from .observe import ActiveCounter, run_observed
 from .routing import GATES, select
+from .standins import fit_stand_ins
 
 GRID = (0.02, 0.05, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95, 0.98)
 BINS = 8192
+REGRESSED = ("constants", "refit", "linear")
 SEARCH_STEPS = 8
 SEARCH_TOLERANCE = 0.005  # relative
+SEARCH_TOKENS = 8192
 
 
 def calibrate(model: nn.Module, batches: Sequence, config: D2DMoEConfig, actives: list[float], thresholds: str) -> None:
@@ -36,7 +40,12 @@ def calibrate(model: nn.Module, batches: Sequence, config: D2DMoEConfig, actives
     fit_constants(model, batches, config)
     for budget in config.budgets:
         budget.taus, budget.measured = _search(model, batches, config, budget)
-    fit_constants(model, batches, config)
+    if config.stand_in in REGRESSED:
+        fit_stand_ins(model, batches, config)
+        for budget in config.budgets:
+            budget.taus, budget.measured = _search(model, batches, config, budget)
+    else:
+        fit_constants(model, batches, config)
     config.default_active = _nearest(wanted, 0.5) if wanted else 1.0
 
 
@@ -116,6 +125,7 @@ def _search(model: nn.Module, batches: Sequence, config: D2DMoEConfig, budget: B
         with set_gate(model, active=budget.active):
             return measure_active(model, batches)
 
+    batches = batches.first(SEARCH_TOKENS) if isinstance(batches, Batches) else batches
     if config.gate == "topk":
         return taus_on_curve(config, budget.active), measure(budget.active)
     point, value = bisect(measure, budget.active, low=GRID[0], high=1.0, start=budget.active)

@@ -106,11 +106,15 @@ class Budget:
         active: Active fraction asked for.
         taus: Threshold of each block.
         measured: Active fraction on the calibration tokens.
+        stand_ins: Kind of stand-in chosen for each block, where they are fitted by regression.
+        residuals: Share of what skipping loses that is still lost with it, on held-out calibration tokens.
     """
 
     active: float
     taus: list[float]
     measured: float = 0.0
+    stand_ins: list[str] = field(default_factory=list)
+    residuals: list[float] = field(default_factory=list)
 
 
 CHECKPOINT_VERSION = 1
@@ -123,8 +127,9 @@ class D2DMoEConfig:
     Attributes:
         blocks: The converted blocks, in the order in which the model runs them.
         gate: Name of the gate.
-        stand_in: What replaces skipped experts, `zero` or `mean`.
-        router_width: Hidden width of the routers.
+        stand_in: What replaces skipped experts, a key of `STAND_INS`.
+        delta_rank, linear_rank: Ranks of the stored change of the down projection and of the linear term.
+        router_width: Hidden width of the routers, see `router_width()`.
         budgets: Stored operating points, by rising active fraction.
         default_active: Budget in force after loading.
         curve: Thresholds at further active fractions, `[[active, [tau per block]], …]`, for budgets not stored.
@@ -134,7 +139,9 @@ class D2DMoEConfig:
     blocks: list[Block] = field(default_factory=list)
     gate: str = "topk"
     stand_in: str = "zero"
-    router_width: int = 128
+    delta_rank: int = 0
+    linear_rank: int = 0
+    router_width: int = 0
     budgets: list[Budget] = field(default_factory=list)
     default_active: float = 1.0
     curve: list[list[Any]] = field(default_factory=list)
@@ -176,14 +183,25 @@ class ConvertConfig(DataConfig):
     preset: str = knob("default", "starting point for the keys below", choices=("default", "paper"))
     experts: int = knob(0, "experts per block; 0 picks experts of about 32 neurons")
     expert_size: int = knob(0, "neurons per expert, instead of --experts, where widths differ between blocks")
-    split: str = knob("weights", "how neurons are grouped", choices=("weights", "random"))
-    gate: str = knob("topk", "which experts run for a token", choices=("max", "topk"))
-    stand_in: str = knob("mean", "what replaces skipped experts", choices=("zero", "mean"))
+    split: str = knob(
+        "weights", "how neurons are grouped", choices=("weights", "coactivation", "coactivation-signed", "random")
+    )
+    gate: str = knob("topk", "which experts run for a token", choices=("max", "share", "topk", "topp"))
+    stand_in: str = knob(
+        "mean", "what replaces skipped experts", choices=("zero", "mean", "constants", "refit", "linear")
+    )
+    delta_rank: int = knob(0, "rank of the change of the down projection (refit, linear); 0 for a quarter of d_model")
+    linear_rank: int = knob(0, "rank of the linear term (linear); 0 for a sixteenth of d_model")
     thresholds: str = knob("per-layer", "one threshold for all layers, or one each", choices=("global", "per-layer"))
     active: list[float] = knob(
         [0.25, 0.5, 0.75], "active fractions to calibrate and store, comma separated", many=float
     )
-    router_width: int = knob(128, "hidden width of the routers")
+    router_width: int = knob(0, "hidden width of the routers; 0 for 128, or half of d_model where that is less")
+    router_target: str = knob(
+        "norm",
+        "what routers predict: the norm of an expert's output, or of its deviation from its mean",
+        choices=("norm", "centred"),
+    )
     router_tokens: int = knob(400_000, "tokens that the routers are trained on, repetitions included")
     router_batch: int = knob(256, "tokens per router step")
     router_learning_rate: float = knob(3e-3, "peak learning rate of the routers")
@@ -199,8 +217,28 @@ class ConvertConfig(DataConfig):
 # The paper's method to the letter (Szatkowski et al. 2024, sec. 3), whatever the defaults above become.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": {"split": "weights", "gate": "max", "stand_in": "zero", "thresholds": "global"},
+    "paper": {
+        "split": "weights",
+        "gate": "max",
+        "stand_in": "zero",
+        "thresholds": "global",
+        "router_width": 128,
+        "router_target": "norm",
+    },
 }
+
+
+def ranks(config: ConvertConfig, blocks: list[Block]) -> dict[str, int]:
+    """Ranks of the stand-ins, resolved for a model: `delta_rank` and `linear_rank` of `D2DMoEConfig`."""
+    width = max(block.d_model for block in blocks)
+    delta = (config.delta_rank or max(1, width // 4)) if config.stand_in in ("refit", "linear") else 0
+    linear = (config.linear_rank or max(1, width // 16)) if config.stand_in == "linear" else 0
+    return {"delta_rank": delta, "linear_rank": linear}
+
+
+def router_width(wanted: int, block: Block) -> int:
+    """Hidden width of a block's router: the paper's 128, but in a narrow model no more than half its width."""
+    return wanted or max(1, min(128, block.d_model // 2))
 
 
 def divisors(width: int) -> list[int]:
@@ -314,7 +352,7 @@ def check(config: Any) -> None:
             f"--max-experts {config.max_experts}: must not be below --min-experts {config.min_experts}; 0 is no bound"
         )
     size = getattr(config, "max_shard_size", "1GB")
-    if not re.fullmatch(r"\s*0*[1-9]\d*(\.\d+)?\s*[KMGT]B\s*", size, re.IGNORECASE):
+    if not re.fullmatch(r"(?=[^a-z]*[1-9])\s*\d+(\.\d+)?\s*[kmgt]b\s*", size, re.IGNORECASE):
         raise UserError(f"--max-shard-size {size}: must be a number and KB, MB, GB or TB, for instance 5GB")
     for active in getattr(config, "active", None) or []:
         check_active(active)

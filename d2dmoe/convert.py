@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from . import hub
 from .calibrate import calibrate
-from .config import Budget, ConvertConfig, D2DMoEConfig, UserError
+from .config import Budget, ConvertConfig, D2DMoEConfig, UserError, ranks
 from .data import Batches, make_batches, read_documents
 from .discovery import dummy_inputs
 from .evaluate import evaluate
@@ -28,6 +28,7 @@ from .experts import Neurons, layers
 from .gating import set_gate
 from .loader import attach
 from .plan import Plan, make_plan
+from .profiles import activation_profiles
 from .progress import progress
 from .report import machine, model_card
 from .router_training import train_routers
@@ -129,9 +130,9 @@ def convert_model(
             block.experts = choose_experts(block, config.experts, config.expert_size)
     stored = D2DMoEConfig(
         blocks=blocks, gate=config.gate, stand_in=config.stand_in, router_width=config.router_width,
-        min_experts=config.min_experts, max_experts=config.max_experts,
+        min_experts=config.min_experts, max_experts=config.max_experts, **ranks(config, blocks),
     )  # fmt: skip
-    orders = _stage(work, "split", resume, lambda: _split(model, config, blocks, say))
+    orders = _stage(work, "split", resume, lambda: _split(model, config, blocks, batches, say))
     reference = _block_outputs(model, blocks)
     budgets = len({a for a in config.active if a < 1})
     attach(model, stored, [orders[block.name] for block in blocks], budgets=budgets)
@@ -158,11 +159,16 @@ def convert_model(
     return log
 
 
-def _split(model: PreTrainedModel, config: ConvertConfig, blocks: list, say: Say) -> dict[str, torch.Tensor]:
-    orders = {}
+def _split(
+    model: PreTrainedModel, config: ConvertConfig, blocks: list, batches: Batches, say: Say
+) -> dict[str, torch.Tensor]:
+    orders, profiles = {}, None
+    if config.split.startswith("coactivation"):
+        tokens = batches.first(config.calibration_tokens)
+        profiles = activation_profiles(model, blocks, tokens, signed=config.split.endswith("signed"), seed=config.seed)
     for number, block in enumerate(progress(blocks, desc="split")):
         started = time.time()
-        rows = Neurons(model, block).rows()
+        rows = profiles[block.name] if profiles else Neurons(model, block).rows()
         orders[block.name] = split_neurons(config.split, rows, block.experts, config.seed * 1000 + number)
         say(f"split {block.name}: {block.experts} experts in {time.time() - started:.2f} s")
     return orders
@@ -219,8 +225,8 @@ def _let_go_of_files(model: PreTrainedModel) -> None:
 
 def _zero_constants(model: PreTrainedModel) -> None:
     for layer in layers(model):
-        if layer.constants is not None:
-            layer.constants.data.zero_()
+        for value in layer.stand_ins().values():
+            value.data.zero_()
 
 
 def _calibrate(model, config: ConvertConfig, stored: D2DMoEConfig, batches: Batches, work: Path | None, resume: bool):
@@ -232,16 +238,16 @@ def _calibrate(model, config: ConvertConfig, stored: D2DMoEConfig, batches: Batc
         if done is not None:
             kept = {k: v for k, v in stored.to_dict().items() if k in ("budgets", "curve", "default_active")}
             _write_text(done, json.dumps(kept))
-        return {str(i): layer.constants.data for i, layer in enumerate(layers(model)) if layer.constants is not None}
+        return {f"{i}.{k}": v.data for i, layer in enumerate(layers(model)) for k, v in layer.stand_ins().items()}
 
-    constants = _stage(work, "stand-ins", resume, fit)
+    stand_ins = _stage(work, "stand-ins", resume, fit)
     if not stored.curve and done is not None:
         kept = json.loads(done.read_text())
         stored.budgets = [Budget(**b) for b in kept["budgets"]]
         stored.curve, stored.default_active = kept["curve"], kept["default_active"]
     for i, layer in enumerate(layers(model)):
-        if layer.constants is not None:
-            layer.constants.data.copy_(constants[str(i)])
+        for name, value in layer.stand_ins().items():
+            value.data.copy_(stand_ins[f"{i}.{name}"])
 
 
 def _stage(

@@ -1,7 +1,7 @@
 """Find the feed-forward blocks of any model by running it once, and prove each match by its values.
 
 Every linear map is made to answer with fresh random numbers of the right shape instead of its product. If another
-linear map then receives exactly `act(those numbers)`, nothing but that activation can stand between the two. The weights
+linear map then receives exactly `act(those numbers)`, nothing but that activation can stand between the two. Weights
 play no part, so a skeleton without real weights (`skeleton`) is as good as the model, and no table of model classes is
 needed.
 """

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .config import Block, D2DMoEConfig
+from .config import Block, D2DMoEConfig, router_width
 from .kernels import dynamic_ffn, hidden_activations
 from .routing import Router, expert_norms, select
 
@@ -38,8 +38,10 @@ class DynamicFFN(nn.Module):
     """A feed-forward block as experts.
 
     Parameters are packed so that one expert is one contiguous piece: `up_weight` and `gate_weight`
-    ``(experts, d_model, size)``, `down_weight` ``(experts, size, d_out)``, biases ``(experts, size)`` and ``(d_out,)``;
-    `constants` ``(budgets, experts, d_out)`` are the stand-ins of the stored budgets.
+    ``(experts, d_model, size)``, `down_weight` ``(experts, size, d_out)``, biases ``(experts, size)`` and ``(d_out,)``.
+    Stand-ins of the stored budgets: `constants` ``(budgets, experts, d_out)``, a low-rank change of the down projection
+    `delta_in` ``(budgets, experts, size, rank)`` and `delta_out` ``(budgets, rank, d_out)``, and a low-rank linear term
+    `linear_in` ``(budgets, d_model, rank)`` and `linear_out` ``(budgets, rank, d_out)``.
 
     Attributes:
         block: What it was made from.
@@ -56,6 +58,8 @@ class DynamicFFN(nn.Module):
         act: Callable[[torch.Tensor], torch.Tensor],
         router_width: int,
         budgets: int = 0,
+        delta_rank: int = 0,
+        linear_rank: int = 0,
         dropout: float = 0.0,
         device=None,
         dtype=None,
@@ -75,7 +79,14 @@ class DynamicFFN(nn.Module):
         self.gate_bias = parameter(block.experts, size, wanted=glu and gate_bias)
         self.down_weight = parameter(block.experts, size, d_out)
         self.down_bias = parameter(d_out, wanted=down_bias)
+        self.delta_rank, self.linear_rank = min(delta_rank, d_out), min(linear_rank, d_out)
+        delta, linear = budgets > 0 and delta_rank > 0, budgets > 0 and linear_rank > 0
         self.constants = parameter(budgets, block.experts, d_out, wanted=budgets > 0)
+        self.delta_in = parameter(budgets, block.experts, size, self.delta_rank, wanted=delta)
+        self.delta_out = parameter(budgets, self.delta_rank, d_out, wanted=delta)
+        self.linear_in = parameter(budgets, block.d_model, self.linear_rank, wanted=linear)
+        self.linear_out = parameter(budgets, self.linear_rank, d_out, wanted=linear)
+        self._folded: tuple[tuple, torch.Tensor] | None = None
         self.router = Router(block.d_model, router_width, block.experts, device=device, dtype=dtype)
         self.gate_state = GateState()
         self.observer: Callable | None = None
@@ -89,15 +100,35 @@ class DynamicFFN(nn.Module):
             x, self.up_weight, self.up_bias, self.gate_weight, self.gate_bias, self.act
         )  # (experts, tokens, size)
         scores = run = constants = None
+        down_weight, stand_in = self.down_weight, state.stand_in if state.tau > 0 else None
         if state.tau > 0:
             scores = expert_norms(hidden, self.down_weight) if state.oracle else self.router(x)
             run = select(scores, state.name, state.tau, state.min_experts, state.max_experts)
-            if self.constants is not None and state.stand_in is not None:
-                constants = self.constants[state.stand_in]
+            if self.constants is not None and stand_in is not None:
+                constants, down_weight = self.constants[stand_in], self._refitted_down(stand_in)
         if self.observer is not None:
             self.observer(self, x, hidden, scores, run)
-        y = dynamic_ffn(hidden, self.down_weight, self.down_bias, run, constants)
-        return self.dropout(y.reshape(*inputs.shape[:-1], -1))
+        y = dynamic_ffn(hidden, down_weight, self.down_bias, run, constants)
+        if self.linear_in is not None and stand_in is not None:
+            y = y + x @ self.linear_in[stand_in] @ self.linear_out[stand_in]
+        return self.dropout(y.reshape(*inputs.shape[:-1], y.shape[-1]))
+
+    def _refitted_down(self, number: int) -> torch.Tensor:
+        """The down projection of a budget; folded once and kept while no gradients are wanted."""
+        if self.delta_in is None:
+            return self.down_weight
+        if torch.is_grad_enabled():
+            return self.down_weight + self.delta_in[number] @ self.delta_out[number]
+        sources = (self.down_weight, self.delta_in, self.delta_out)
+        key = (number, *((t.data_ptr(), t._version) for t in sources))
+        if self._folded is None or self._folded[0] != key:
+            self._folded = (key, self.down_weight + self.delta_in[number] @ self.delta_out[number])
+        return self._folded[1]
+
+    def stand_ins(self) -> dict[str, nn.Parameter]:
+        """The stored stand-ins by name."""
+        names = ("constants", "delta_in", "delta_out", "linear_in", "linear_out")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -192,8 +223,10 @@ def make_layer(model: nn.Module, block: Block, config: D2DMoEConfig, *, budgets:
         d_out=down.nf if isinstance(down, Conv1D) else down.out_features,
         biases=(tensors["up_bias"] is not None, tensors["gate_bias"] is not None, down.bias is not None),
         act=activation_of(model, block),
-        router_width=config.router_width,
+        router_width=router_width(config.router_width, block),
         budgets=budgets if config.stand_in != "zero" else 0,
+        delta_rank=config.delta_rank,
+        linear_rank=config.linear_rank,
         dropout=_dropout_of(model, block),
         device=weight.device,
         dtype=weight.dtype,

@@ -28,6 +28,8 @@ def sparse_ffn_flops(layer: DynamicFFN, active: float) -> float:
         cost += (2 * (router.hidden.numel() + router.score.numel()) + block.experts) * block.calls
         if layer.constants is not None and layer.gate_state.stand_in is not None:
             cost += active * block.experts * layer.down_weight.shape[-1] * block.calls
+            if layer.linear_in is not None:
+                cost += 2 * (layer.linear_in[0].numel() + layer.linear_out[0].numel()) * block.calls
     return cost
 
 

@@ -77,6 +77,12 @@ def trunk(model: nn.Module) -> nn.Module:
     return base if len(layers(base)) == len(layers(model)) else model
 
 
+def trunk_below(model: nn.Module, names: list[str]) -> nn.Module:
+    """The same for a dense model whose modules of interest have these names."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return model.base_model if prefix and all(name.startswith(f"{prefix}.") for name in names) else model
+
+
 @torch.no_grad()
 def run_observed(model: nn.Module, batches: Iterable[dict[str, Any]], observer: Observer, *, name: str = "") -> None:
     """One pass of the model, without its head, over the batches with `observer` in every layer."""

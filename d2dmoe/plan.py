@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .config import Block, ConvertConfig, UserError, choose_experts
+from .config import Block, ConvertConfig, UserError, choose_experts, ranks, router_width
 from .discovery import Discovery, discover, skeleton
 from .hub import is_converted, model_class
 
@@ -64,7 +64,7 @@ def make_plan(model_config: Any, config: ConvertConfig) -> Plan:
         if config.min_experts > block.experts:
             raise UserError(f"--min-experts {config.min_experts}: {block.name} has {block.experts} experts in all")
     dense = sum(p.numel() for p in model.parameters())
-    added = sum(_added(block, config) for block in discovery.blocks)
+    added = sum(_added(block, config, discovery.blocks) for block in discovery.blocks)
     stored = BYTES.get(config.dtype) or BYTES.get(str(getattr(model_config, "dtype", "")).removeprefix("torch."), 4)
     rows = config.batch_size * config.max_length
     block = max(discovery.blocks, key=lambda b: b.width * b.d_model)
@@ -76,10 +76,14 @@ def make_plan(model_config: Any, config: ConvertConfig) -> Plan:
     return Plan(kind, discovery, dense, added, peak, stored * (dense + added))
 
 
-def _added(block: Block, config: ConvertConfig) -> int:
-    router = config.router_width * (block.d_model + block.experts)
-    stand_ins = block.experts * block.d_model * sum(1 for a in set(config.active) if a < 1)
-    return router + (stand_ins if config.stand_in != "zero" else 0)
+def _added(block: Block, config: ConvertConfig, blocks: list[Block]) -> int:
+    router = router_width(config.router_width, block) * (block.d_model + block.experts)
+    if config.stand_in == "zero":
+        return router
+    rank = {name: min(value, block.d_model) for name, value in ranks(config, blocks).items()}
+    stand_ins = block.experts * block.d_model
+    stand_ins += rank["delta_rank"] * (block.width + block.d_model) + rank["linear_rank"] * 2 * block.d_model
+    return router + stand_ins * sum(1 for a in set(config.active) if a < 1)
 
 
 def describe(discovery: Discovery) -> list[dict[str, Any]]:

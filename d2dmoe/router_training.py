@@ -43,8 +43,8 @@ class RouterSamples:
     (d_model + experts) per layer. Data batches repeat in a new order when they are used up.
     """
 
-    def __init__(self, model: nn.Module, batches: Batches, rows: int, seed: int):
-        self.model, self.batches, self.rows, self.seed = model, batches, rows, seed
+    def __init__(self, model: nn.Module, batches: Batches, rows: int, seed: int, target: str = "norm"):
+        self.model, self.batches, self.rows, self.seed, self.target = model, batches, rows, seed, target
         per_batch = max(1, batches.tokens // max(len(batches), 1))
         self.per_pass = max(1, min(per_batch, ROWS_HELD) // rows)
         self._held: tuple[int, list[tuple[torch.Tensor, torch.Tensor]]] = (-1, [])
@@ -74,6 +74,8 @@ class RouterSamples:
         def collect(index, layer, x, hidden, scores, run):
             room = min(ROWS_HELD // layer.block.calls, x.shape[0])
             keep = torch.randperm(x.shape[0], generator=generator)[:room].to(x.device)
+            if self.target == "centred":
+                hidden = hidden - hidden.mean(1, keepdim=True)
             held.setdefault(index, []).append((x[keep].clone(), expert_norms(hidden[:, keep], layer.down_weight)))
 
         with set_gate(self.model, tau=0):
@@ -100,7 +102,7 @@ def train_routers(
     for index, layer in enumerate(converted):
         layer.router.reset(config.seed * 1000 + index)
         layer.router.requires_grad_(True)
-    samples = RouterSamples(model, batches, config.router_batch, config.seed)
+    samples = RouterSamples(model, batches, config.router_batch, config.seed, config.router_target)
     settings = TrainingConfig(
         steps=max(1, config.router_tokens // config.router_batch),
         learning_rate=config.router_learning_rate,

@@ -67,7 +67,25 @@ def topk_priority(scores: torch.Tensor) -> torch.Tensor:
     return 1.0 - (ranks(scores).to(scores.dtype) + 0.5) / scores.shape[-1]
 
 
-GATES: dict[str, GateFunction] = {"max": max_priority, "topk": topk_priority}
+def share_priority(scores: torch.Tensor) -> torch.Tensor:
+    """`r_e / ||r||_2`: an expert's share of the scores' norm."""
+    return scores / scores.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+
+
+def topp_priority(scores: torch.Tensor) -> torch.Tensor:
+    """`1 - p`, p the share of the scores' sum held by better experts: the smallest set with share `1 - tau` runs."""
+    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    priority = 1 - before / ordered.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    return torch.empty_like(scores).scatter_(-1, order, priority)
+
+
+GATES: dict[str, GateFunction] = {
+    "max": max_priority,
+    "share": share_priority,
+    "topk": topk_priority,
+    "topp": topp_priority,
+}
 
 
 def select(scores: torch.Tensor, gate: str, tau: float, min_experts: int = 0, max_experts: int = 0) -> torch.Tensor:

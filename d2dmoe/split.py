@@ -44,7 +44,13 @@ def at_random(rows: torch.Tensor, experts: int, seed: int) -> torch.Tensor:
     return torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(seed))
 
 
-SPLITS: dict[str, SplitFunction] = {"weights": by_weights, "random": at_random}
+# The coactivation splits cluster the same way, but rows of `profiles.activation_profiles` instead of weights.
+SPLITS: dict[str, SplitFunction] = {
+    "weights": by_weights,
+    "coactivation": by_weights,
+    "coactivation-signed": by_weights,
+    "random": at_random,
+}
 
 
 def balanced_kmeans(points: np.ndarray, clusters: int, seed: int, iterations: int = 8) -> np.ndarray:

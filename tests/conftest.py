@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+
 import pytest
 import torch
 
 from d2dmoe.experts import DynamicFFN, layers
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("D2DMOE_DATA", ROOT.parent / "shared" / "data"))
 

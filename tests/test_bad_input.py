@@ -35,6 +35,15 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     hub.reachable.cache_clear()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """More would only wait for each other on models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense GPT-2 in `dense`, text in `text.txt` and a converted checkpoint in `converted`."""
@@ -129,8 +138,12 @@ def test_the_hub_does_not_answer(home: Path, tmp_path: Path) -> None:
     """At once, instead of after the client's five retries, and telling how to do without; the same for data."""
     code = """
 import sys, time
+import datasets, huggingface_hub
+from d2dmoe import hub
 from d2dmoe.cli import main
 for model, data in (("org/tiny", "builtin"), (sys.argv[1], "org/texts")):
+    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False
+    hub.reachable.cache_clear()  # as in a new process
     started = time.time()
     print(main(["convert", "--model", model, "--data", data, "--output-dir", "out"]), time.time() - started < 5)
 """
@@ -492,7 +505,7 @@ BAD_RECIPES = {
     "router_width:": ["--router-width None", "whole number"],
     "active: [0.5, 0]": ["--active 0", "above 0"],
     "active: half": ["--active half", "a number"],
-    "split: magic": ["--split magic", "weights, random"],
+    "split: magic": ["--split magic", "weights", "random"],
     "preset: papr": ["--preset papr", "default, paper"],
     "text_column: [a]": ["--text-column ['a']", "text"],
 }

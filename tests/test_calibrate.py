@@ -90,6 +90,11 @@ def sets(layer: DynamicFFN, x: torch.Tensor, gate: str, tau: float) -> torch.Ten
     if gate == "topk":
         chosen = torch.zeros_like(r, dtype=torch.bool)
         return chosen.scatter(1, r.topk(round((1 - tau) * EXPERTS), dim=1).indices, True)
+    if gate == "share":
+        return (r >= tau * r.norm(dim=1, keepdim=True)) & (r > 0)
+    if gate == "topp":  # the share of the sum that better experts hold leaves room for this one
+        better = (r[:, None, :] > r[:, :, None]).double() @ r[:, :, None]
+        return (better[..., 0] <= (1 - tau) * r.sum(1, keepdim=True)) & (r > 0)
     return (r >= tau * r.max(1, keepdim=True).values) & (r > 0)
 
 
@@ -148,9 +153,26 @@ def test_budgets_are_met_on_the_calibration_tokens(thresholds, stand_in, bounds)
         assert measured == pytest.approx(budget.active, rel=0.02)
         assert budget.measured == pytest.approx(measured, rel=0.01)
         assert (len(set(budget.taus)) == 1) == (thresholds == "global")
+    fitted = [layer.constants.clone() for layer in layers(model)] if stand_in == "mean" else []
+    fit_constants(model, batches, config)
+    for layer, constants in zip(layers(model), fitted, strict=bool(fitted)):
+        assert torch.equal(layer.constants, constants)  # the stand-ins belong to the thresholds that are stored
+    assert bounds[0] < 3 or config.budgets[0].taus != taus_on_curve(config, 0.25)
     assert config.budgets[0].measured < config.budgets[1].measured
     for first, second in zip(*(b.taus for b in config.budgets), strict=True):
         assert first > second
+
+
+@pytest.mark.parametrize("gate", ["share", "topp"])
+@pytest.mark.parametrize("thresholds", ["global", "per-layer"])
+def test_budgets_are_met_by_the_other_gates(gate, thresholds):
+    model, config = converted(gate=gate)
+    batches = documents()
+    calibrate(model, batches, config, [0.25, 0.5], thresholds)
+    for budget in config.budgets:
+        set_gate(model, active=budget.active)
+        assert measure_active(model, batches) == pytest.approx(budget.active, rel=0.02)
+        assert mean(fractions(model, batches, gate)) == pytest.approx(budget.active, rel=0.02)
 
 
 @pytest.mark.parametrize("thresholds", ["global", "per-layer"])
@@ -393,6 +415,7 @@ def test_everything_on_is_the_dense_model(setting):
     calibrate(model, documents(8), config, [0.25, 0.5], "global")
     for layer in layers(model):
         layer.constants.data.normal_().mul_(HUGE)
+        layer.router.score.data[:3] = 0  # experts that no gate above 0 runs
     dense = tiny("gpt2").double()
     randomise_vectors(dense)
     set_gate(model, active=0.25)

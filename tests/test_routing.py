@@ -32,6 +32,11 @@ def naive_select(rows: list[list], gate: str, tau, least: int = 0, most: int = 0
         else:
             if gate == "max":
                 chosen = {e for e in every if row[e] >= tau * max(row)}
+            elif gate == "share":
+                chosen = {e for e in every if row[e] ** 2 >= tau**2 * sum(r * r for r in row)}
+            elif gate == "topp":  # the best until they hold the share 1 - tau of the sum
+                held = [sum(row[e] for e in order[:k]) for k in range(len(row))]
+                chosen = {e for k, e in enumerate(order) if k == 0 or held[k] < (1 - tau) * sum(row)}
             else:
                 chosen = set(order[: math.floor((1 - tau) * len(row) + Fraction(1, 2))])
             chosen = {e for e in chosen if row[e] > 0} | set(order[:least])
@@ -39,6 +44,19 @@ def naive_select(rows: list[list], gate: str, tau, least: int = 0, most: int = 0
                 chosen &= set(order[:most])
         result.append([e in chosen for e in every])
     return result
+
+
+def knife_edge(rows: list[list], gate: str, tau) -> bool:
+    """Whether the formula leaves open, or fp32 cannot tell, if some expert is in: halves of `topk`, ties of `topp`."""
+    if gate == "topk":
+        return bool(rows) and ((1 - tau) * len(rows[0])) % 1 == Fraction(1, 2)
+    if gate == "topp":
+        ordered = [sorted(row, reverse=True) for row in rows]
+        return any(sum(row[:k]) == (1 - tau) * sum(row) for row in ordered for k in range(1, len(row)))
+    if gate == "share":
+        squares = [(r * r, tau**2 * sum(v * v for v in row)) for row in rows for r in row]
+        return any(0 < abs(r - bound) <= Fraction(1, 10**5) * bound for r, bound in squares)
+    return False
 
 
 @st.composite
@@ -60,9 +78,7 @@ TAUS = st.integers(0, 64).map(lambda n: Fraction(n, 64))
 @given(rows=score_rows(), tau=TAUS, bounds=st.tuples(st.integers(0, 4), st.integers(0, 6)))
 @FAST
 def test_gate_is_its_formula(gate, rows, tau, bounds):
-    assume(
-        gate != "topk" or not rows or ((1 - tau) * len(rows[0])) % 1 != Fraction(1, 2)
-    )  # which way a half goes is open
+    assume(not knife_edge(rows, gate, tau))
     run = select(tensor(rows), gate, float(tau), *bounds)
     assert run.dtype == torch.bool
     assert run.tolist() == naive_select(rows, gate, tau, *bounds)
@@ -89,7 +105,7 @@ def test_larger_tau_runs_a_subset(gate, rows, taus, bounds):
 @pytest.mark.parametrize("gate", GATES)
 def test_sets_shrink_all_the_way(gate):
     scores = torch.rand(64, 24)
-    counts = [int(select(scores, gate, tau).sum()) for tau in torch.linspace(0, 1, 21).tolist()]
+    counts = [int(select(scores, gate, tau).sum()) for tau in torch.linspace(0, 1, 81).tolist()]
     assert counts == sorted(counts, reverse=True)
     assert counts[0] == scores.numel()
     assert len(set(counts)) > 15

@@ -100,7 +100,7 @@ def test_inertia_lies_above_the_unconstrained_bound(points, clusters, features):
     ours = inertia(x, balanced_kmeans(x, clusters, 0))
     bound = KMeans(clusters, n_init=10, random_state=0).fit(x).inertia_
     random = inertia(x, np.arange(points) % clusters)
-    assert bound * (1 - 1e-6) <= ours < bound + 0.4 * (random - bound)
+    assert bound * (1 - 1e-6) <= ours < bound + 0.18 * (random - bound)
 
 
 def test_inertia_reaches_the_bound_where_the_best_clusters_are_equal():
@@ -110,14 +110,16 @@ def test_inertia_reaches_the_bound_where_the_best_clusters_are_equal():
     assert inertia(x, balanced_kmeans(x, 6, 0)) == pytest.approx(bound, rel=1e-4)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(4))
 def test_assignment_is_near_the_optimum_for_its_centres(seed):
-    x = np.random.default_rng(seed).normal(size=(64, 6)).astype(np.float32)
+    """A greedy assignment that forgets what a point loses by its second choice comes to 1.05 to 1.11 times it."""
+    x = np.random.default_rng(seed).normal(size=(96, 6)).astype(np.float32)
     labels = balanced_kmeans(x, 8, seed)
     centres = np.stack([x[labels == k].mean(0) for k in range(8)])
     costs = ((x[:, None] - centres[None]) ** 2).sum(-1)
-    optimum = costs.repeat(8, axis=1)[linear_sum_assignment(costs.repeat(8, axis=1))].sum()
-    assert optimum - 1e-3 <= costs[np.arange(64), labels].sum() <= 1.1 * optimum
+    places = costs.repeat(12, axis=1)
+    optimum = places[linear_sum_assignment(places)].sum()
+    assert optimum * (1 - 1e-5) <= costs[np.arange(96), labels].sum() <= 1.035 * optimum
 
 
 @pytest.mark.parametrize("method", SPLITS)

@@ -125,16 +125,39 @@ def test_batches_are_asked_for_in_order():
     assert numbers == list(range(12))
 
 
+def test_it_is_a_plain_adamw_loop():
+    config = replace(CONFIG, schedule="linear", adam_betas=(0.6, 0.8), weight_decay=0.1, clip=0)
+    model, plain = toy(), toy()
+    train(model, batch_at, loss_of, config)
+    matrices = [p for p in plain.parameters() if p.ndim > 1]
+    vectors = [p for p in plain.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.6, 0.8))
+    for step in range(12):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * min(step / 3, (12 - step) / 9)
+        optimizer.zero_grad()
+        loss_of(plain, batch_at(step)).backward()
+        optimizer.step()
+    for (name, value), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert_close(value, wanted, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_accumulation_is_a_larger_batch():
+    """The loss is so small that the epsilon of Adam counts: the scale of the gradients matters."""
+
     def pair(number):
         return tuple(torch.cat(parts) for parts in zip(batch_at(2 * number), batch_at(2 * number + 1), strict=True))
 
     def double(batch):
         return tuple(t.double() for t in batch)
 
+    def small(model, batch):
+        return 1e-7 * loss_of(model, batch)
+
     halves, whole = toy().double(), toy().double()
-    train(halves, lambda i: double(batch_at(i)), loss_of, replace(CONFIG, accumulation=2))
-    train(whole, lambda i: double(pair(i)), loss_of, CONFIG)
+    train(halves, lambda i: double(batch_at(i)), small, replace(CONFIG, accumulation=2))
+    train(whole, lambda i: double(pair(i)), small, CONFIG)
     for (name, value), wanted in zip(halves.named_parameters(), whole.parameters(), strict=True):
         assert_close(value, wanted, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -195,15 +218,15 @@ def test_buffers_are_resumed_too(tmp_path):
     assert_same(resumed, whole)
 
 
-def killed(state: str) -> None:
-    """Run in a process of its own by the next test: training that dies at step 7."""
-    torch.set_num_threads(1)
+def killed(state: str, threads: int) -> None:
+    """Run in a process of its own by the next test: training that dies at step 7. Sums depend on the threads."""
+    torch.set_num_threads(threads)
     train(toy(dropout=0.25), Stop(7, 2, kill=True), loss_of, replace(CONFIG, accumulation=2), state_dir=Path(state))
 
 
 def test_killed_process_and_resumed_is_bit_equal(tmp_path):
     state = tmp_path / "state"
-    code = f"from test_training import killed; killed({str(state)!r})"
+    code = f"from test_training import killed; killed({str(state)!r}, {torch.get_num_threads()})"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120
     )

@@ -1,0 +1,213 @@
+"""Closed-form fits of what replaces skipped experts, checked on tokens that the fit has not seen.
+
+With `H` the hidden activations of the experts that run, `S` the indicators of those that do not, and `x` the layer's
+input, skipping loses `R = sum over skipped of E_e(x)`. The fit is one ridge regression of `R` on `[H, S, x]`: the
+coefficients on `H` are a change of the down projection, those on `S` one constant vector per expert, those on `x` a
+linear term. Moments are accumulated token block by token block; no activation is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .config import D2DMoEConfig
+from .experts import DynamicFFN, layers
+from .gating import set_gate
+from .observe import run_observed
+from .routing import select
+
+RIDGES = (1e-3, 1e-2, 1e-1)  # relative to the diagonal
+HELD_OUT_EVERY = 5  # one block of tokens in five is for checking
+MEMORY = 2**30  # bytes of moments held at a time
+
+
+@dataclass
+class Moments:
+    """Second moments of the regressors and of the target, `n` regressors and `d` outputs."""
+
+    gram: torch.Tensor  # (n, n)
+    cross: torch.Tensor  # (n, d)
+    energy: float = 0.0
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, n: int, d: int) -> Moments:
+        """All zero."""
+        return cls(torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, d, dtype=torch.float64))
+
+    def add(self, regressors: torch.Tensor, target: torch.Tensor) -> None:
+        """Count the rows of ``(tokens, n)`` and ``(tokens, d)``."""
+        self.gram += (regressors.T @ regressors).double().cpu()
+        self.cross += (regressors.T @ target).double().cpu()
+        self.energy += float(target.double().pow(2).sum())
+        self.tokens += len(target)
+
+    def error(self, theta: torch.Tensor) -> float:
+        """Squared error of `theta` ``(n, d)`` on these tokens."""
+        return self.energy - 2 * float((theta * self.cross).sum()) + float((theta * (self.gram @ theta)).sum())
+
+    def best_scale(self, theta: torch.Tensor) -> float:
+        """The shrinkage in [0, 1] with the least error; 0 is to replace skipped experts by nothing."""
+        curvature = float((theta * (self.gram @ theta)).sum())
+        return min(max(float((theta * self.cross).sum()) / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+
+
+@dataclass
+class Fit:
+    """Coefficients of one layer at one budget, low-rank where they are stored so."""
+
+    theta: torch.Tensor  # (width + experts + d_model, d)
+    delta: tuple[torch.Tensor, torch.Tensor] | None
+    linear: tuple[torch.Tensor, torch.Tensor] | None
+    level: str = "zero"
+    residual: float = 1.0  # held-out error as a share of what skipping loses
+
+
+@torch.no_grad()
+def fit_stand_ins(model: nn.Module, batches: Sequence, config: D2DMoEConfig) -> None:
+    """Fit and store the stand-ins of every layer for every budget in `config`, at its thresholds.
+
+    Records in each budget, per layer, the level that did best on held-out tokens and the error it leaves.
+    """
+    converted = layers(model)
+    for budget in config.budgets:
+        budget.stand_ins, budget.residuals = ["zero"] * len(converted), [1.0] * len(converted)
+    for group in _groups(converted, len(config.budgets)):
+        moments = _accumulate(model, batches, config, group)
+        for (index, number), (fit_on, check_on) in moments.items():
+            fit = best_fit(fit_on, check_on, converted[index], config)
+            _store(converted[index], number, fit)
+            config.budgets[number].stand_ins[index] = fit.level
+            config.budgets[number].residuals[index] = round(fit.residual, 4)
+
+
+def _groups(converted: list[DynamicFFN], budgets: int) -> list[list[int]]:
+    """Layers whose moments fit into memory together."""
+    groups, room = [[]], MEMORY
+    for index, layer in enumerate(converted):
+        n = _regressors(layer)
+        size = 2 * 8 * budgets * n * (n + layer.block.d_model)
+        if size > room and groups[-1]:
+            groups, room = [*groups, []], MEMORY
+        groups[-1].append(index)
+        room -= size
+    return groups
+
+
+def _regressors(layer: DynamicFFN) -> int:
+    return layer.block.width + layer.block.experts + layer.block.d_model
+
+
+Pairs = dict[tuple[int, int], tuple[Moments, Moments]]  # (layer, budget) -> (to fit on, to check on)
+
+
+def _accumulate(model: nn.Module, batches: Sequence, config: D2DMoEConfig, group: list[int]) -> Pairs:
+    """Moments of the layers in the group, on the inputs they have in the dense model."""
+    moments: Pairs = {}
+    turn: dict[int, int] = {}
+
+    def collect(index, layer, x, hidden, scores, run):
+        if index not in group:
+            return
+        turn[index] = turn.get(index, 0) + 1
+        h = hidden.transpose(0, 1).reshape(len(x), -1).float()  # (tokens, width)
+        down = layer.down_weight.float().reshape(h.shape[1], -1)
+        router_scores = layer.router(x)
+        for number, budget in enumerate(config.budgets):
+            ran = select(router_scores, config.gate, budget.taus[index], config.min_experts, config.max_experts).float()
+            kept = h * ran.repeat_interleave(h.shape[1] // ran.shape[1], dim=1)
+            regressors = torch.cat([kept, 1 - ran, x.float()], dim=1)
+            key = (index, number)
+            if key not in moments:
+                n, d = regressors.shape[1], down.shape[1]
+                moments[key] = (Moments.empty(n, d), Moments.empty(n, d))
+            moments[key][turn[index] % HELD_OUT_EVERY == 0].add(regressors, (h - kept) @ down)
+
+    with set_gate(model, tau=0):
+        run_observed(model, batches, collect, name="stand-ins")
+    return moments
+
+
+def best_fit(fit_on: Moments, check_on: Moments, layer: DynamicFFN, config: D2DMoEConfig) -> Fit:
+    """Of all levels up to the one asked for, the fit with the least held-out error; shrunk, never worse than nothing."""
+    n, d = fit_on.cross.shape
+    width, experts = layer.block.width, layer.block.experts
+    check = check_on if check_on.tokens else fit_on
+    best = Fit(torch.zeros(n, d, dtype=torch.float64), None, None)
+    if not fit_on.tokens or check.energy <= 0:
+        return best
+    levels = {"constants": (0, 0), "refit": (layer.delta_rank, 0), "linear": (layer.delta_rank, layer.linear_rank)}
+    for level, (delta_rank, linear_rank) in levels.items():
+        for ridge in RIDGES:
+            fit = _solve(fit_on, width, experts, delta_rank, linear_rank, ridge)
+            scale = check.best_scale(fit.theta)
+            residual = check.error(scale * fit.theta) / check.energy
+            if residual < best.residual:
+                best = _scaled(fit, scale, level, residual)
+        if level == config.stand_in:
+            break
+    return best
+
+
+def _scaled(fit: Fit, scale: float, level: str, residual: float) -> Fit:
+    delta = (scale * fit.delta[0], fit.delta[1]) if fit.delta else None
+    linear = (scale * fit.linear[0], fit.linear[1]) if fit.linear else None
+    return Fit(scale * fit.theta, delta, linear, level, residual)
+
+
+def _solve(m: Moments, width: int, experts: int, delta_rank: int, linear_rank: int, ridge: float) -> Fit:
+    """Ridge regression; the linear term, then the change of the down projection cut to low rank, the rest refitted."""
+    neurons = torch.arange(width)
+    constants = torch.arange(width, width + experts)
+    inputs = torch.arange(width + experts, len(m.gram))
+    theta = torch.zeros_like(m.cross)
+    linear = delta = None
+    if linear_rank:
+        theta[:] = _ridge(m, torch.arange(len(m.gram)), torch.zeros_like(theta), ridge)
+        linear = _cut(m, inputs, theta, linear_rank)
+        theta[inputs] = linear[0] @ linear[1]
+    if delta_rank:
+        rest = torch.cat([neurons, constants])
+        theta[rest] = 0
+        theta[rest] = _ridge(m, rest, theta, ridge)
+        delta = _cut(m, neurons, theta, delta_rank)
+        theta[neurons] = delta[0] @ delta[1]
+    theta[constants] = 0
+    theta[constants] = _ridge(m, constants, theta, ridge)
+    return Fit(theta, delta, linear)
+
+
+def _ridge(m: Moments, part: torch.Tensor, others: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Coefficients of some regressors, given those of the others (zero in `part`)."""
+    gram = m.gram[part][:, part]
+    diagonal = gram.diagonal()
+    damped = gram + torch.diag(ridge * diagonal + 1e-8 * diagonal.mean().clamp_min(1e-12))
+    target = m.cross[part] - m.gram[part] @ others
+    return torch.cholesky_solve(target, torch.linalg.cholesky(damped))
+
+
+def _cut(m: Moments, part: torch.Tensor, theta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Best rank-`rank` factors of some coefficients in the sense of the outputs they make."""
+    coefficients = theta[part]
+    outputs = coefficients.T @ m.gram[part][:, part] @ coefficients
+    _, vectors = torch.linalg.eigh(outputs)
+    basis = vectors[:, -rank:]
+    return coefficients @ basis, basis.T
+
+
+def _store(layer: DynamicFFN, number: int, fit: Fit) -> None:
+    """Write one fit into the layer's parameters."""
+    block = layer.block
+    constants = fit.theta[block.width : block.width + block.experts]
+    layer.constants.data[number] = constants.to(layer.constants)
+    for factors, first, second in (
+        (fit.delta, layer.delta_in, layer.delta_out),
+        (fit.linear, layer.linear_in, layer.linear_out),
+    ):
+        if first is not None:
+            first.data[number] = 0 if factors is None else factors[0].reshape(first.shape[1:]).to(first)
+            second.data[number] = 0 if factors is None else factors[1].to(second)
