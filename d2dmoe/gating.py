@@ -127,6 +127,11 @@ def _nearest(values: list[float], wanted: float) -> int | None:
 
 
 def _say_once(config: D2DMoEConfig, asked: str, active: float) -> None:
+    """Warn, once for each setting of each model."""
+    said = config.__dict__.setdefault("_said", set())
+    if asked in said:
+        return
+    said.add(asked)
     warnings.warn(
         f"{asked} is not a stored budget ({', '.join(f'{b.active:g}' for b in config.budgets)}): "
         f"using the stand-ins fitted for active={active:g}",

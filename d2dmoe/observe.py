@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -25,6 +25,10 @@ def model_inputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, 
         inputs.setdefault("decoder_input_ids", inputs["input_ids"])
     first = next(model.parameters())
     return {k: v.to(first.device, first.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+
+
+class EnoughSeen(Exception):
+    """Raised by an observer that needs nothing from later layers: the pass over this batch ends there."""
 
 
 @contextmanager
@@ -90,7 +94,8 @@ def run_observed(model: nn.Module, batches: Iterable[dict[str, Any]], observer: 
     with observing(model, observer) as current:
         for batch in progress(pieces(batches), desc=name, disable=not name):
             current["mask"] = batch.get("attention_mask")
-            model(**model_inputs(model, batch))
+            with suppress(EnoughSeen):
+                model(**model_inputs(model, batch))
 
 
 class ActiveCounter:

@@ -17,12 +17,12 @@ from torch import nn
 from .config import D2DMoEConfig
 from .experts import DynamicFFN, layers
 from .gating import set_gate
-from .observe import run_observed
+from .observe import EnoughSeen, run_observed
 from .routing import select
 
 RIDGES = (1e-3, 1e-2, 1e-1)  # relative to the diagonal
 HELD_OUT_EVERY = 5  # one block of tokens in five is for checking
-MEMORY = 2**30  # bytes of moments held at a time
+MEMORY = 320 * 2**20  # bytes of moments held at a time, unless a single layer at a single budget takes more
 
 
 @dataclass
@@ -37,23 +37,27 @@ class Moments:
     @classmethod
     def empty(cls, n: int, d: int) -> Moments:
         """All zero."""
-        return cls(torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, d, dtype=torch.float64))
+        return cls(torch.zeros(n, n), torch.zeros(n, d))
 
     def add(self, regressors: torch.Tensor, target: torch.Tensor) -> None:
         """Count the rows of ``(tokens, n)`` and ``(tokens, d)``."""
-        self.gram += (regressors.T @ regressors).double().cpu()
-        self.cross += (regressors.T @ target).double().cpu()
+        self.gram.addmm_(regressors.T.cpu(), regressors.cpu())
+        self.cross.addmm_(regressors.T.cpu(), target.cpu())
         self.energy += float(target.double().pow(2).sum())
         self.tokens += len(target)
 
     def error(self, theta: torch.Tensor) -> float:
         """Squared error of `theta` ``(n, d)`` on these tokens."""
-        return self.energy - 2 * float((theta * self.cross).sum()) + float((theta * (self.gram @ theta)).sum())
+        return self.energy - 2 * _dot(theta, self.cross) + _dot(theta, self.gram @ theta.to(self.gram))
 
     def best_scale(self, theta: torch.Tensor) -> float:
         """The shrinkage in [0, 1] with the least error; 0 is to replace skipped experts by nothing."""
-        curvature = float((theta * (self.gram @ theta)).sum())
-        return min(max(float((theta * self.cross).sum()) / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+        curvature = _dot(theta, self.gram @ theta.to(self.gram))
+        return min(max(_dot(theta, self.cross) / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() * b.double()).sum())
 
 
 @dataclass
@@ -78,54 +82,54 @@ def fit_stand_ins(model: nn.Module, batches: Sequence, config: D2DMoEConfig) -> 
         budget.stand_ins, budget.residuals = ["zero"] * len(converted), [1.0] * len(converted)
     for group in _groups(converted, len(config.budgets)):
         moments = _accumulate(model, batches, config, group)
-        for (index, number), (fit_on, check_on) in moments.items():
+        for index, number in group & moments.keys():
+            fit_on, check_on = moments.pop((index, number))
             fit = best_fit(fit_on, check_on, converted[index], config)
             _store(converted[index], number, fit)
             config.budgets[number].stand_ins[index] = fit.level
             config.budgets[number].residuals[index] = round(fit.residual, 4)
 
 
-def _groups(converted: list[DynamicFFN], budgets: int) -> list[list[int]]:
-    """Layers whose moments fit into memory together."""
-    groups, room = [[]], MEMORY
+def _groups(converted: list[DynamicFFN], budgets: int) -> list[set[tuple[int, int]]]:
+    """`(layer, budget)` pairs whose moments fit into memory together."""
+    groups, room = [set()], MEMORY
     for index, layer in enumerate(converted):
-        n = _regressors(layer)
-        size = 2 * 8 * budgets * n * (n + layer.block.d_model)
-        if size > room and groups[-1]:
-            groups, room = [*groups, []], MEMORY
-        groups[-1].append(index)
-        room -= size
+        n = layer.block.width + layer.block.experts + layer.block.d_model
+        size = 2 * 4 * n * (n + layer.down_weight.shape[-1])
+        for number in range(budgets):
+            if size > room and groups[-1]:
+                groups, room = [*groups, set()], MEMORY
+            groups[-1].add((index, number))
+            room -= size
     return groups
-
-
-def _regressors(layer: DynamicFFN) -> int:
-    return layer.block.width + layer.block.experts + layer.block.d_model
 
 
 Pairs = dict[tuple[int, int], tuple[Moments, Moments]]  # (layer, budget) -> (to fit on, to check on)
 
 
-def _accumulate(model: nn.Module, batches: Sequence, config: D2DMoEConfig, group: list[int]) -> Pairs:
-    """Moments of the layers in the group, on the inputs they have in the dense model."""
+def _accumulate(model: nn.Module, batches: Sequence, config: D2DMoEConfig, group: set[tuple[int, int]]) -> Pairs:
+    """Moments of these layers and budgets, on the inputs that the layers have in the dense model."""
     moments: Pairs = {}
     turn: dict[int, int] = {}
+    last = max(index for index, _ in group)
 
     def collect(index, layer, x, hidden, scores, run):
-        if index not in group:
-            return
         turn[index] = turn.get(index, 0) + 1
-        h = hidden.transpose(0, 1).reshape(len(x), -1).float()  # (tokens, width)
-        down = layer.down_weight.float().reshape(h.shape[1], -1)
-        router_scores = layer.router(x)
-        for number, budget in enumerate(config.budgets):
-            ran = select(router_scores, config.gate, budget.taus[index], config.min_experts, config.max_experts).float()
+        wanted = [number for i, number in group if i == index]
+        if wanted:
+            h = hidden.transpose(0, 1).reshape(len(x), -1).float()  # (tokens, width)
+            down = layer.down_weight.float().reshape(h.shape[1], -1)
+            router_scores = layer.router(x)
+        for number in wanted:
+            tau = config.budgets[number].taus[index]
+            ran = select(router_scores, config.gate, tau, config.min_experts, config.max_experts).float()
             kept = h * ran.repeat_interleave(h.shape[1] // ran.shape[1], dim=1)
             regressors = torch.cat([kept, 1 - ran, x.float()], dim=1)
-            key = (index, number)
-            if key not in moments:
-                n, d = regressors.shape[1], down.shape[1]
-                moments[key] = (Moments.empty(n, d), Moments.empty(n, d))
-            moments[key][turn[index] % HELD_OUT_EVERY == 0].add(regressors, (h - kept) @ down)
+            if (index, number) not in moments:
+                moments[index, number] = tuple(Moments.empty(regressors.shape[1], down.shape[1]) for _ in range(2))
+            moments[index, number][turn[index] % HELD_OUT_EVERY == 0].add(regressors, (h - kept) @ down)
+        if index == last and turn[index] % layer.block.calls == 0:
+            raise EnoughSeen
 
     with set_gate(model, tau=0):
         run_observed(model, batches, collect, name="stand-ins")
@@ -133,11 +137,11 @@ def _accumulate(model: nn.Module, batches: Sequence, config: D2DMoEConfig, group
 
 
 def best_fit(fit_on: Moments, check_on: Moments, layer: DynamicFFN, config: D2DMoEConfig) -> Fit:
-    """Of all levels up to the one asked for, the fit with the least held-out error; shrunk, never worse than nothing."""
+    """Of the levels up to the one asked for, the one with the least held-out error; shrunk, never worse than nothing."""
     n, d = fit_on.cross.shape
     width, experts = layer.block.width, layer.block.experts
     check = check_on if check_on.tokens else fit_on
-    best = Fit(torch.zeros(n, d, dtype=torch.float64), None, None)
+    best = Fit(torch.zeros(n, d), None, None)
     if not fit_on.tokens or check.energy <= 0:
         return best
     levels = {"constants": (0, 0), "refit": (layer.delta_rank, 0), "linear": (layer.delta_rank, layer.linear_rank)}
@@ -161,17 +165,15 @@ def _scaled(fit: Fit, scale: float, level: str, residual: float) -> Fit:
 
 def _solve(m: Moments, width: int, experts: int, delta_rank: int, linear_rank: int, ridge: float) -> Fit:
     """Ridge regression; the linear term, then the change of the down projection cut to low rank, the rest refitted."""
-    neurons = torch.arange(width)
-    constants = torch.arange(width, width + experts)
-    inputs = torch.arange(width + experts, len(m.gram))
-    theta = torch.zeros_like(m.cross)
+    neurons, constants = slice(0, width), slice(width, width + experts)
+    inputs, rest, everything = slice(width + experts, None), slice(0, width + experts), slice(None)
+    theta = torch.zeros(m.cross.shape, dtype=torch.float64)
     linear = delta = None
     if linear_rank:
-        theta[:] = _ridge(m, torch.arange(len(m.gram)), torch.zeros_like(theta), ridge)
+        theta[:] = _ridge(m, everything, theta, ridge)
         linear = _cut(m, inputs, theta, linear_rank)
         theta[inputs] = linear[0] @ linear[1]
     if delta_rank:
-        rest = torch.cat([neurons, constants])
         theta[rest] = 0
         theta[rest] = _ridge(m, rest, theta, ridge)
         delta = _cut(m, neurons, theta, delta_rank)
@@ -181,20 +183,20 @@ def _solve(m: Moments, width: int, experts: int, delta_rank: int, linear_rank: i
     return Fit(theta, delta, linear)
 
 
-def _ridge(m: Moments, part: torch.Tensor, others: torch.Tensor, ridge: float) -> torch.Tensor:
+def _ridge(m: Moments, part: slice, others: torch.Tensor, ridge: float) -> torch.Tensor:
     """Coefficients of some regressors, given those of the others (zero in `part`)."""
-    gram = m.gram[part][:, part]
-    diagonal = gram.diagonal()
-    damped = gram + torch.diag(ridge * diagonal + 1e-8 * diagonal.mean().clamp_min(1e-12))
-    target = m.cross[part] - m.gram[part] @ others
+    damped = m.gram[part, part].double()
+    diagonal = damped.diagonal().clone()
+    damped.diagonal().add_(ridge * diagonal + 1e-8 * diagonal.mean().clamp_min(1e-12))
+    target = m.cross[part].double() - (m.gram[part] @ others.to(m.gram)).double()
     return torch.cholesky_solve(target, torch.linalg.cholesky(damped))
 
 
-def _cut(m: Moments, part: torch.Tensor, theta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _cut(m: Moments, part: slice, theta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Best rank-`rank` factors of some coefficients in the sense of the outputs they make."""
     coefficients = theta[part]
-    outputs = coefficients.T @ m.gram[part][:, part] @ coefficients
-    _, vectors = torch.linalg.eigh(outputs)
+    outputs = coefficients.T @ (m.gram[part, part] @ coefficients.to(m.gram)).double()
+    _, vectors = torch.linalg.eigh((outputs + outputs.T) / 2)
     basis = vectors[:, -rank:]
     return coefficients @ basis, basis.T
 

@@ -12,6 +12,7 @@ import torch
 
 from d2dmoe.experts import DynamicFFN, layers
 
+torch.set_num_threads(1)  # tiny models: two threads only wait for each other
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("D2DMOE_DATA", ROOT.parent / "shared" / "data"))
 

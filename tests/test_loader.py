@@ -234,7 +234,7 @@ def test_trainer_and_lora(tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainingArguments
 
-    model, dense, _ = converted("llama")
+    model, _, _ = converted("llama")
     model.save_pretrained(tmp_path / "model")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     d2dmoe.set_gate(again, active=0.5)

@@ -48,8 +48,8 @@ def converted(stand_in: str, name: str = "gpt2", actives: tuple[float, ...] = (0
 
 
 def problem(n: int = 12, d: int = 4, tokens: int = 300) -> tuple[torch.Tensor, torch.Tensor, Moments]:
-    x, theta = torch.randn(tokens, n, dtype=torch.float64), torch.randn(n, d, dtype=torch.float64)
-    y = x @ theta + 0.1 * torch.randn(tokens, d, dtype=torch.float64)
+    x, theta = torch.randn(tokens, n), torch.randn(n, d)
+    y = x @ theta + 0.1 * torch.randn(tokens, d)
     m = Moments.empty(n, d)
     for start in range(0, tokens, 70):
         m.add(x[start : start + 70], y[start : start + 70])
@@ -58,32 +58,34 @@ def problem(n: int = 12, d: int = 4, tokens: int = 300) -> tuple[torch.Tensor, t
 
 def test_moments_give_the_squared_error_and_the_best_scale():
     x, y, m = problem()
-    theta = torch.randn(12, 4, dtype=torch.float64)
-    assert_close(m.error(theta), float(((y - x @ theta) ** 2).sum()))
+    theta = torch.randn(12, 4)
+    assert m.error(theta) == pytest.approx(float(((y - x @ theta) ** 2).sum()), rel=1e-4)
     scale = m.best_scale(theta)
-    grid = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    errors = torch.stack([((y - s * (x @ theta)) ** 2).sum() for s in grid])
+    grid = torch.linspace(0, 1, 1001)
+    errors = torch.stack([((y - s * (x @ theta)).double() ** 2).sum() for s in grid])
     assert abs(scale - float(grid[errors.argmin()])) <= 1e-3
 
 
 def test_ridge_is_least_squares_with_the_stated_penalty():
     x, y, m = problem()
-    part, ridge = torch.tensor([0, 2, 3, 7]), 0.05
-    others = torch.zeros(12, 4, dtype=torch.float64)
-    others[[1, 5]] = torch.randn(2, 4, dtype=torch.float64)
+    part, ridge = slice(2, 6), 0.05
+    others = torch.zeros(12, 4)
+    others[[1, 7]] = torch.randn(2, 4)
     penalty = torch.diag((ridge * m.gram.diagonal()[part] + 1e-8 * m.gram.diagonal()[part].mean()).sqrt())
     a = torch.cat([x[:, part], penalty])
-    b = torch.cat([y - x @ others, torch.zeros(4, 4, dtype=torch.float64)])
-    assert_close(_ridge(m, part, others, ridge), torch.linalg.lstsq(a, b).solution)
+    b = torch.cat([y - x @ others, torch.zeros(4, 4)])
+    assert_close(_ridge(m, part, others, ridge).float(), torch.linalg.lstsq(a, b).solution, rtol=1e-4, atol=1e-5)
 
 
 def test_low_rank_cut_is_the_best_in_outputs():
     x, _, m = problem()
-    theta, part = torch.randn(12, 4, dtype=torch.float64), torch.arange(3, 10)
+    theta, part = torch.randn(12, 4, dtype=torch.float64), slice(3, 10)
+    x = x.double()
     first, second = _cut(m, part, theta, 2)
     outputs = x[:, part] @ theta[part]
     u, s, v = torch.linalg.svd(outputs, full_matrices=False)
-    assert_close(x[:, part] @ first @ second, u[:, :2] @ torch.diag(s[:2]) @ v[:2])
+    best = u[:, :2] @ torch.diag(s[:2]) @ v[:2]
+    assert_close(x[:, part] @ first @ second, best, rtol=1e-3, atol=1e-4)  # the moments are fp32
 
 
 @pytest.mark.parametrize("stand_in", LEVELS)
@@ -113,8 +115,8 @@ def test_moments_of_a_layer_are_those_of_its_tokens(stand_in):
                     guess = guess + torch.einsum("ets,esd,te->td", hidden, delta, run.float())
                 if stand_in == "linear":
                     guess = guess + x @ layer.linear_in[number] @ layer.linear_out[number]
-                lost += float((loss.double() ** 2).sum())
-                left += float(((loss - guess).double() ** 2).sum())
+                lost += float((loss.detach().double() ** 2).sum())
+                left += float(((loss - guess).detach().double() ** 2).sum())
             assert left / lost == pytest.approx(budget.residuals[index], abs=2e-3)
             assert left / lost < 1
 
@@ -139,7 +141,7 @@ def test_what_does_not_hold_on_other_tokens_is_not_used():
     check_on.add(torch.randn(500, n), torch.randn(500, d))
     fit = best_fit(fit_on, check_on, layer, config)
     assert fit.residual <= 1
-    assert check_on.error(fit.theta) <= check_on.energy * (1 + 1e-9)
+    assert check_on.error(fit.theta) <= check_on.energy * (1 + 1e-6)
     assert len(RIDGES) > 1
 
 

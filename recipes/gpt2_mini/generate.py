@@ -1,6 +1,6 @@
 """Open a converted checkpoint in a fresh process and let it write.
 
-    python recipes/gpt2_mini/generate.py checkpoints/gpt2-mini-d2dmoe
+python recipes/gpt2_mini/generate.py checkpoints/gpt2-mini-d2dmoe
 """
 
 from __future__ import annotations
