@@ -137,7 +137,7 @@ def _accumulate(model: nn.Module, batches: Sequence, config: D2DMoEConfig, group
 
 
 def best_fit(fit_on: Moments, check_on: Moments, layer: DynamicFFN, config: D2DMoEConfig) -> Fit:
-    """Of the levels up to the one asked for, the one with the least held-out error; shrunk, never worse than nothing."""
+    """Of the levels up to the one asked for, the best on held-out tokens; shrunk, never worse than nothing."""
     n, d = fit_on.cross.shape
     width, experts = layer.block.width, layer.block.experts
     check = check_on if check_on.tokens else fit_on
