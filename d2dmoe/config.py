@@ -184,11 +184,11 @@ class ConvertConfig(DataConfig):
     experts: int = knob(0, "experts per block; 0 picks experts of about 32 neurons")
     expert_size: int = knob(0, "neurons per expert, instead of --experts, where widths differ between blocks")
     split: str = knob(
-        "weights", "how neurons are grouped", choices=("weights", "coactivation", "coactivation-signed", "random")
+        "coactivation", "how neurons are grouped", choices=("weights", "coactivation", "coactivation-signed", "random")
     )
     gate: str = knob("topk", "which experts run for a token", choices=("max", "share", "topk", "topp"))
     stand_in: str = knob(
-        "mean", "what replaces skipped experts", choices=("zero", "mean", "constants", "refit", "linear")
+        "linear", "what replaces skipped experts", choices=("zero", "mean", "constants", "refit", "linear")
     )
     delta_rank: int = knob(0, "rank of the change of the down projection (refit, linear); 0 for a quarter of d_model")
     linear_rank: int = knob(0, "rank of the linear term (linear); 0 for a sixteenth of d_model")
@@ -343,7 +343,7 @@ def check(config: Any) -> None:
             raise UserError(f"{flag} {value}: must be one of {', '.join(choices)}")
         if isinstance(value, int | float) and not isinstance(value, bool) and not value >= 0:
             raise UserError(f"{flag} {value}: must be 0 or more")
-    least = {"max_length": 2, "batch_size": 1, "router_width": 1, "router_batch": 1, "calibration_tokens": 1}
+    least = {"max_length": 2, "batch_size": 1, "router_batch": 1, "calibration_tokens": 1}
     for name, bound in least.items():
         if getattr(config, name, bound) < bound:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {bound}")

@@ -10,6 +10,7 @@ from torch import nn
 from .config import Block, ConvertConfig, UserError, choose_experts, ranks, router_width
 from .discovery import Discovery, discover, skeleton
 from .hub import is_converted, model_class
+from .standins import MEMORY
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BASE_MEMORY = 700 * 2**20  # Python with torch and transformers imported
@@ -72,7 +73,7 @@ def make_plan(model_config: Any, config: ConvertConfig) -> Plan:
         4 * rows * (3 * block.width + 12 * block.d_model + getattr(model_config.get_text_config(), "vocab_size", 0))
     )
     captured = 4 * min(rows, 8192) * sum(b.d_model + b.experts for b in discovery.blocks)
-    peak = BASE_MEMORY + 4 * (dense + added) + activations + captured
+    peak = BASE_MEMORY + 4 * (dense + added) + max(activations + captured, activations + _moments(block, config))
     return Plan(kind, discovery, dense, added, peak, stored * (dense + added))
 
 
@@ -84,6 +85,14 @@ def _added(block: Block, config: ConvertConfig, blocks: list[Block]) -> int:
     stand_ins = block.experts * block.d_model
     stand_ins += rank["delta_rank"] * (block.width + block.d_model) + rank["linear_rank"] * 2 * block.d_model
     return router + stand_ins * sum(1 for a in set(config.active) if a < 1)
+
+
+def _moments(block: Block, config: ConvertConfig) -> int:
+    """Bytes that the regression of stand-ins holds for its largest block: moments in fp32, a solve in fp64."""
+    if config.stand_in not in ("constants", "refit", "linear"):
+        return 0
+    n = block.width + block.experts + block.d_model
+    return max(MEMORY, 8 * n * (n + block.d_model)) + 3 * 8 * n * n
 
 
 def describe(discovery: Discovery) -> list[dict[str, Any]]:
