@@ -137,23 +137,21 @@ def _accumulate(model: nn.Module, batches: Sequence, config: D2DMoEConfig, group
 
 
 def best_fit(fit_on: Moments, check_on: Moments, layer: DynamicFFN, config: D2DMoEConfig) -> Fit:
-    """Of the levels up to the one asked for, the best on held-out tokens; shrunk, never worse than nothing."""
+    """The level asked for, constants alone or nothing, whichever leaves least on held-out tokens; shrunk."""
     n, d = fit_on.cross.shape
     width, experts = layer.block.width, layer.block.experts
     check = check_on if check_on.tokens else fit_on
     best = Fit(torch.zeros(n, d), None, None)
     if not fit_on.tokens or check.energy <= 0:
         return best
-    levels = {"constants": (0, 0), "refit": (layer.delta_rank, 0), "linear": (layer.delta_rank, layer.linear_rank)}
-    for level, (delta_rank, linear_rank) in levels.items():
+    ranks = {"constants": (0, 0), "refit": (layer.delta_rank, 0), "linear": (layer.delta_rank, layer.linear_rank)}
+    for level in dict.fromkeys(("constants", config.stand_in)):
         for ridge in RIDGES:
-            fit = _solve(fit_on, width, experts, delta_rank, linear_rank, ridge)
+            fit = _solve(fit_on, width, experts, *ranks[level], ridge)
             scale = check.best_scale(fit.theta)
             residual = check.error(scale * fit.theta) / check.energy
             if residual < best.residual:
                 best = _scaled(fit, scale, level, residual)
-        if level == config.stand_in:
-            break
     return best
 
 
