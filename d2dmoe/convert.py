@@ -27,6 +27,7 @@ from .evaluate import evaluate
 from .experts import Neurons, layers
 from .gating import set_gate
 from .loader import attach
+from .observe import release_memory
 from .plan import Plan, make_plan
 from .profiles import activation_profiles
 from .progress import progress
@@ -260,6 +261,7 @@ def _stage(
     if resume and file.exists():
         return load_file(file)
     tensors = {k: v.detach().cpu().contiguous() for k, v in compute().items()}
+    release_memory()
     scratch = file.with_suffix(".tmp")
     save_file(tensors, scratch)
     os.replace(scratch, file)

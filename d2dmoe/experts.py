@@ -101,6 +101,8 @@ class DynamicFFN(nn.Module):
         )  # (experts, tokens, size)
         scores = run = constants = None
         down_weight, stand_in = self.down_weight, state.stand_in if state.tau > 0 else None
+        if stand_in is None:
+            self._folded = None
         if state.tau > 0:
             scores = expert_norms(hidden, self.down_weight) if state.oracle else self.router(x)
             run = select(scores, state.name, state.tau, state.min_experts, state.max_experts)

@@ -12,17 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.linalg import cho_factor, cho_solve
 from torch import nn
 
 from .config import D2DMoEConfig
 from .experts import DynamicFFN, layers
 from .gating import set_gate
-from .observe import EnoughSeen, run_observed
+from .observe import EnoughSeen, release_memory, run_observed
 from .routing import select
 
 RIDGES = (1e-3, 1e-2, 1e-1)  # relative to the diagonal
 HELD_OUT_EVERY = 5  # one block of tokens in five is for checking
-MEMORY = 320 * 2**20  # bytes of moments held at a time, unless a single layer at a single budget takes more
+MEMORY = 160 * 2**20  # bytes of moments held at a time, unless a single layer at a single budget takes more
 
 
 @dataclass
@@ -81,10 +82,10 @@ def fit_stand_ins(model: nn.Module, batches: Sequence, config: D2DMoEConfig) -> 
     for budget in config.budgets:
         budget.stand_ins, budget.residuals = ["zero"] * len(converted), [1.0] * len(converted)
     for group in _groups(converted, len(config.budgets)):
+        release_memory()
         moments = _accumulate(model, batches, config, group)
-        for index, number in group & moments.keys():
-            fit_on, check_on = moments.pop((index, number))
-            fit = best_fit(fit_on, check_on, converted[index], config)
+        for index, number in sorted(group & moments.keys()):
+            fit = best_fit(*moments.pop((index, number)), converted[index], config)
             _store(converted[index], number, fit)
             config.budgets[number].stand_ins[index] = fit.level
             config.budgets[number].residuals[index] = round(fit.residual, 4)
@@ -187,7 +188,8 @@ def _ridge(m: Moments, part: slice, others: torch.Tensor, ridge: float) -> torch
     diagonal = damped.diagonal().clone()
     damped.diagonal().add_(ridge * diagonal + 1e-8 * diagonal.mean().clamp_min(1e-12))
     target = m.cross[part].double() - (m.gram[part] @ others.to(m.gram)).double()
-    return torch.cholesky_solve(target, torch.linalg.cholesky(damped))
+    factor = cho_factor(damped.numpy().T, overwrite_a=True, check_finite=False)  # in place: one matrix, not three
+    return torch.from_numpy(cho_solve(factor, target.numpy(), check_finite=False))
 
 
 def _cut(m: Moments, part: slice, theta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
