@@ -62,7 +62,9 @@ def converted(name: str, stand_in: str = "mean") -> tuple[torch.nn.Module, torch
         block.experts = 8
     budgets = [Budget(0.25, [0.75] * len(blocks)), Budget(0.5, [0.5] * len(blocks))]
     curve = [[a, [1 - a] * len(blocks)] for a in (0.1, 0.9)]
-    config = D2DMoEConfig(blocks, "topk", stand_in, 8, budgets if stand_in == "mean" else [], 1.0, curve)
+    config = D2DMoEConfig(
+        blocks, "topk", stand_in, router_width=8, budgets=budgets if stand_in == "mean" else [], curve=curve
+    )
     orders = [torch.randperm(block.width) for block in blocks]
     attach(model, config, orders, budgets=len(config.budgets))
     randomise_routers(model)
