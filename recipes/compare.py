@@ -4,13 +4,14 @@
         --eval-data ../shared/data/wikitext2/valid.txt --presets paper,default --seeds 0,1,2
 
 For each preset and seed the model is converted in memory with the same calibration data and router training, then
-evaluated on text that calibration never saw. Columns: mean over seeds, standard deviation, and the loss increase over the
-dense model as a ratio to the `paper` preset's, with the paper's loss interpolated to the same measured active fraction.
+evaluated on text that calibration never saw. Columns: mean over seeds, standard deviation, and the loss increase over
+the dense model as a ratio to the `paper` preset's, its loss interpolated to the same measured active fraction.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -57,7 +58,7 @@ def increase(row: dict) -> float:
 def reference_at(rows: list[dict], active: float) -> float:
     """The paper's loss increase at an active fraction, log-linear between its measured points."""
     points = sorted((row["active_fraction"], max(row["increase"], 1e-9)) for row in rows)
-    for (a, low), (b, high) in zip(points, points[1:], strict=False):
+    for (a, low), (b, high) in itertools.pairwise(points):
         if active <= b or b == points[-1][0]:
             share = (active - a) / (b - a)
             return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
@@ -105,8 +106,8 @@ def main() -> None:
         for preset in presets:
             config = resolve(ConvertConfig, {**arguments, "preset": preset, "seed": seed})
             rows += [{"preset": preset, "seed": seed, **row} for row in run_one(config, evaluation, limit)]
-            print(json.dumps([[r["preset"], r["seed"], r["active"], round(r["active_fraction"], 4), r["metric"]["value"]]
-                              for r in rows[-len(config.active):]]), flush=True)  # fmt: skip
+            for row in rows[-len(config.active) :]:
+                print(preset, seed, row["active"], round(row["active_fraction"], 4), row["metric"]["value"], flush=True)
     print(summarise(rows, presets, arguments["active"]))
     print(f"\ndense {rows[0]['metric']['name']} {rows[0]['dense']['value']:.4f}, {rows[0]['tokens']} tokens")
     if output:
