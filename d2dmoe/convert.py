@@ -133,6 +133,7 @@ def convert_model(
         blocks=blocks, gate=config.gate, stand_in=config.stand_in, router_width=config.router_width,
         min_experts=config.min_experts, max_experts=config.max_experts, **ranks(config, blocks),
     )  # fmt: skip
+    release_memory()
     orders = _stage(work, "split", resume, lambda: _split(model, config, blocks, batches, say))
     reference = _block_outputs(model, blocks)
     budgets = len({a for a in config.active if a < 1})

@@ -33,7 +33,9 @@ def release_memory() -> None:
     """Give freed memory back to the system; glibc would keep hundreds of megabytes of it after a stage."""
     gc.collect()
     with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: large tensors get pages of their own, which go back when freed
+        libc.malloc_trim(0)
 
 
 class EnoughSeen(Exception):
@@ -71,7 +73,7 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[dict[str, torch.
             layer.observer = None
 
 
-TOKENS_AT_ONCE = 2048
+TOKENS_AT_ONCE = 1024
 
 
 def pieces(batches: Iterable[dict[str, Any]], row_limit: int = 2**30) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ from .config import TrainingConfig
 from .data import Batches
 from .experts import DynamicFFN, layers
 from .gating import set_gate
-from .observe import run_observed
+from .observe import release_memory, run_observed
 from .routing import expert_norms
 from .training import train
 
@@ -54,6 +54,7 @@ class RouterSamples:
         """`(inputs, targets)` of every layer for micro-batch `number`."""
         pass_number, part = divmod(number, self.per_pass)
         if self._held[0] != pass_number:
+            self._held = (-1, [])  # let go of the last pass before the next one
             self._held = (pass_number, self._capture(pass_number))
         return [
             (x[part :: self.per_pass][: self.rows], target[part :: self.per_pass][: self.rows])
@@ -80,7 +81,9 @@ class RouterSamples:
 
         with set_gate(self.model, tau=0):
             run_observed(self.model, [self._batch(pass_number)], collect)
-        return [tuple(torch.cat(parts) for parts in zip(*held[i], strict=True)) for i in sorted(held)]
+        joined = [tuple(torch.cat(parts) for parts in zip(*held.pop(i), strict=True)) for i in sorted(held)]
+        release_memory()
+        return joined
 
 
 def train_routers(
