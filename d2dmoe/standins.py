@@ -79,6 +79,8 @@ def fit_stand_ins(model: nn.Module, batches: Sequence, config: D2DMoEConfig) -> 
     Records in each budget, per layer, the level that did best on held-out tokens and the error it leaves.
     """
     converted = layers(model)
+    if not config.budgets:
+        return
     for budget in config.budgets:
         budget.stand_ins, budget.residuals = ["zero"] * len(converted), [1.0] * len(converted)
     for group in _groups(converted, len(config.budgets)):
