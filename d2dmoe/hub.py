@@ -43,7 +43,7 @@ def read_config(name: str, revision: str | None = None) -> Any:
     else:
         reachable()
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:
