@@ -233,7 +233,7 @@ def _eval(arguments: argparse.Namespace, command: list[str]) -> int:
     part = arguments.part or ("held_out" if config.data == "builtin" else "all")
     documents = read_documents(config.data, part, config.text_column)
     processor = hub.load_processor(arguments.model, model_config)
-    causal = hub.model_class(model_config, arguments.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    causal = hub.is_causal(hub.model_class(model_config, arguments.model))
     batches = make_batches(documents, processor, config, packed=causal)
     batches = batches.first(arguments.tokens) if arguments.tokens else batches
     model = hub.load_model(arguments.model, model_config)

@@ -280,7 +280,7 @@ def batches_for(config: ConvertConfig, model_config: Any, plan: Plan, processor:
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if limit and limit > 0:
         config.max_length = min(config.max_length, limit)
-    causal = plan.model_class.__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    causal = hub.is_causal(plan.model_class)
 
     def make(part: str) -> Batches:
         documents = read_documents(config.data, part, config.text_column)

@@ -257,7 +257,8 @@ def fill(layer: DynamicFFN, model: nn.Module, order: torch.Tensor) -> None:
         if pair is not None:
             dense, layout = pair
             dim = 1 if layout in ("up_conv1d", "down_linear") else 0
-            getattr(layer, name).copy_(pack(dense.index_select(dim, order.to(dense.device)), layer.block.experts, layout))
+            ordered = dense.index_select(dim, order.to(dense.device))
+            getattr(layer, name).copy_(pack(ordered, layer.block.experts, layout))
     if layer.down_bias is not None:
         layer.down_bias.copy_(neurons.down.bias)
 

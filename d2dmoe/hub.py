@@ -134,6 +134,11 @@ def model_class(config: Any, name: str = "") -> type[PreTrainedModel]:
     )
 
 
+def is_causal(kind: type) -> bool:
+    """Whether this class is a causal language model, by the naming rule of `transformers`: its text is packed."""
+    return kind.__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+
 def load_model(
     name: str, config: Any, revision: str | None = None, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:

@@ -38,7 +38,7 @@ def run_one(config: ConvertConfig, evaluation: str, tokens: int) -> list[dict]:
     plan = make_plan(model_config, config)
     processor = hub.load_processor(config.model, model_config)
     calibration, _ = batches_for(config, model_config, plan, processor)
-    causal = plan.model_class.__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    causal = hub.is_causal(plan.model_class)
     unseen = make_batches(read_documents(evaluation, "all"), processor, config, packed=causal)
     unseen = unseen.first(tokens) if tokens else unseen
     model = hub.load_model(config.model, model_config)
