@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-gpu test-oldest lint format gpt2-mini clean
+.PHONY: demo test test-slow test-gpu test-oldest native sanitize lint format gpt2-mini clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,7 +21,7 @@ test: $(READY)  ## the default tests: no network, no GPU, no data folder needed
 test-slow: $(READY)  ## minutes each; some need the data folder (D2DMOE_DATA)
 	$(BIN)/python -m pytest -m slow
 
-test-gpu: $(READY)
+test-gpu: $(READY)  ## what only a GPU can show; skips without one
 	$(BIN)/python -m pytest -m gpu
 
 test-oldest: $(READY)  ## the loader against the oldest supported transformers
@@ -31,6 +31,16 @@ test-oldest: $(READY)  ## the loader against the oldest supported transformers
 	$(VENV)-oldest/bin/python -m pip install --quiet "transformers==5.17.0"
 	$(VENV)-oldest/bin/python -m pip install --quiet --no-deps -e .
 	$(VENV)-oldest/bin/python -m pytest tests/test_loader.py tests/test_architectures.py tests/test_cli.py
+
+native: $(READY)  ## build the CPU kernels again after a change, and say so if that fails
+	D2DMOE_NATIVE=1 $(BIN)/python setup.py -q build_ext --inplace
+
+SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: $(READY)  ## the operator tests with the CPU kernels under AddressSanitizer and UBSan
+	D2DMOE_NATIVE=1 D2DMOE_CXXFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build_ext --build-lib build/sanitize
+	D2DMOE_LIBRARY=$(CURDIR)/build/sanitize/d2dmoe/kernels/libd2dmoe.so ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		$(BIN)/python -m pytest tests/test_kernels.py -k "not compiled and not registered"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,113 +1,188 @@
-"""From a budget to thresholds, and the closed-form fits of what stands in for skipped experts."""
+"""From what the user asks for to thresholds, and the closed-form fits of what stands in for skipped experts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
 
-from .config import Budget, D2DMoEConfig
+from .allocate import allocate
+from .config import LEAST_ACTIVE, Budget, D2DMoEConfig, Target, UserError
 from .data import Batches
+from .evaluate import dense_flops_per_token, evaluate
 from .experts import layers
-from .gating import set_gate, taus_on_curve
-from .observe import ActiveCounter, run_observed
-from .routing import GATES, select
+from .flops import dense_ffn_flops, sparse_ffn_flops
+from .gating import gate_state, set_gate, taus_on_curve
+from .observe import ActiveCounter, model_inputs, pieces, run_observed
+from .routing import GATES
 from .standins import fit_stand_ins
 
-GRID = (0.02, 0.05, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95, 0.98)
-BINS = 8192
+GRID = (
+    LEAST_ACTIVE,
+    0.02,
+    0.05,
+    0.1,
+    0.125,
+    0.15,
+    0.2,
+    0.25,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.75,
+    0.8,
+    0.9,
+    0.95,
+    0.98,
+    0.99,
+)
+CURVE_TOKENS = 4096  # tokens of every layer whose priorities are kept for the quantiles
 REGRESSED = ("constants", "refit", "linear")
 SEARCH_STEPS = 8
 SEARCH_TOLERANCE = 0.005  # relative
 SEARCH_TOKENS = 8192
+LOSS_TOKENS = 16_384
+LOSS_ROUNDS = 6
 
 
-def calibrate(model: nn.Module, batches: Sequence, config: D2DMoEConfig, actives: list[float], thresholds: str) -> None:
+def calibrate(
+    model: nn.Module,
+    batches: Batches,
+    config: D2DMoEConfig,
+    targets: Sequence[Target],
+    *,
+    thresholds: str = "per-layer",
+    allocation: str = "uniform",
+    unseen: Batches | None = None,
+) -> None:
     """Fill `config.curve` and `config.budgets`, and the stand-ins of the model's layers.
 
     Args:
         model: Converted model with trained routers; `config` is the one it carries.
         batches: Calibration batches.
         config: Filled in place.
-        actives: Active fractions to store, each in (0, 1).
+        targets: Operating points to store, none of them "everything".
         thresholds: `global` (one tau for all layers, as in the paper) or `per-layer`.
+        allocation: `uniform` or `sensitivity`, see `allocate`.
+        unseen: Calibration batches that are in no fit, on which `max-loss` targets are measured.
+
+    Raises:
+        UserError: If a target is out of reach.
     """
     config.budgets = []
-    config.curve = threshold_curve(model, batches, config.gate, thresholds)
-    wanted = sorted({a for a in actives if a < 1})
-    config.budgets = [Budget(active, taus_on_curve(config, active)) for active in wanted]
-    fit_constants(model, batches, config)
-    for budget in config.budgets:
-        budget.taus, budget.measured = _search(model, batches, config, budget)
+    config.curve = threshold_curve(model, batches, config, thresholds)
+    config.budgets = [_first_guess(model, batches, config, target) for target in targets]
+    config.budgets.sort(key=lambda budget: budget.active)
+    config.default_active = 1.0
+    everything = range(len(config.budgets))
+    _fit(model, batches, config, everything)
+    if allocation == "sensitivity" and config.budgets and len(config.blocks) > 1:
+        shares = allocate(model, batches, config)
+        for budget, by_layer in zip(config.budgets, shares, strict=True):
+            budget.taus = taus_by_layer(config, by_layer)
+        _fit(model, batches, config, everything)
+    for target in targets:
+        if target.kind == "max-loss":
+            number = next(i for i, budget in enumerate(config.budgets) if budget.objective == str(target))
+            _search_loss(model, batches, unseen or batches, config, number, target.value)
+    _sort(model, config)
+    config.default_active = min((b.active for b in config.budgets), key=lambda a: abs(a - 0.5), default=1.0)
+
+
+def _sort(model: nn.Module, config: D2DMoEConfig) -> None:
+    """Budgets, and the stand-ins that belong to them, by rising active fraction."""
+    order = sorted(range(len(config.budgets)), key=lambda number: config.budgets[number].active)
+    config.budgets = [config.budgets[number] for number in order]
+    for value in (value for layer in layers(model) for value in layer.stand_ins().values()):
+        value.data = value.data[order]
+
+
+def _first_guess(model: nn.Module, batches: Batches, config: D2DMoEConfig, target: Target) -> Budget:
+    """The budget of a target, its active fraction exact except for `max-loss`."""
+    if target.kind == "active":
+        return Budget(target.value, taus_on_curve(config, target.value))
+    active = active_for_flops(model, batches, config, target.value) if target.kind == "flops" else 0.5
+    return Budget(active, taus_on_curve(config, active), objective=str(target))
+
+
+def _fit(model: nn.Module, batches: Batches, config: D2DMoEConfig, numbers: Sequence[int]) -> None:
+    """Stand-ins of some budgets at their thresholds, which are then set again where the fit has moved what runs."""
+    if config.stand_in == "mean":
+        fit_means(model, batches, config, numbers)
+    settle(model, batches, config, numbers)
     if config.stand_in in REGRESSED:
-        fit_stand_ins(model, batches, config)
-        for budget in config.budgets:
-            budget.taus, budget.measured = _search(model, batches, config, budget)
-    else:
-        fit_constants(model, batches, config)
-    config.default_active = _nearest(wanted, 0.5) if wanted else 1.0
-
-
-def _nearest(values: list[float], wanted: float) -> float:
-    return min(values, key=lambda v: abs(v - wanted))
+        fit_stand_ins(model, batches, config, numbers)
+        settle(model, batches, config, numbers)
+    elif config.stand_in == "mean":
+        fit_means(model, batches, config, numbers)
 
 
 @torch.no_grad()
-def threshold_curve(model: nn.Module, batches: Sequence, gate: str, thresholds: str) -> list[list]:
+def threshold_curve(model: nn.Module, batches: Sequence, config: D2DMoEConfig, thresholds: str) -> list[list]:
     """`[[active, [tau per layer]], …]`: quantiles of the gate's priorities on the inputs of the dense model."""
-    count = len(layers(model))
-    if gate == "topk":  # priorities are ranks, so the quantile is known
-        return [[active, [1.0 - active] * count] for active in GRID]
-    histograms = torch.zeros(count, BINS, dtype=torch.float64)
+    converted, shared = layers(model), config.shared_experts
+    if config.gate == "topk":  # priorities are ranks, so the quantile is known
+        return [[active, taus_on_curve(config, active)] for active in GRID]
+    kept: list[list[torch.Tensor]] = [[] for _ in converted]
+    stride = max(1, getattr(batches, "tokens", 0) // CURVE_TOKENS)
 
     def collect(index, layer, x, hidden, scores, run):
-        priority = GATES[gate](layer.router(x).float())
-        histograms[index] += torch.histc(priority, bins=BINS, min=0.0, max=1.0).double().cpu()
+        kept[index].append(GATES[config.gate](layer.router(x[::stride]).float()[:, shared:]).cpu())
 
     with set_gate(model, tau=0):
         run_observed(model, batches, collect, name="thresholds")
+    pools = [torch.cat(rows).flatten().sort(descending=True).values for rows in kept]
     if thresholds == "global":
-        histograms = histograms.sum(0, keepdim=True).expand(count, -1)
-    above = histograms.flip(1).cumsum(1).flip(1) / histograms.sum(1, keepdim=True)  # share at or above each bin's start
-    edges = torch.arange(BINS, dtype=torch.float64) / BINS
+        pools = [torch.cat(pools).sort(descending=True).values] * len(pools)
     curve = []
     for active in GRID:
-        taus = [float(edges[int((above[i] >= active).sum()) - 1].clamp_min(0.5 / BINS)) for i in range(count)]
+        taus = []
+        for layer, pool in zip(converted, pools, strict=True):
+            share = (active * layer.block.experts - shared) / (layer.block.experts - shared)
+            place = min(max(round(share * len(pool)) - 1, 0), len(pool) - 1)
+            between = (pool[place] + pool[min(place + 1, len(pool) - 1)]) / 2  # away from where rounding decides
+            taus.append(float(between.clamp_min(1e-12)))
         curve.append([active, taus])
     return curve
 
 
+def taus_by_layer(config: D2DMoEConfig, actives: Sequence[float]) -> list[float]:
+    """Thresholds that give every block an active fraction of its own."""
+    return [taus_on_curve(config, active)[index] for index, active in enumerate(actives)]
+
+
 @torch.no_grad()
-def fit_constants(model: nn.Module, batches: Sequence, config: D2DMoEConfig) -> None:
-    """Conditional means: `c_e` = mean of `E_e(x)` over the calibration tokens that skip `e`, for each stored budget.
+def fit_means(model: nn.Module, batches: Sequence, config: D2DMoEConfig, numbers: Sequence[int]) -> None:
+    """Conditional means: `c_e` = mean of `E_e(x)` over the calibration tokens that skip `e`, for some budgets.
 
     Only sums of hidden activations are kept, ``(budgets, E, s)``; the down projection is applied once at the end.
     """
-    if config.stand_in == "zero":
-        return
     sums: dict[int, torch.Tensor] = {}
     counts: dict[int, torch.Tensor] = {}
 
     def collect(index, layer, x, hidden, scores, run):
         router_scores = layer.router(x)
-        for number, budget in enumerate(config.budgets):
-            skipped = ~select(
-                router_scores, config.gate, budget.taus[index], config.min_experts, config.max_experts
-            )  # (tokens, E)
+        for row, number in enumerate(numbers):
+            skipped = ~gate_state(config, config.budgets[number].taus[index]).select(router_scores)  # (tokens, E)
             if index not in sums:
-                shape = (len(config.budgets), *hidden.shape[::2])
+                shape = (len(numbers), *hidden.shape[::2])
                 sums[index] = torch.zeros(shape, dtype=torch.float64, device=x.device)
                 counts[index] = torch.zeros(shape[:2], dtype=torch.float64, device=x.device)
-            sums[index][number] += torch.einsum("ets,te->es", hidden, skipped.to(hidden.dtype)).double()
-            counts[index][number] += skipped.sum(0)
+            sums[index][row] += torch.einsum("ets,te->es", hidden, skipped.to(hidden.dtype)).double()
+            counts[index][row] += skipped.sum(0)
 
     with set_gate(model, tau=0):
         run_observed(model, batches, collect, name="stand-ins")
     for index, layer in enumerate(layers(model)):
         if index in sums:
             mean = sums[index] / counts[index].clamp_min(1)[..., None]
-            layer.constants.data = torch.einsum("bes,esd->bed", mean, layer.down_weight.double()).to(layer.constants)
+            fitted = torch.einsum("bes,esd->bed", mean, layer.down_weight.double())
+            layer.constants.data[list(numbers)] = fitted.to(layer.constants)
 
 
 def measure_active(model: nn.Module, batches: Sequence) -> float:
@@ -117,36 +192,131 @@ def measure_active(model: nn.Module, batches: Sequence) -> float:
     return counter.fraction
 
 
-def _search(model: nn.Module, batches: Sequence, config: D2DMoEConfig, budget: Budget) -> tuple[list[float], float]:
-    """Thresholds along the curve whose active fraction, with the gate on in every layer, is the budget's."""
+def settle(model: nn.Module, batches: Batches, config: D2DMoEConfig, numbers: Sequence[int] | None = None) -> None:
+    """Set the thresholds of some budgets or all again, after something else has changed what runs."""
+    batches = _leading(batches, SEARCH_TOKENS)
+    for number in range(len(config.budgets)) if numbers is None else numbers:
+        _settle(model, batches, config, number)
+
+
+def _settle(model: nn.Module, batches: Sequence, config: D2DMoEConfig, number: int) -> None:
+    """Move the thresholds until the active fraction, with the gate on in every layer, is the budget's."""
+    budget = config.budgets[number]
+    before = budget.taus
+    shares = [_active_on_curve(config, index, tau) for index, tau in enumerate(before)]
 
     def measure(point: float) -> float:
-        budget.taus = taus_on_curve(config, point)
-        with set_gate(model, active=budget.active):
-            return measure_active(model, batches)
+        scale = point / budget.active
+        budget.taus = before if scale == 1 else taus_by_layer(config, [min(share * scale, 1.0) for share in shares])
+        for index, layer in enumerate(layers(model)):
+            layer.gate_state = gate_state(config, budget.taus[index], number)
+        return measure_active(model, batches)
 
-    batches = batches.first(SEARCH_TOKENS) if isinstance(batches, Batches) else batches
-    if config.gate == "topk":
-        return taus_on_curve(config, budget.active), measure(budget.active)
-    point, value = bisect(measure, budget.active, low=GRID[0], high=1.0, start=budget.active)
-    return taus_on_curve(config, point), value
+    with set_gate(model, tau=0):
+        if config.gate == "topk" and not (config.min_experts or config.max_experts):
+            budget.measured = measure(budget.active)
+            return
+        point, budget.measured = bisect(measure, budget.active, low=GRID[0], high=1.0, start=budget.active)
+        measure(point)
+
+
+def _leading(batches: Sequence, tokens: int) -> Sequence:
+    """So many tokens of `Batches`; of any other sequence of batches everything."""
+    return batches.first(tokens) if isinstance(batches, Batches) else batches
+
+
+def _active_on_curve(config: D2DMoEConfig, index: int, tau: float) -> float:
+    """The active fraction at which a block's curve has this threshold."""
+    points = [(taus[index], active) for active, taus in config.curve]
+    for (high, less), (low, more) in pairwise(points):
+        if low <= tau <= high:
+            return less + (more - less) * ((high - tau) / (high - low) if high > low else 0.0)
+    return points[0][1] if tau > points[0][0] else points[-1][1]
+
+
+def active_for_flops(model: nn.Module, batches: Batches, config: D2DMoEConfig, share: float) -> float:
+    """Active fraction at which the whole model, routers and stand-ins included, has a share of the dense FLOPs.
+
+    Raises:
+        UserError: If no active fraction does; names the range.
+    """
+    converted = layers(model)
+    total = dense_flops_per_token(model, model_inputs(model, next(pieces(batches))))
+    before = sum(dense_ffn_flops(layer) for layer in converted)
+
+    def whole(active: float) -> float:
+        states = [gate_state(config, 0.5, 0) for _ in converted]
+        costs = [sparse_ffn_flops(layer, active, state) for layer, state in zip(converted, states, strict=True)]
+        return (total - before + sum(costs)) / total
+
+    low, high = whole(GRID[0]), whole(GRID[-1])
+    active = GRID[0] + (share - low) / (high - low) * (GRID[-1] - GRID[0])  # the count is linear in it
+    if not GRID[0] <= active <= GRID[-1]:
+        raise UserError(f"--flops {share:g}: this model reaches {low:.3f} to {high:.3f} of its dense FLOPs")
+    return round(active, 6)
+
+
+def relative_loss(model: nn.Module, batches: Batches, budget: int) -> float:
+    """How much worse than dense, relative to dense: in nats for language models, in its metric for anything else."""
+    row = evaluate(model, batches, [{"budget": budget}])[0]
+    value, dense = row["metric"]["value"], row["dense"]["value"]
+    if row["metric"]["name"] in ("perplexity", "masked_lm"):
+        return math.log(value) / math.log(dense) - 1
+    if row["metric"]["name"] == "kl_to_dense":
+        return value
+    return 1 - value / dense
+
+
+def _search_loss(
+    model: nn.Module, batches: Batches, unseen: Batches, config: D2DMoEConfig, number: int, target: float
+) -> None:
+    """Move a budget's active fraction, fitting its stand-ins anew, until it loses `target` on unseen batches."""
+    budget, unseen = config.budgets[number], unseen.first(LOSS_TOKENS)
+
+    def measure(active: float) -> float:
+        budget.active, budget.taus = active, taus_on_curve(config, active)
+        _fit(model, batches, config, [number])
+        budget.achieved = relative_loss(model, unseen, number)
+        return -math.log(max(budget.achieved, 1e-6))  # rises with the active fraction, nearly straight
+
+    point, _ = bisect(
+        measure, -math.log(target), low=GRID[0], high=GRID[-1], start=budget.active, steps=LOSS_ROUNDS,
+        tolerance=0.02 / max(abs(math.log(target)), 1e-3), slope=8.0,
+    )  # fmt: skip
+    if budget.active != point:
+        measure(point)
+    budget.active = round(point, 6)
+    if budget.achieved > 1.5 * target:
+        raise UserError(
+            f"--max-loss {target:g}: at {point:.2f} active the loss on calibration text is {budget.achieved:.4f}"
+        )
 
 
 def bisect(
-    measure: Callable[[float], float], target: float, *, low: float, high: float, start: float
-) -> tuple[float, float]:
-    """Argument at which a rising function reaches `target`, within `SEARCH_TOLERANCE`; the best of the points tried."""
+    measure: Callable[[float], float], target: float, *, low: float, high: float, start: float,
+    steps: int = SEARCH_STEPS, tolerance: float = SEARCH_TOLERANCE, slope: float = 1.0,
+) -> tuple[float, float]:  # fmt: skip
+    """Argument at which a rising function reaches `target`, within a relative tolerance; the best of the points tried.
+
+    Args:
+        measure: The function.
+        target: Its value wanted.
+        low, high: Where the argument lies.
+        start: First argument tried.
+        steps: Most arguments tried.
+        tolerance: Relative to the target.
+        slope: First guess; corrected by what is measured.
+    """
     point, best = start, (start, float("inf"))
     before: tuple[float, float] | None = None
-    slope = 1.0  # the curve is nearly the identity; corrected by what is measured
-    for _ in range(SEARCH_STEPS):
+    for _ in range(steps):
         value = measure(point)
-        if abs(value - target) < abs(best[1] - target):
+        if abs(value - target) <= abs(best[1] - target):
             best = (point, value)
-        if abs(value - target) <= SEARCH_TOLERANCE * target:
+        if abs(value - target) <= tolerance * abs(target):
             break
         low, high = (point, high) if value < target else (low, point)
-        if before is not None:
+        if before is not None and point != before[0]:
             slope = (value - before[1]) / (point - before[0])
         before = (point, value)
         step = point + (target - value) / slope if slope > 0 else low

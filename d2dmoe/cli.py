@@ -13,7 +13,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from .config import PRESETS, ConvertConfig, DataConfig, UserError, check_active, check_tau, resolve
+from .config import METRIC_NAMES, PRESETS, ConvertConfig, DataConfig, UserError, check_active, resolve
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     _quiet()
     try:
-        _check_json(arguments.json)
+        for name in ("json", "plot"):
+            _check_writable("--" + name, getattr(arguments, name, None))
         return arguments.run(arguments, sys.argv[1:] if argv is None else argv)
     except UserError as error:
         if arguments.debug:
@@ -45,12 +46,12 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _check_json(path: str | None) -> None:
+def _check_writable(flag: str, path: str | None) -> None:
     """Before any long work: can the figures be written there at its end?"""
     if path:
         above = next(p for p in Path(path).absolute().parents if p.exists())
         if Path(path).is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
-            raise UserError(f"--json {path}: cannot be written; name a file in a folder that can be")
+            raise UserError(f"{flag} {path}: cannot be written; name a file in a folder that can be")
 
 
 def _quiet() -> None:
@@ -92,15 +93,37 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace a non-empty output folder")
 
     sub = verb("eval", _eval, "quality, active fraction and FLOPs on held-out data")
-    sub.add_argument("--model", required=True, help="converted or dense model: hub id or local folder")
+    one = sub.add_mutually_exclusive_group(required=True)
+    one.add_argument("--model", help="converted or dense model: hub id or local folder")
+    one.add_argument("--compare", nargs="+", metavar="MODEL", help="several of them, their figures side by side")
     add_fields(sub, DataConfig)
+    natural = "what quality is (default: what fits the model's class and the data)"
+    sub.add_argument("--metric", choices=METRIC_NAMES, help=natural)
     parts = "part of the data (default: held_out of builtin, all of anything else)"
     sub.add_argument("--part", choices=("held_out", "calibration", "all"), help=parts)
     every = "active fractions, one row each (default: the stored budgets)"
     sub.add_argument("--active", type=_numbers, metavar="A,B,…", help=every)
     sub.add_argument("--tau", type=_numbers, metavar="T,U,…", help="thresholds, one row each")
     sub.add_argument("--tokens", type=int, default=0, help="stop after this many tokens; 0 for all")
+    sub.add_argument("--plot", metavar="FILE", help="draw quality against whole-model FLOPs (needs matplotlib)")
     sub.add_argument("--oracle", action="store_true", help="select by true expert norms instead of the routers")
+
+    sub = verb("bench", _bench, "time of one layer or a model, dense against converted")
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--layer", metavar="d=…,f=…,experts=…[,glu]", help="one layer with random weights")
+    what.add_argument("--model", metavar="DIR", help="converted model: prefill and decode")
+    sub.add_argument("--tokens", type=_numbers, default=[1, 16, 128, 512], metavar="N,M,…", help="for --layer")
+    sub.add_argument("--batch", type=_numbers, default=[1, 8, 64], metavar="N,M,…", help="sequences, for --model")
+    sub.add_argument("--length", type=int, default=128, help="tokens of each sequence, for --model")
+    sub.add_argument(
+        "--active", type=_numbers, metavar="A,B,…", help="fractions (default: 0.25, or the stored budgets)"
+    )
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and inputs")
+    sub.add_argument("--threads", type=int, default=0, help="0 leaves them as they are")
+    sub.add_argument("--seconds", type=float, default=2.0, help="for each figure")
+    sub.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: one thread on a busy machine")
+    columns = "eager,compiled,frozen,grouped_mm,loop"
+    sub.add_argument("--columns", default=columns, help="what to compare with; eager is always there")
 
     sub = verb("list", _list, "what would be converted in a model, what not, and why")
     sub.add_argument("--model", required=True, help="hub id or local folder")
@@ -138,7 +161,7 @@ def _plain(hint: Any) -> type:
 
 def _numbers(text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",") if part.strip()]
+        return [float(p[:-1]) / 100 if p.endswith("%") else float(p) for p in map(str.strip, text.split(",")) if p]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of numbers") from None
 
@@ -199,9 +222,7 @@ def _convert(arguments: argparse.Namespace, command: list[str]) -> int:
 def _plan_text(plan: Any, config: ConvertConfig) -> str:
     from .report import table
 
-    rows = [
-        [b.name, b.kind, b.activation, f"{b.d_model}->{b.width}", b.experts, b.width // b.experts] for b in plan.blocks
-    ]
+    rows = [[b.name, b.kind, b.activation, f"{b.d_model}->{b.width}", b.experts, b.size] for b in plan.blocks]
     lines = [
         table(["block", "kind", "activation", "size", "experts", "neurons each"], rows),
         "",
@@ -209,40 +230,81 @@ def _plan_text(plan: Any, config: ConvertConfig) -> str:
         f"parameters: {plan.dense_parameters:,} dense, {plan.added_parameters:,} added by routers and stand-ins",
         f"peak memory: about {plan.peak_memory_bytes / 1e9:.2f} GB; disk: about {plan.disk_bytes / 1e9:.2f} GB",
     ]
+    padded = plan.summary()["padded_neurons"]
+    if padded:
+        lines.append(f"padding: {padded} zero neurons in memory, because the experts do not divide the width")
     return "\n".join(lines)
 
 
 def _eval(arguments: argparse.Namespace, command: list[str]) -> int:
-    from . import hub
-    from .data import make_batches, read_documents
-    from .evaluate import evaluate
-    from .report import eval_table
+    from .evaluate import compare, prepare
+    from .report import check_plot, compare_table, eval_table, plot_curves
 
     config = resolve(DataConfig, _given(arguments, DataConfig))
+    names = arguments.compare or [arguments.model]
     if arguments.tokens < 0:
         raise UserError(f"--tokens {arguments.tokens}: must be 0 or more; 0 is all of them")
+    if arguments.plot:
+        check_plot(arguments.plot)
     settings = [{"active": a} for a in arguments.active or []] + [{"tau": t} for t in arguments.tau or []]
     for setting in settings:
         check_active(setting.get("active", 1.0))
-    model_config = hub.read_config(arguments.model)
-    stored = hub.stored_config(model_config)
-    for setting in settings:
-        check_tau(setting.get("tau", 0.0), stored.gate if stored else "max")
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    config.max_length = min(config.max_length, limit) if limit and limit > 0 else config.max_length
     part = arguments.part or ("held_out" if config.data == "builtin" else "all")
-    documents = read_documents(config.data, part, config.text_column)
-    processor = hub.load_processor(arguments.model, model_config)
-    causal = hub.is_causal(hub.model_class(model_config, arguments.model))
-    batches = make_batches(documents, processor, config, packed=causal)
-    batches = batches.first(arguments.tokens) if arguments.tokens else batches
-    model = hub.load_model(arguments.model, model_config)
-    if stored:
-        settings = settings or [{"active": a} for a in sorted({*(b.active for b in stored.budgets), 1.0})]
-    settings = [{**s, "oracle": True} for s in settings] if arguments.oracle else settings
-    rows = evaluate(model, batches, settings)
-    _emit(arguments, command, 0, rows, eval_table(rows))
+    options = {"part": part, "tokens": arguments.tokens, "metric": arguments.metric}
+    subjects = [prepare(name, config, settings, **options) for name in dict.fromkeys(names)]
+    rows = compare(subjects, settings, oracle=arguments.oracle)
+    _emit(arguments, command, 0, rows, compare_table(rows) if arguments.compare else eval_table(rows))
+    if arguments.plot:
+        plot_curves(rows, arguments.plot)
     return 0
+
+
+def _bench(arguments: argparse.Namespace, command: list[str]) -> int:
+    import torch
+
+    from . import bench
+    from .report import bench_table
+
+    columns = tuple(arguments.columns.split(","))
+    if unknown := set(columns) - set(bench.COLUMNS):
+        raise UserError(f"--columns {', '.join(sorted(unknown))}: not one of {', '.join(bench.COLUMNS)}")
+    for active in arguments.active or []:
+        check_active(active)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.clock == "cpu" and torch.get_num_threads() != 1:
+        raise UserError("--clock cpu counts the calling thread only; give --threads 1 with it")
+    options = {"seconds": arguments.seconds, "columns": columns, "clock": arguments.clock}
+    if arguments.layer:
+        tokens = [int(n) for n in arguments.tokens]
+        spec, dtype = bench.parse_layer(arguments.layer), getattr(torch, arguments.dtype)
+        rows = bench.bench_layer(spec, tokens=tokens, actives=arguments.active or [0.25], dtype=dtype, **options)
+    else:
+        rows = _bench_model(arguments, options)
+    _emit(arguments, command, 0, rows, bench_table(rows))
+    return 0
+
+
+def _bench_model(arguments: argparse.Namespace, options: dict[str, Any]) -> list[dict[str, Any]]:
+    import torch
+
+    from . import bench, hub
+    from .report import recorded_quality
+
+    config = hub.read_config(arguments.model)
+    stored = hub.stored_config(config)
+    if stored is None:
+        raise UserError(
+            f"--model {arguments.model}: not converted; run `d2dmoe convert --model {arguments.model}` first"
+        )
+    dtype = getattr(torch, arguments.dtype)
+    model, dense = hub.load_model(arguments.model, config, dtype=dtype), hub.load_dense(arguments.model, config, dtype)
+    actives = arguments.active or [b.active for b in stored.budgets]
+    batches = [int(n) for n in arguments.batch]
+    rows = bench.bench_model(
+        model, dense, batches=batches, length=arguments.length, settings=[{"active": a} for a in actives], **options
+    )
+    return [{**row, **recorded_quality(arguments.model, row["active"])} for row in rows]
 
 
 def _list(arguments: argparse.Namespace, command: list[str]) -> int:

@@ -26,6 +26,9 @@ def knob(default: Any, help: str, **extra: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+METRIC_NAMES = ("perplexity", "masked_lm", "accuracy", "kl_to_dense", "embedding", "cosine_to_dense")
+
+
 @dataclass
 class DataConfig:
     """Where text, token ids or images come from, and how they become batches."""
@@ -35,6 +38,10 @@ class DataConfig:
     )
     text_column: str | None = knob(
         None, "column that holds the text (default: text, sentence, content or the only string one)"
+    )
+    label_column: str | None = knob(
+        None,
+        "column that holds the class of each text or image (default: label, labels, label_name); none: ignore it",
     )
     sequences: str = knob(
         "auto",
@@ -97,17 +104,29 @@ class Block:
     experts: int = 0
     layouts: list[str] = field(default_factory=list)
 
+    @property
+    def size(self) -> int:
+        """Neurons of each expert; the last one may hold fewer and be padded with zero neurons in memory."""
+        return -(-self.width // self.experts)
+
+    @property
+    def slots(self) -> int:
+        """Neurons of all experts, padding included."""
+        return self.experts * self.size
+
 
 @dataclass
 class Budget:
     """One stored operating point.
 
     Attributes:
-        active: Active fraction asked for.
+        active: Active fraction asked for, or found for the objective.
         taus: Threshold of each block.
         measured: Active fraction on the calibration tokens.
         stand_ins: Kind of stand-in chosen for each block, where they are fitted by regression.
         residuals: Share of what skipping loses that is still lost with it, on held-out calibration tokens.
+        objective: What was asked for where that is not the active fraction, for instance `max-loss=0.01`.
+        achieved: The objective's figure on held-out calibration tokens.
     """
 
     active: float
@@ -115,9 +134,12 @@ class Budget:
     measured: float = 0.0
     stand_ins: list[str] = field(default_factory=list)
     residuals: list[float] = field(default_factory=list)
+    objective: str = ""
+    achieved: float = 0.0
 
 
 CHECKPOINT_VERSION = 1
+LEAST_ACTIVE = 0.01  # where calibration curves begin
 
 
 @dataclass
@@ -130,10 +152,12 @@ class D2DMoEConfig:
         stand_in: What replaces skipped experts, a key of `STAND_INS`.
         delta_rank, linear_rank: Ranks of the stored change of the down projection and of the linear term.
         router_width: Hidden width of the routers, see `router_width()`.
+        router_target: What their scores stand for.
         budgets: Stored operating points, by rising active fraction.
         default_active: Budget in force after loading.
         curve: Thresholds at further active fractions, `[[active, [tau per block]], …]`, for budgets not stored.
         min_experts, max_experts: Bounds on the experts per token (0: no upper bound).
+        shared_experts: The first so many experts of every block always run.
     """
 
     blocks: list[Block] = field(default_factory=list)
@@ -142,11 +166,13 @@ class D2DMoEConfig:
     delta_rank: int = 0
     linear_rank: int = 0
     router_width: int = 0
+    router_target: str = "norm"
     budgets: list[Budget] = field(default_factory=list)
     default_active: float = 1.0
     curve: list[list[Any]] = field(default_factory=list)
     min_experts: int = 0
     max_experts: int = 0
+    shared_experts: int = 0
     version: int = CHECKPOINT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,11 +192,18 @@ class D2DMoEConfig:
                 f"this checkpoint has d2dmoe format version {version}, and this d2dmoe reads up to version "
                 f"{CHECKPOINT_VERSION}; install a newer d2dmoe-toolkit"
             )
-        known = {f.name for f in fields(cls)}
-        values = {k: v for k, v in values.items() if k in known}
-        values["blocks"] = [b if isinstance(b, Block) else Block(**b) for b in values.get("blocks", [])]
-        values["budgets"] = [b if isinstance(b, Budget) else Budget(**b) for b in values.get("budgets", [])]
+        values = _known(cls, values)
+        values["blocks"] = [b if isinstance(b, Block) else Block(**_known(Block, b)) for b in values.get("blocks", [])]
+        values["budgets"] = [
+            b if isinstance(b, Budget) else Budget(**_known(Budget, b)) for b in values.get("budgets", [])
+        ]
         return cls(**values)
+
+
+def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Without keys that a later release added under the same format version: they are of no consequence here."""
+    names = {f.name for f in fields(kind)}
+    return {key: value for key, value in values.items() if key in names}
 
 
 @dataclass
@@ -180,37 +213,71 @@ class ConvertConfig(DataConfig):
     model: str = knob("", "hub id or local folder of the dense model")
     output_dir: str = knob("", "output folder (default: checkpoints/<model>-d2dmoe)")
     revision: str | None = knob(None, "branch, tag or commit of a hub model")
-    preset: str = knob("default", "starting point for the keys below", choices=("default", "paper"))
+    preset: str = knob(
+        "default", "starting point for the keys below", choices=("default", "paper", "moefication", "training-free")
+    )
     experts: int = knob(0, "experts per block; 0 picks experts of about 32 neurons")
     expert_size: int = knob(0, "neurons per expert, instead of --experts, where widths differ between blocks")
     split: str = knob(
-        "coactivation", "how neurons are grouped", choices=("weights", "coactivation", "coactivation-signed", "random")
+        "coactivation",
+        "how neurons are grouped; shared_experts: by coactivation, after an always-on part",
+        choices=("weights", "coactivation", "coactivation-signed", "shared_experts", "random"),
     )
-    gate: str = knob("topk", "which experts run for a token", choices=("max", "share", "topk", "topp"))
+    shared_experts: int = knob(0, "always-on experts per block (--split shared_experts); 0 for an eighth of them")
+    gate: str = knob("topk", "which experts run for a token", choices=("max", "share", "topk", "topp", "absolute"))
     stand_in: str = knob(
         "linear", "what replaces skipped experts", choices=("zero", "mean", "constants", "refit", "linear")
     )
     delta_rank: int = knob(0, "rank of the change of the down projection (refit, linear); 0 for a quarter of d_model")
     linear_rank: int = knob(0, "rank of the linear term (linear); 0 for a sixteenth of d_model")
     thresholds: str = knob("per-layer", "one threshold for all layers, or one each", choices=("global", "per-layer"))
+    allocation: str = knob(
+        "sensitivity",
+        "active fraction of each layer: the same, or by what skipping in that layer costs the output",
+        choices=("uniform", "sensitivity"),
+    )
     active: list[float] = knob(
-        [0.25, 0.5, 0.75], "active fractions to calibrate and store, comma separated", many=float
+        [],
+        "active fractions to calibrate and store, comma separated (default 0.25,0.5,0.75 where no other goal is given)",
+        many=float,
+    )
+    flops: list[float] = knob([], "shares of the dense model's FLOPs to calibrate and store", many=float)
+    max_loss: list[float] = knob(
+        [], "relative losses on held-out calibration text to calibrate and store, for instance 1%%", many=float
     )
     router_width: int = knob(0, "hidden width of the routers; 0 for 128, or half of d_model where that is less")
-    router_target: str = knob(
-        "norm",
-        "what routers predict: the norm of an expert's output, or of its deviation from its mean",
-        choices=("norm", "centred"),
+    router_fit: str = knob(
+        "refined",
+        "how routers come about: by gradient descent from a random start, in closed form, or one after the other",
+        choices=("trained", "closed-form", "refined"),
     )
-    router_tokens: int = knob(400_000, "tokens that the routers are trained on, repetitions included")
+    router_target: str = knob(
+        "root",
+        "what routers predict of an expert: the norm of its output, its square root, the norm less the mean's part, "
+        "or less what is linear in the input, or the sum of its positive activations as a share of the largest",
+        choices=("norm", "root", "centred", "nonlinear", "activation"),
+    )
+    router_loss: str = knob(
+        "mse", "squared error, or binary cross-entropy against targets up to 1", choices=("mse", "bce")
+    )
+    router_tokens: int = knob(200_000, "tokens that the routers are trained on, repetitions included")
     router_batch: int = knob(256, "tokens per router step")
-    router_learning_rate: float = knob(3e-3, "peak learning rate of the routers")
+    router_learning_rate: float = knob(1e-3, "peak learning rate of the routers")
     calibration_tokens: int = knob(32_768, "tokens for thresholds and stand-ins")
     eval_tokens: int = knob(16_384, "held-out tokens for the figures in results.json; 0 skips them")
+    heal: int = knob(0, "steps of distillation from the dense model with the gate in the loop, after calibration")
+    heal_parameters: str = knob(
+        "stand-ins",
+        "what it trains: stand-ins alone, the routers as well, or every weight (then the dense twin changes)",
+        choices=("stand-ins", "routers", "all"),
+    )
+    heal_tokens: int = knob(4096, "tokens per distillation step")
+    heal_learning_rate: float = knob(1e-3, "peak learning rate of the distillation")
     min_experts: int = knob(0, "run at least this many experts per token")
     max_experts: int = knob(0, "run at most this many experts per token; 0 for no bound")
     dtype: str = knob("auto", "dtype of the written checkpoint", choices=("auto", "float32", "bfloat16", "float16"))
     max_shard_size: str = knob("5GB", "largest safetensors file")
+    device: str = knob("auto", "where to convert: auto (a GPU if there is one), cpu, cuda or cuda:N")
     seed: int = knob(0, "seed of everything random")
 
 
@@ -223,9 +290,66 @@ PRESETS: dict[str, dict[str, Any]] = {
         "stand_in": "zero",
         "thresholds": "global",
         "router_width": 128,
+        "router_fit": "trained",
+        "router_learning_rate": 3e-3,
         "router_target": "norm",
+        "router_loss": "mse",
+        "allocation": "uniform",
     },
+    # MoEfication (Zhang et al. 2022, arXiv 2110.01786): parameter clustering, an MLP router told which experts are
+    # active, a fixed number of experts. Made for ReLU models; on others it is what that recipe gives without a swap.
+    "moefication": {
+        "split": "weights",
+        "gate": "topk",
+        "stand_in": "zero",
+        "thresholds": "per-layer",
+        "router_width": 128,
+        "router_fit": "trained",
+        "router_learning_rate": 3e-3,
+        "router_target": "activation",
+        "router_loss": "bce",
+        "allocation": "uniform",
+    },
+    # The default without gradient descent.
+    "training-free": {"router_fit": "closed-form"},
 }
+DEFAULT_ACTIVE = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One operating point asked for: `kind` is `active`, `flops` or `max-loss`."""
+
+    kind: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.value:g}"
+
+
+def targets(config: ConvertConfig) -> list[Target]:
+    """The operating points that a conversion stores, without repetitions; running everything needs no storing."""
+    asked = {"active": config.active, "flops": config.flops, "max-loss": config.max_loss}
+    if not any(asked.values()):
+        asked["active"] = list(DEFAULT_ACTIVE)
+    return [
+        Target(kind, v) for kind, values in asked.items() for v in sorted(set(values)) if (kind, v) != ("active", 1)
+    ]
+
+
+def shared_experts(config: ConvertConfig, blocks: list[Block]) -> int:
+    """How many experts of every block always run.
+
+    Raises:
+        UserError: If that leaves none to choose from.
+    """
+    if config.split != "shared_experts":
+        return 0
+    fewest = min(block.experts for block in blocks)
+    shared = config.shared_experts or max(1, fewest // 8)
+    if shared >= fewest or 0 < config.max_experts <= shared:
+        raise UserError(f"--shared-experts {shared}: must be below the number of experts that may run")
+    return shared
 
 
 def ranks(config: ConvertConfig, blocks: list[Block]) -> dict[str, int]:
@@ -246,27 +370,38 @@ def divisors(width: int) -> list[int]:
     return [n for n in range(1, width + 1) if width % n == 0]
 
 
+def can_split(width: int, experts: int) -> bool:
+    """Whether so many experts of `ceil(width / experts)` neurons are all needed; the last may be partly padding."""
+    return 1 <= experts <= width and (experts - 1) * -(-width // experts) < width
+
+
 def choose_experts(block: Block, experts: int, expert_size: int) -> int:
     """Number of experts for a block.
 
+    A number that does not divide the width makes the last expert smaller. By default experts have about 32 neurons, of
+    a size that divides the width unless it has no divisor near that.
+
     Raises:
-        UserError: If the number or size asked for does not divide the width; names the nearest that do.
+        UserError: If the width cannot be had in so many experts, or in experts of this size; names the nearest.
     """
+    width = block.width
     if expert_size:
-        if block.width % expert_size:
-            near = _nearest(divisors(block.width), expert_size)
+        if -(-width // -(-width // expert_size)) != expert_size:
+            near = _nearest([s for s in range(1, width + 1) if -(-width // -(-width // s)) == s], expert_size)
             raise UserError(
-                f"--expert-size {expert_size} does not divide the FFN width {block.width} of {block.name}; "
-                f"nearest that do: {near}"
+                f"--expert-size {expert_size} does not fit the FFN width {width} of {block.name}: "
+                f"{-(-width // expert_size)} experts would be smaller; nearest that do: {near}"
             )
-        return block.width // expert_size
+        return -(-width // expert_size)
     if not experts:
-        sizes = [s for s in divisors(block.width) if block.width // s >= 16] or [1]
-        return block.width // min(sizes, key=lambda s: abs(s - 32))
-    if experts < 1 or block.width % experts:
-        near = _nearest(divisors(block.width), experts)
+        wanted = max(1, min(32, width // 16))
+        size = min((s for s in divisors(width) if width // s >= 16), key=lambda s: abs(s - 32), default=1)
+        return width // size if 4 * size > wanted else -(-width // wanted)
+    if not can_split(width, experts):
+        near = _nearest([n for n in range(1, width + 1) if can_split(width, n)], experts)
         raise UserError(
-            f"--experts {experts} does not divide the FFN width {block.width} of {block.name}; nearest that do: {near}"
+            f"--experts {experts} does not fit the FFN width {width} of {block.name}: with {-(-width // experts)} "
+            f"neurons each, fewer would do; nearest that fit: {near}"
         )
     return experts
 
@@ -315,6 +450,8 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
     if union and value is None:
         return None
     kind = next(a for a in typing.get_args(hint) if a is not types.NoneType) if union else hint
+    if kind is float and isinstance(value, str) and value.strip().endswith("%"):
+        return _typed(key, value.strip()[:-1], kind) / 100
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     fits = value is not None and isinstance(value, bool) == (kind is bool) and not isinstance(value, list | dict)
     try:
@@ -354,8 +491,25 @@ def check(config: Any) -> None:
     size = getattr(config, "max_shard_size", "1GB")
     if not re.fullmatch(r"(?=[^a-z]*[1-9])\s*\d+(\.\d+)?\s*[kmgt]b\s*", size, re.IGNORECASE):
         raise UserError(f"--max-shard-size {size}: must be a number and KB, MB, GB or TB, for instance 5GB")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", getattr(config, "device", "auto")):
+        raise UserError(f"--device {config.device}: must be auto, cpu, cuda or cuda:N")
     for active in getattr(config, "active", None) or []:
         check_active(active)
+        if active < LEAST_ACTIVE and config.gate != "topk":
+            raise UserError(
+                f"--active {active:g}: the {config.gate} gate is calibrated from {LEAST_ACTIVE:g} on; give at least "
+                f"that, or --gate topk"
+            )
+    for share in getattr(config, "flops", None) or []:
+        if not 0 < share < 1:
+            raise UserError(f"--flops {share:g}: a share of the dense model's FLOPs is above 0 and below 1")
+    for loss in getattr(config, "max_loss", None) or []:
+        if not 0 < loss < 10:
+            raise UserError(f"--max-loss {loss:g}: a relative loss is above 0, for instance 1% or 0.01")
+    if getattr(config, "heal_tokens", 1) < 1:
+        raise UserError("--heal-tokens 0: must be at least 1")
+    if getattr(config, "heal", 0) and config.heal_parameters != "all" and config.stand_in == "zero":
+        raise UserError("--heal trains what stands in for skipped experts, and --stand-in zero has nothing to train")
     if getattr(config, "experts", 0) and getattr(config, "expert_size", 0):
         raise UserError(
             f"give --experts or --expert-size, not both ({config.experts} and {config.expert_size}); "

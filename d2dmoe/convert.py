@@ -19,26 +19,31 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from . import hub
-from .calibrate import calibrate
-from .config import Budget, ConvertConfig, D2DMoEConfig, UserError, ranks
+from .calibrate import calibrate, settle
+from .config import Budget, ConvertConfig, D2DMoEConfig, UserError, ranks, shared_experts, targets
 from .data import Batches, make_batches, read_documents
 from .discovery import dummy_inputs
+from .distill import heal
 from .evaluate import evaluate
 from .experts import Neurons, layers
-from .gating import set_gate
-from .loader import attach
+from .gating import set_gate, stored_config
+from .loader import attach, cast
 from .observe import release_memory
-from .plan import Plan, make_plan
+from .plan import Plan, fit_to_data, make_plan
 from .profiles import activation_profiles
 from .progress import progress
-from .report import machine, model_card
+from .report import machine, model_card, portable
+from .router_fit import fit_routers
 from .router_training import train_routers
 from .split import split_neurons
+from .training import pick_device
 
 Say = Callable[[str], None]
+LEAST_UNSEEN = 4096  # tokens to measure a loss on
 # Keys that may change between an interrupted run and the one that resumes it.
-FREE_ON_RESUME = {"output_dir", "eval_tokens", "max_shard_size"}
-VERIFY_TOLERANCE = 1e-4
+FREE_ON_RESUME = {"output_dir", "eval_tokens", "max_shard_size", "device"}
+VERIFY_TOLERANCE, MODEL_TOLERANCE = 1e-4, 1e-3  # of a block; of the whole model, where rounding adds up
+RECIPE, REPLACED = "recipe.json", "replaced"  # in the working folder: its mark, and the output folder before this one
 
 
 def convert(
@@ -64,6 +69,7 @@ def convert(
     Raises:
         UserError: For anything the user can mend, before any long work starts.
     """
+    device = pick_device(config.device)
     named = config.output_dir or default_output(config.model)
     output = Path(os.path.abspath(named))
     work = output.with_name(output.name + ".partial")
@@ -71,6 +77,7 @@ def convert(
     plan = make_plan(model_config, config)
     processor = hub.load_processor(config.model, model_config, config.revision)
     calibration, held_out = batches_for(config, model_config, plan, processor)
+    asleep = fit_to_data(plan, calibration[0], config.data)
     hub.check_safetensors(config.model)
     prepare_folders(output, work, plan, keep=(config.model, config.data), resume=resume, overwrite=overwrite)
     recipe = {**asdict(config), "output_dir": named}
@@ -78,19 +85,24 @@ def convert(
     with _folder_errors(output, work):
         files = {"model": hub.fingerprint(config.model, model_config), "data": _files(config.data)}
         _check_recipe(work, recipe, files, resume)
-        model = hub.load_model(config.model, model_config, config.revision)
+        model = hub.load_model(config.model, model_config, config.revision).to(device)
+        if asleep:
+            say(f"left dense, because they do not run on this data: {', '.join(block.name for block in asleep)}")
         say(f"{len(plan.blocks)} blocks of {plan.blocks[0].experts} experts in {plan.model_class.__name__}")
+        if padded := plan.summary()["padded_neurons"]:
+            say(f"padded with {padded} zero neurons in memory, because the experts do not divide the width")
         log = convert_model(model, config, calibration, blocks=plan.blocks, work=work, resume=resume, say=say)
+        cast(model, _output_dtype(config, model_config))  # the figures are those of the checkpoint
         rows = []
         if held_out is not None:
-            rows = evaluate(model, held_out, [{"active": a} for a in sorted({*config.active, 1.0})])
+            settings = [{"active": a} for a in sorted({*(b.active for b in stored_config(model).budgets), 1.0})]
+            rows = evaluate(model, held_out, settings, tokenizer=processor)
         results = {
             "d2dmoe": _version(), "machine": machine(),
-            "command": command or ["d2dmoe", "convert", "--model", config.model],
+            "command": [portable(word) for word in command or ["d2dmoe", "convert", "--model", config.model]],
             "seed": config.seed, "plan": plan.summary(), "minutes": round((time.time() - started) / 60, 2),
             "calibration_tokens": calibration.first(config.calibration_tokens).tokens, "router_log": log, "rows": rows,
         }  # fmt: skip
-        model.to(_output_dtype(config, model_config))
         _write(output, work, model, processor, recipe, results, config)
     say(f"saved {named}")
     return results
@@ -109,7 +121,8 @@ def convert_model(
     """Convert a loaded model in place: split, verify, train routers, calibrate.
 
     Args:
-        model: Dense model in evaluation mode.
+        model: Dense model in fp32 (fits are made from what it computes); it may be cast afterwards. Everything
+            runs where its weights are.
         config: Method and sizes; data and output keys are not used.
         batches: Calibration batches.
         blocks: From a plan; discovered on the model itself when `None`.
@@ -119,7 +132,16 @@ def convert_model(
 
     Returns:
         The router training log.
+
+    Raises:
+        UserError: If the model is in half precision, has no block to convert, or cannot be reproduced as experts.
     """
+    if model.dtype not in (torch.float32, torch.float64):
+        raise UserError(
+            f"the model is in {str(model.dtype).removeprefix('torch.')}, and routers and stand-ins are fitted in "
+            f"float32; load it with dtype=torch.float32 (cast it after the conversion)"
+        )
+    model.eval()
     if blocks is None:
         from .config import choose_experts
         from .discovery import discover
@@ -131,21 +153,25 @@ def convert_model(
             block.experts = choose_experts(block, config.experts, config.expert_size)
     stored = D2DMoEConfig(
         blocks=blocks, gate=config.gate, stand_in=config.stand_in, router_width=config.router_width,
-        min_experts=config.min_experts, max_experts=config.max_experts, **ranks(config, blocks),
+        router_target=config.router_target,
+        min_experts=config.min_experts, max_experts=config.max_experts,
+        shared_experts=shared_experts(config, blocks), **ranks(config, blocks),
     )  # fmt: skip
     release_memory()
     orders = _stage(work, "split", resume, lambda: _split(model, config, blocks, batches, say))
-    reference = _block_outputs(model, blocks)
-    budgets = len({a for a in config.active if a < 1})
-    attach(model, stored, [orders[block.name] for block in blocks], budgets=budgets)
+    reference, output = _block_outputs(model, blocks), _outputs(model)
+    attach(model, stored, [orders[block.name] for block in blocks], budgets=len(targets(config)))
     _zero_constants(model)
     _let_go_of_files(model)
-    _verify(model, reference)
+    _verify(model, reference, output)
     log: list[dict[str, float]] = []
 
     def train() -> dict[str, torch.Tensor]:
         state_dir = work / "router-state" if work is not None else None
-        log.extend(train_routers(model, batches, config, state_dir=state_dir, resume=resume))
+        if config.router_fit != "trained":
+            fit_routers(model, batches.first(config.calibration_tokens), config)
+        if config.router_fit != "closed-form":
+            log.extend(train_routers(model, batches, config, state_dir=state_dir, resume=resume))
         if work is not None:
             _write_text(work / "router-log.json", json.dumps(log))
         return {f"{i}.{k}": v for i, layer in enumerate(layers(model)) for k, v in layer.router.state_dict().items()}
@@ -156,7 +182,13 @@ def convert_model(
     for i, layer in enumerate(layers(model)):
         layer.router.load_state_dict({k: routers[f"{i}.{k}"] for k in ("hidden", "score")})
     say("routers done; calibrating")
-    _calibrate(model, config, stored, batches, work, resume)
+    _fitted(work, "stand-ins", resume, model, stored, lambda: _calibrate(model, config, stored, batches))
+    if config.heal and stored.budgets:
+        say(f"healing: {config.heal} steps of distillation from the dense model")
+        _fitted(
+            work, "healed", resume, model, stored, lambda: _heal(model, config, stored, batches, work, resume),
+            everything=config.heal_parameters == "all",
+        )  # fmt: skip
     set_gate(model, active=stored.default_active)
     return log
 
@@ -164,14 +196,17 @@ def convert_model(
 def _split(
     model: PreTrainedModel, config: ConvertConfig, blocks: list, batches: Batches, say: Say
 ) -> dict[str, torch.Tensor]:
-    orders, profiles = {}, None
-    if config.split.startswith("coactivation"):
+    orders, profiles, shared = {}, None, shared_experts(config, blocks)
+    if config.split.startswith("coactivation") or shared:
         tokens = batches.first(config.calibration_tokens)
         profiles = activation_profiles(model, blocks, tokens, signed=config.split.endswith("signed"), seed=config.seed)
     for number, block in enumerate(progress(blocks, desc="split")):
         started = time.time()
-        rows = profiles[block.name] if profiles else Neurons(model, block).rows()
-        orders[block.name] = split_neurons(config.split, rows, block.experts, config.seed * 1000 + number)
+        rows = profiles[block.name].rows if profiles else Neurons(model, block).rows()
+        always = profiles[block.name].largest(shared * block.size) if profiles and shared else None
+        orders[block.name] = split_neurons(
+            config.split, rows, block.experts, config.seed * 1000 + number, shared=always
+        )
         say(f"split {block.name}: {block.experts} experts in {time.time() - started:.2f} s")
     return orders
 
@@ -201,19 +236,41 @@ def _block_outputs(model: PreTrainedModel, blocks: list) -> dict[str, tuple[torc
 
 
 @torch.no_grad()
-def _verify(model: PreTrainedModel, reference: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Re-execute every converted block with all experts on and compare with the dense block.
+def _outputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What the model makes of one small input, every floating-point tensor of it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        output = model(**dummy_inputs(model))
+    return {k: v for k, v in output.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+
+
+def _relative_error(value: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((value - wanted).norm() / wanted.norm().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def _verify(
+    model: PreTrainedModel, reference: dict[str, tuple[torch.Tensor, torch.Tensor]], output: dict[str, torch.Tensor]
+) -> None:
+    """Compare every block, executed again with all experts on, and the model as a whole with the dense ones.
 
     Raises:
-        UserError: Naming the block and its relative error.
+        UserError: Naming the block or output and its relative error.
     """
     for layer in layers(model):
         x, dense = reference[layer.block.name]
-        error = (layer(x) - dense).norm() / dense.norm().clamp_min(1e-12)
+        error = _relative_error(layer(x), dense)
         if not error <= VERIFY_TOLERANCE:
             raise UserError(
                 f"{layer.block.name}: as experts it differs from the dense block by {error:.2g} relative "
                 f"(allowed {VERIFY_TOLERANCE:g}), so this model is not converted"
+            )
+    for name, value in _outputs(model).items():
+        error = _relative_error(value, output[name])
+        if not error <= MODEL_TOLERANCE:
+            raise UserError(
+                f"with all experts on, the model's {name} differ from the dense ones by {error:.2g} relative "
+                f"(allowed {MODEL_TOLERANCE:g}), so this model is not converted"
             )
 
 
@@ -231,25 +288,50 @@ def _zero_constants(model: PreTrainedModel) -> None:
             value.data.zero_()
 
 
-def _calibrate(model, config: ConvertConfig, stored: D2DMoEConfig, batches: Batches, work: Path | None, resume: bool):
-    """Calibration, kept as one JSON and one tensor file."""
-    done = work / "calibration.json" if work is not None else None
+def _calibrate(model: PreTrainedModel, config: ConvertConfig, stored: D2DMoEConfig, batches: Batches) -> None:
+    fitting, unseen = batches.first(config.calibration_tokens), batches.after(config.calibration_tokens)
+    if config.max_loss and unseen.tokens < LEAST_UNSEEN:  # too little text for both: a fifth is kept from the fits
+        fitting = batches.first(batches.tokens * 4 // 5)
+        unseen = batches.after(batches.tokens * 4 // 5)
+    calibrate(
+        model, fitting, stored, targets(config),
+        thresholds=config.thresholds, allocation=config.allocation, unseen=unseen,
+    )  # fmt: skip
 
-    def fit() -> dict[str, torch.Tensor]:
-        calibrate(model, batches.first(config.calibration_tokens), stored, config.active, config.thresholds)
-        if done is not None:
+
+def _heal(
+    model: PreTrainedModel, config: ConvertConfig, stored: D2DMoEConfig, batches: Batches,
+    work: Path | None, resume: bool,
+) -> None:  # fmt: skip
+    state_dir = work / "heal-state" if work is not None else None
+    heal(model, batches, config, stored, state_dir=state_dir, resume=resume)
+    settle(model, batches.first(config.calibration_tokens), stored)
+
+
+def _fitted(
+    work: Path | None, name: str, resume: bool, model: PreTrainedModel, stored: D2DMoEConfig, fit: Callable[[], None],
+    *, everything: bool = False,
+) -> None:  # fmt: skip
+    """Run a stage that changes fitted parameters (or all) and the budgets, or take both from an earlier run."""
+    record = work / f"{name}.json" if work is not None else None
+
+    def compute() -> dict[str, torch.Tensor]:
+        fit()
+        if record is not None:
             kept = {k: v for k, v in stored.to_dict().items() if k in ("budgets", "curve", "default_active")}
-            _write_text(done, json.dumps(kept))
-        return {f"{i}.{k}": v.data for i, layer in enumerate(layers(model)) for k, v in layer.stand_ins().items()}
+            _write_text(record, json.dumps(kept))
+        return {key: parameters[key].data for key in changed}
 
-    stand_ins = _stage(work, "stand-ins", resume, fit)
-    if not stored.curve and done is not None:
-        kept = json.loads(done.read_text())
+    parameters = dict(model.named_parameters())
+    fitted = {id(p) for x in layers(model) for p in (*x.stand_ins().values(), *x.router.parameters())}
+    changed = [key for key, value in parameters.items() if everything or id(value) in fitted]
+    tensors = _stage(work, name, resume, compute)
+    if record is not None:
+        kept = json.loads(record.read_text())
         stored.budgets = [Budget(**b) for b in kept["budgets"]]
         stored.curve, stored.default_active = kept["curve"], kept["default_active"]
-    for i, layer in enumerate(layers(model)):
-        for name, value in layer.stand_ins().items():
-            value.data.copy_(stand_ins[f"{i}.{name}"])
+    for key in changed:
+        parameters[key].data.copy_(tensors[key])
 
 
 def _stage(
@@ -277,14 +359,13 @@ def default_output(model: str) -> str:
 
 def batches_for(config: ConvertConfig, model_config: Any, plan: Plan, processor: Any) -> tuple[Batches, Batches | None]:
     """Calibration batches, shuffled, and held-out batches (`None` when `eval_tokens` is 0)."""
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if limit and limit > 0:
-        config.max_length = min(config.max_length, limit)
+    data = hub.fit_length(config, model_config)
     causal = hub.is_causal(plan.model_class)
+    label2id = model_config.label2id if hub.is_classifier(plan.model_class, model_config) else None
 
     def make(part: str) -> Batches:
-        documents = read_documents(config.data, part, config.text_column)
-        return make_batches(documents, processor, config, packed=causal)
+        documents = read_documents(config.data, part, config.text_column, config.label_column)
+        return make_batches(documents, processor, data, packed=causal, label2id=label2id)
 
     calibration = make("calibration").shuffled(config.seed)
     if not config.eval_tokens:
@@ -316,6 +397,8 @@ def prepare_folders(
             raise UserError(f"--output-dir {output}: {path} lies in it and would be replaced; name another folder")
     try:
         interrupted = work.is_dir()
+        if interrupted and not _is_ours(work):
+            raise UserError(f"{work} was not made by d2dmoe; move it away or name another --output-dir")
         if output.exists() and not output.is_dir():
             raise UserError(f"--output-dir {output}: is a file; name another folder")
         if output.is_dir() and any(output.iterdir()) and not (overwrite or (resume and interrupted)):
@@ -330,6 +413,8 @@ def prepare_folders(
                 f"--output-dir {output}: the disk has {free / 1e9:.2f} GB free, and the checkpoint needs about "
                 f"{plan.disk_bytes / 1e9:.2f} GB; free some room or name a folder on another disk"
             )
+        if (work / REPLACED).exists() and not output.exists():
+            os.replace(work / REPLACED, output)  # the process died between the two renames of `_write`
         if interrupted and not resume:
             shutil.rmtree(work)
         work.mkdir(parents=True, exist_ok=True)
@@ -338,6 +423,12 @@ def prepare_folders(
         probe.unlink()
     except OSError as error:
         raise _cannot_write(output, error) from None
+
+
+def _is_ours(work: Path) -> bool:
+    """Whether a conversion made this folder: it holds a recipe, or is what a process leaves that died before that."""
+    inside = {path.name for path in work.iterdir()}
+    return RECIPE in inside or inside <= {".probe", f"{RECIPE}.tmp"}
 
 
 def _cannot_write(output: Path, error: OSError) -> UserError:
@@ -370,7 +461,7 @@ def _folder_errors(output: Path, work: Path) -> Iterator[None]:
 
 def _check_recipe(work: Path, recipe: dict[str, Any], files: dict[str, Any], resume: bool) -> None:
     """A resumed run must be the same conversion; the first key that differs is named."""
-    file = work / "recipe.json"
+    file = work / RECIPE
     wanted = json.loads(json.dumps({"recipe": recipe, "files": files}, default=list))
     if resume and file.exists():
         before = json.loads(file.read_text())
@@ -419,8 +510,11 @@ def _version() -> str:
 def _write(
     output: Path, work: Path, model: PreTrainedModel, processor: Any, recipe: dict, results: dict, config: ConvertConfig
 ) -> None:
-    """Write everything under a temporary name, then rename it to the output folder."""
-    scratch = work / "checkpoint"
+    """Write everything under a temporary name, then rename it to the output folder.
+
+    A folder that is replaced waits in the working folder, which alone is deleted, until the new one is in its place.
+    """
+    scratch, recipe = work / "checkpoint", {key: portable(value) for key, value in recipe.items()}
     shutil.rmtree(scratch, ignore_errors=True)
     model.save_pretrained(scratch, max_shard_size=config.max_shard_size)
     if processor is not None:
@@ -428,13 +522,16 @@ def _write(
     (scratch / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     (scratch / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (scratch / "README.md").write_text(model_card(model, recipe, results))
-    old = output.with_name(output.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
     output.parent.mkdir(parents=True, exist_ok=True)
+    replaced = work / REPLACED
     if output.exists():
-        os.replace(output, old)
-    os.replace(scratch, output)
-    shutil.rmtree(old, ignore_errors=True)
+        os.replace(output, replaced)
+    try:
+        os.replace(scratch, output)
+    except OSError:
+        if replaced.exists():
+            os.replace(replaced, output)
+        raise
     shutil.rmtree(work, ignore_errors=True)
 
 

@@ -6,11 +6,14 @@ A *document* is a dict with one of `text`, `input_ids` (already tokenised) or `i
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 import pydoc_data.topics
+import re
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +22,41 @@ import torch
 from .config import DataConfig, UserError
 
 Document = dict[str, Any]
-PARTS = ("calibration", "held_out", "all")
 SEPARATOR = "<|endoftext|>"
 SUFFIXES = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "story")
-LABEL_COLUMNS = ("label", "labels")
+LABEL_COLUMNS = ("label", "labels", "label_name")
 HELD_OUT_NAMES = ("valid", "val", "dev", "test")
 HELD_OUT_SHARE = 0.1
 
 
-def read_documents(source: str, part: str = "all", text_column: str | None = None) -> list[Document]:
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns of tabular data, `None` where they are to be guessed; label `none` for no labels."""
+
+    text: str | None = None
+    label: str | None = None
+
+    def check(self, present: list[str], source: str) -> None:
+        """Raises `UserError` if one that was asked for is not there."""
+        for name in (self.text, self.label if self.label != "none" else None):
+            if name is not None and name not in present:
+                raise UserError(f"--data {source}: no column {name!r}; it has {', '.join(present)}")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Names that a column of text may have."""
+        return TEXT_COLUMNS if self.text is None else (self.text,)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names that a column of labels may have."""
+        return () if self.label == "none" else LABEL_COLUMNS if self.label is None else (self.label,)
+
+
+def read_documents(
+    source: str, part: str = "all", text_column: str | None = None, label_column: str | None = None
+) -> list[Document]:
     """Read the documents of one part of a data source.
 
     `builtin` and files in one piece are divided here (one topic in five, or the last tenth, is held out). A folder or
@@ -38,20 +66,22 @@ def read_documents(source: str, part: str = "all", text_column: str | None = Non
         source: `builtin`, a path, or a hub data set id (`id:configuration` to name a configuration).
         part: `calibration`, `held_out` or `all`.
         text_column: Name of the text column of tabular data; guessed when `None`.
+        label_column: The same for the class numbers or names; `none` leaves them out.
 
     Raises:
         UserError: If the source does not exist, is empty, is not UTF-8, or has no usable column.
     """
+    columns = Columns(text_column, label_column)
     if source == "builtin":
         documents = _builtin(part)
     elif Path(source).exists():
-        documents = _local(Path(source), part, text_column)
+        documents = _local(Path(source), part, columns)
     elif source.startswith((".", "/", "~")) or Path(source).suffix in SUFFIXES:
         raise UserError(
             f"--data {source}: no such file or folder; give text/jsonl/csv/parquet files, a hub data set id or builtin"
         )
     else:
-        documents = _hub(source, part, text_column)
+        documents = _hub(source, part, columns)
     if not documents:
         name = "" if part == "all" else f"{part.replace('_', '-')} "
         raise UserError(f"--data {source}: no usable {name}text, token ids or images in it; give more data")
@@ -65,7 +95,7 @@ def _builtin(part: str) -> list[Document]:
     return [{"text": text} for name, text in topics if part == "all" or held_out[name] == (part == "held_out")]
 
 
-def _local(path: Path, part: str, text_column: str | None) -> list[Document]:
+def _local(path: Path, part: str, columns: Columns) -> list[Document]:
     files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else [path]
     if not files:
         raise UserError(f"--data {path}: the folder holds none of {', '.join(SUFFIXES)}")
@@ -73,8 +103,8 @@ def _local(path: Path, part: str, text_column: str | None) -> list[Document]:
     held_out = next(([f for f in files if f.stem.lower().startswith(n)] for n in HELD_OUT_NAMES if _has(files, n)), [])
     if part != "all" and train and held_out:
         chosen = train if part == "calibration" else held_out
-        return [d for f in chosen for d in _read_file(f, text_column)]
-    return _divide([d for f in files for d in _read_file(f, text_column)], part)
+        return [d for f in chosen for d in _read_file(f, columns)]
+    return _divide([d for f in files for d in _read_file(f, columns)], part)
 
 
 def _has(files: list[Path], name: str) -> bool:
@@ -94,7 +124,7 @@ def _divide(documents: list[Document], part: str) -> list[Document]:
     return documents[:cut] if part == "calibration" else documents[cut:]
 
 
-def _read_file(path: Path, text_column: str | None) -> list[Document]:
+def _read_file(path: Path, columns: Columns) -> list[Document]:
     if path.stat().st_size == 0:
         raise UserError(f"--data {path}: the file is empty")
     if path.suffix == ".parquet":
@@ -105,7 +135,7 @@ def _read_file(path: Path, text_column: str | None) -> list[Document]:
         except Exception as error:
             reason = str(error.__cause__ or error).strip().partition("\n")[0]
             raise UserError(f"--data {path}: not a parquet file with rows in it ({reason})") from None
-        return _from_table(table, str(path), text_column)
+        return _from_table(table, str(path), columns)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -113,11 +143,13 @@ def _read_file(path: Path, text_column: str | None) -> list[Document]:
             f"--data {path}: not UTF-8 text (byte {error.start}); convert it, for instance with iconv"
         ) from None
     kind = SUFFIXES.get(path.suffix, "text")
+    if kind == "text" and _has_header(text, columns):
+        kind = "csv"
     if kind == "text":
         return [{"text": piece.strip("\n")} for piece in text.split(SEPARATOR) if piece.strip()]
     if kind == "csv":
-        return _from_rows(_csv_rows(path, text), str(path), text_column)
-    return _from_rows(_json_rows(path, text), str(path), text_column)
+        return _from_rows(_csv_rows(path, text), str(path), columns)
+    return _from_rows(_json_rows(path, text), str(path), columns)
 
 
 def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
@@ -153,58 +185,62 @@ def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _from_rows(rows: list[dict[str, Any]], source: str, text_column: str | None) -> list[Document]:
-    columns = list(rows[0]) if rows else []
-    return _select(rows, columns, source, text_column)
+def _from_rows(rows: list[dict[str, Any]], source: str, columns: Columns) -> list[Document]:
+    return _select(rows, list(rows[0]) if rows else [], source, columns)
 
 
-def _from_table(table: Any, source: str, text_column: str | None) -> list[Document]:
+def _from_table(table: Any, source: str, columns: Columns) -> list[Document]:
     """Rows of a `datasets.Dataset`; images stay encoded until they are used."""
     import datasets
 
     for name, feature in (table.features or {}).items():
         if isinstance(feature, datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))
-    return _select(table, list(table.column_names), source, text_column)
+    return _select(table, list(table.column_names), source, columns)
 
 
-def _select(rows: Any, columns: list[str], source: str, text_column: str | None) -> list[Document]:
+def _select(rows: Any, present: list[str], source: str, columns: Columns) -> list[Document]:
     if not len(rows):
         return []
     first = rows[0]
-    label = next((c for c in LABEL_COLUMNS if c in columns and _is_class(first[c])), None)
-    if text_column is not None and text_column not in columns:
-        raise UserError(f"--data {source}: no column {text_column!r}; it has {', '.join(columns)}")
-    image = next((c for c in ("image", "img", "pixel_values") if c in columns), None)
+    columns.check(present, source)
+    label = next((c for c in columns.labels if c in present and (columns.label or _is_class(first[c]))), None)
+    image = next((c for c in ("image", "img", "pixel_values") if c in present), None)
     kind, column = None, None
-    if text_column is None and "input_ids" in columns:
+    if columns.text is None and "input_ids" in present:
         kind = column = "input_ids"
-    elif text_column is None and image:
+    elif columns.text is None and image:
         kind, column = "image", image
     else:
-        strings = [c for c in columns if isinstance(first[c], str) and c not in LABEL_COLUMNS]
-        named = [c for c in TEXT_COLUMNS if c in strings]
-        column = text_column or (named[0] if named else strings[0] if len(strings) == 1 else None)
+        strings = [c for c in present if isinstance(first[c], str) and c not in (*LABEL_COLUMNS, label)]
+        named = [c for c in columns.texts if c in strings]
+        column = columns.text or (named[0] if named else strings[0] if len(strings) == 1 else None)
         kind = "text"
     if column is None:
-        raise UserError(f"--data {source}: cannot tell the text column among {', '.join(columns)}; give --text-column")
+        raise UserError(f"--data {source}: cannot tell the text column among {', '.join(present)}; give --text-column")
     return [{kind: row[column], **({"label": row[label]} if label else {})} for row in rows if row.get(column)]
 
 
 def _is_class(value: Any) -> bool:
-    """Whether this is a class number; words and scores are no labels here."""
-    return isinstance(value, int) or (isinstance(value, str) and value.strip().isdecimal())
+    """Whether this may be the number or the name of a class; scores are none."""
+    return isinstance(value, int | str)
 
 
-def _hub(source: str, part: str, text_column: str | None) -> list[Document]:
+def _has_header(text: str, columns: Columns) -> bool:
+    """Whether a text file begins with the names of a column of text and one of labels: `text;label_name`."""
+    header = re.split(r"[;,\t|]", text.partition("\n")[0].strip())
+    return bool({*columns.texts} & {*header}) and bool({*columns.labels} & {*header})
+
+
+def _hub(source: str, part: str, columns: Columns) -> list[Document]:
     from datasets import load_dataset
 
-    from .hub import reachable
+    from .hub import hub_or_cache
 
-    reachable()
     name, _, configuration = source.partition(":")
     try:
-        splits = load_dataset(name, configuration or None)
+        with hub_or_cache(name):
+            splits = load_dataset(name, configuration or None)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -214,9 +250,12 @@ def _hub(source: str, part: str, text_column: str | None) -> list[Document]:
     held_out = next((n for n in ("validation", "valid", "dev", "test") if n in splits), None)
     chosen = "train" if "train" in splits else next(iter(splits))
     if part == "held_out" and held_out:
-        return _from_table(splits[held_out], source, text_column)
-    documents = _from_table(splits[chosen], source, text_column)
+        return _from_table(splits[held_out], source, columns)
+    documents = _from_table(splits[chosen], source, columns)
     return documents if held_out and part == "calibration" else _divide(documents, part)
+
+
+LENGTH_WINDOW = 32  # batches among whose items those of one length are put together
 
 
 class Batches(Sequence[dict[str, torch.Tensor]]):
@@ -259,9 +298,20 @@ class Batches(Sequence[dict[str, torch.Tensor]]):
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
 
     def shuffled(self, seed: int) -> Batches:
-        """The same items in another order."""
-        order = torch.randperm(len(self.items), generator=torch.Generator().manual_seed(seed)).tolist()
-        items = [self.items[i] for i in order]
+        """The same items in another order, in which those of a batch are of about one length, to save padding."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.items), generator=generator).tolist()
+        lengths = [len(item.get("input_ids", (0,))) for item in self.items]
+        window, size = LENGTH_WINDOW * self.batch_size, self.batch_size
+        order = [
+            i for at in range(0, len(order), window) for i in sorted(order[at : at + window], key=lengths.__getitem__)
+        ]
+        whole = len(order) // size
+        places = torch.randperm(whole, generator=generator).tolist()
+        order = [i for p in places for i in order[p * size : (p + 1) * size]] + order[whole * size :]
+        return self._with([self.items[i] for i in order])
+
+    def _with(self, items: list[Document]) -> Batches:
         return Batches(items, self.batch_size, pad_id=self.pad_id, image_processor=self.image_processor)
 
     def first(self, tokens: int) -> Batches:
@@ -271,8 +321,11 @@ class Batches(Sequence[dict[str, torch.Tensor]]):
             if total >= tokens:
                 break
             total, count = total + len(item.get("input_ids", (0,))), count + 1
-        items = self.items[:count]
-        return Batches(items, self.batch_size, pad_id=self.pad_id, image_processor=self.image_processor)
+        return self._with(self.items[:count])
+
+    def after(self, tokens: int) -> Batches:
+        """What `first` leaves over."""
+        return self._with(self.items[len(self.first(tokens).items) :])
 
     @property
     def tokens(self) -> int:
@@ -280,7 +333,14 @@ class Batches(Sequence[dict[str, torch.Tensor]]):
         return sum(len(item.get("input_ids", (0,))) for item in self.items)
 
 
-def make_batches(documents: list[Document], processor: Any, config: DataConfig, *, packed: bool) -> Batches:
+def make_batches(
+    documents: list[Document],
+    processor: Any,
+    config: DataConfig,
+    *,
+    packed: bool,
+    label2id: dict[str, int] | None = None,
+) -> Batches:
     """Turn documents into batches with a tokenizer or an image processor.
 
     Args:
@@ -288,11 +348,16 @@ def make_batches(documents: list[Document], processor: Any, config: DataConfig, 
         processor: Tokenizer for `text`, image processor for `image`, ignored for `input_ids`.
         config: Lengths and sizes; `config.sequences` overrides `packed` unless it is `auto`.
         packed: Join the documents and cut full sequences (for causal language models).
+        label2id: Numbers of a classifier's classes; without them labels that are names are left out.
 
     Raises:
-        UserError: If there is less text than one sequence, or the processor does not fit the documents.
+        UserError: If there is less text than one sequence, the processor does not fit the documents, or a label is
+            none of the classes.
     """
+    documents = _number_labels(documents, label2id, config)
     if "image" in documents[0]:
+        if importlib.util.find_spec("PIL") is None:
+            raise UserError(f"--data {config.data} holds images: install pillow, or d2dmoe-toolkit[vision]")
         if processor is None or not hasattr(processor, "image_mean"):
             raise UserError(f"--data {config.data} holds images, and the model comes with no image processor")
         return Batches(documents, config.batch_size, image_processor=processor)
@@ -308,6 +373,24 @@ def make_batches(documents: list[Document], processor: Any, config: DataConfig, 
     packed = packed if config.sequences == "auto" else config.sequences == "packed"
     items = _pack(documents, processor, config) if packed else _chunk(documents, processor, config)
     return Batches(items, config.batch_size, pad_id=pad_id)
+
+
+def _number_labels(documents: list[Document], label2id: dict[str, int] | None, config: DataConfig) -> list[Document]:
+    """Labels as class numbers; as names only where they are the names of the classes."""
+    if not any("label" in d for d in documents):
+        return documents
+    if label2id is None:
+        numbered = all(str(d.get("label")).strip().isdecimal() for d in documents)
+        return documents if numbered else [{k: v for k, v in d.items() if k != "label"} for d in documents]
+    names = ", ".join(sorted(label2id, key=label2id.get))
+    numbers = {str(number): number for number in label2id.values()} | label2id
+    for label in (d.get("label") for d in documents):
+        if str(label).strip() not in numbers:
+            raise UserError(
+                f"--data {config.data}: label {label!r} is none of the model's, {names} or "
+                f"their numbers; name the right column with --label-column, or --label-column none"
+            )
+    return [{**d, "label": numbers[str(d["label"]).strip()]} for d in documents]
 
 
 def _pack(documents: list[Document], tokenizer: Any, config: DataConfig) -> list[Document]:

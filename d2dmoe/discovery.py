@@ -142,7 +142,15 @@ def discover(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None)
             refused.append((block, why))
         else:
             blocks.append(block)
+    elsewhere = [block for block in blocks if block.passed_through and _acts_elsewhere(model, trace, block, blocks)]
+    refused += [(b, f"its activation {b.activation_module} also runs outside feed-forward blocks") for b in elsewhere]
+    blocks = [block for block in blocks if block not in elsewhere]
     return Discovery(blocks, refused, _others(model, trace, blocks, refused))
+
+
+def runs_on(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> set[str]:
+    """Names of the linear maps that these inputs reach; a skeleton is as good as the model."""
+    return {call.name for call in _trace(model, dict(inputs)).linears}
 
 
 @contextmanager
@@ -349,6 +357,14 @@ def _acts(first: torch.Tensor, output: torch.Tensor, z: torch.Tensor, activation
     """Was this call given `z` (an in-place activation overwrites it) and did it return `act(z)`?"""
     given = torch.equal(first, z) or first.data_ptr() == output.data_ptr()
     return given and (ACT2FN[activation](z) - output).abs().max().item() < TOLERANCE.get(z.dtype, 1e-2)
+
+
+def _acts_elsewhere(model: nn.Module, trace: Trace, block: Block, blocks: list[Block]) -> bool:
+    """Does the module that would become an identity run more often than these blocks need it?"""
+    module = model.get_submodule(block.activation_module)
+    times = next(len(trace.modules.get(name, [])) for name, m in model.named_modules() if m is module)
+    own = [b for b in blocks if b.activation_module and model.get_submodule(b.activation_module) is module]
+    return times != sum(b.calls for b in own)
 
 
 def _others(model: nn.Module, trace: Trace, blocks: list[Block], refused: list) -> list[tuple[str, int, int, str]]:

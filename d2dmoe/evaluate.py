@@ -1,87 +1,154 @@
-"""Quality, active fraction and FLOPs of a model at one setting of its gate."""
+"""Quality, active fraction and FLOPs of a model at some settings of its gate."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
+from . import hub
+from .config import D2DMoEConfig, DataConfig, UserError, check_tau
+from .data import Batches, make_batches, read_documents
 from .experts import layers
-from .flops import dense_ffn_flops, model_flops, sparse_ffn_flops
+from .flops import dense_ffn_flops, model_flops, padding_flops, sparse_ffn_flops
 from .gating import set_gate, stored_config
+from .metrics import METRICS, Batch, Metric, choose_metric
 from .observe import ActiveCounter, model_inputs, observing, pieces
 from .progress import progress
 
+Setting = dict[str, Any]  # keyword arguments of `set_gate`
+LOGITS_HELD = 2**25  # elements, 128 MB in fp32
+TIMED = 3  # passes behind a time, after one to warm up
 
-def evaluate(model: nn.Module, batches: Sequence, settings: list[dict[str, float]]) -> list[dict[str, Any]]:
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    settings: list[Setting],
+    *,
+    metric: str | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
     """One row for each setting, in the form of the command contract.
+
+    Over every batch the dense model (all experts on) runs once and then each setting, so that all of them can be
+    compared with it and memory is bounded by one batch.
 
     Args:
         model: Converted model, or a dense one (then `settings` is ignored and there is one row).
         batches: Held-out batches.
         settings: Keyword arguments of `set_gate`, `{"active": 0.25}` or `{"tau": 0.1}`.
+        metric: A key of `METRICS`; by default what fits the model's class and the data.
+        tokenizer: Needed by `masked_lm` alone.
+        seed: Of the tokens that are masked.
 
     Returns:
-        `{"gate", "tau", "active_fraction", "flops_fraction_ffn", "flops_fraction_model", "metric", "dense", "tokens",
-        "ms_per_token"}`; the metric is perplexity for causal language models, accuracy where the data has labels,
-        and otherwise the mean cosine between the outputs and those of the dense model.
+        `{"gate", "tau", "active_fraction", "flops_fraction_ffn", "flops_fraction_model", "metric", "dense", "metrics",
+        "dense_metrics", "tokens", "ms_per_token"}`; `metrics` holds what the metric tells besides its own value.
+
+    Raises:
+        UserError: If the metric does not fit the model or the data.
     """
-    metric = metric_of(model, batches)
+    kind = METRICS[choose_metric(metric, type(model), model.config, batches[0], tokenizer)]
+    generator, limit, tokens = torch.Generator().manual_seed(seed), _row_limit(model, batches), 0
+    dense = _Point({"active": 1.0}, kind())
+    points = [_Point(setting, kind()) for setting in settings] if layers(model) else []
+    for batch in progress(pieces(batches, limit), desc="eval"):
+        tokens += _tokens(batch)
+        batch = kind.prepare(batch, tokenizer, generator)
+        inputs = model_inputs(model, batch)
+        reference = dense.run(model, inputs, batch, None)
+        for point in points:
+            point.run(model, inputs, batch, reference)
+    timed = [model_inputs(model, batch) for batch in islice(pieces(batches, limit), TIMED)]
+    base = dense.row(model, timed, dense.metric, 0) | {"tokens": tokens}
     if not layers(model):
-        value, tokens, milliseconds, _ = _measure(model, batches, metric, "dense")
-        return [_row("dense", 0.0, 1.0, 1.0, 1.0, metric, value, value, tokens, milliseconds)]
-    config = stored_config(model)
-    with set_gate(model, active=1):
-        dense, tokens, dense_ms, _ = _measure(model, batches, metric, "dense")
-        inputs = model_inputs(model, next(pieces(batches, _row_limit(model, batches))))
-        total = model_flops(model, inputs) / _positions(model, inputs)
+        return [base]
+    total = dense_flops_per_token(model, timed[0])
     rows = []
-    for setting in settings:
-        with set_gate(model, **setting):
-            if all(layer.gate_state.tau == 0 for layer in layers(model)):
-                row = _row("none", 0.0, 1.0, 1.0, 1.0, metric, dense, dense, tokens, dense_ms)
-            else:
-                value, _, milliseconds, counter = _measure(model, batches, metric, str(setting))
-                by_layer = counter.by_layer(len(layers(model)))
-                before = sum(dense_ffn_flops(layer) for layer in layers(model))
-                after = sum(sparse_ffn_flops(x, a) for x, a in zip(layers(model), by_layer, strict=True))
-                taus = [layer.gate_state.tau for layer in layers(model)]
-                row = _row(
-                    config.gate, taus[0] if len(set(taus)) == 1 else taus, counter.fraction, after / before,
-                    (total - before + after) / total, metric, value, dense, tokens, milliseconds,
-                )  # fmt: skip
-                row["active_by_layer"] = [round(a, 4) for a in by_layer]
-        rows.append({**setting, **row})
+    for point in points:
+        with set_gate(model, **point.setting):
+            everything = all(layer.gate_state.tau == 0 for layer in layers(model))
+        row = base if everything else point.row(model, timed, dense.metric, total) | {"tokens": tokens}
+        rows.append({**point.setting, **row})
     return rows
 
 
-def _row(gate, tau, active, ffn, whole, metric, value, dense, tokens, milliseconds) -> dict[str, Any]:
+@dataclass
+class _Point:
+    """One setting of the gate: what it does to the metric and to the experts, batch by batch."""
+
+    setting: Setting
+    metric: Metric
+    counter: ActiveCounter = field(default_factory=ActiveCounter)
+
+    def gate(self, model: nn.Module) -> AbstractContextManager:
+        """This setting, in force."""
+        return set_gate(model, **self.setting) if layers(model) else nullcontext()
+
+    def run(self, model: nn.Module, inputs: Batch, batch: Batch, reference: torch.Tensor | None) -> torch.Tensor | None:
+        """One forward pass; `reference` is what this returned for the dense model, `None` in its own pass."""
+        with self.gate(model), observing(model, self.counter) as current:
+            current["mask"] = batch.get("attention_mask")
+            kept = self.metric.keep(model(**inputs), batch)
+        self.metric.add(kept, kept if reference is None else reference, batch)
+        return kept if self.metric.compares else kept[:0]
+
+    def row(self, model: nn.Module, timed: list[Batch], dense: Metric, total: float) -> dict[str, Any]:
+        """The figures; `total` is the dense model's FLOPs per token."""
+        (name, value), *further = self.metric.figures().items()
+        (_, dense_value), *dense_further = dense.figures().items()
+        with self.gate(model):
+            costs = _dense_costs() if self.setting.get("active") == 1 else _costs(model, self.counter, total)
+            milliseconds = _milliseconds(model, timed)
+        return {
+            **costs,
+            "metric": {"name": name, "value": value},
+            "dense": {"value": dense_value},
+            "metrics": dict(further),
+            "dense_metrics": dict(dense_further),
+            "ms_per_token": milliseconds,
+        }
+
+
+def _dense_costs() -> dict[str, Any]:
     return {
-        "gate": gate,
-        "tau": tau,
-        "active_fraction": active,
-        "flops_fraction_ffn": ffn,
-        "flops_fraction_model": whole,
-        "metric": {"name": metric, "value": value},
-        "dense": {"value": dense},
-        "tokens": tokens,
-        "ms_per_token": milliseconds,
+        "gate": "none", "tau": 0.0, "active_fraction": 1.0, "flops_fraction_ffn": 1.0, "flops_fraction_model": 1.0,
+    }  # fmt: skip
+
+
+def _costs(model: nn.Module, counter: ActiveCounter, total: float) -> dict[str, Any]:
+    """Active and FLOP fractions of the gate in force."""
+    by_layer = counter.by_layer(len(layers(model)))
+    before = sum(dense_ffn_flops(layer) for layer in layers(model))
+    after = sum(sparse_ffn_flops(layer, active) for layer, active in zip(layers(model), by_layer, strict=True))
+    taus = [layer.gate_state.tau for layer in layers(model)]
+    return {
+        "gate": stored_config(model).gate,
+        "tau": taus[0] if len(set(taus)) == 1 else taus,
+        "active_fraction": counter.fraction,
+        "flops_fraction_ffn": after / before,
+        "flops_fraction_model": (total - before + after) / total,
+        "active_by_layer": [round(active, 4) for active in by_layer],
     }
 
 
-def metric_of(model: nn.Module, batches: Sequence) -> str:
-    """`perplexity`, `accuracy` or `cosine_to_dense`, by what the model and the data allow."""
-    if "labels" in batches[0] and getattr(model.config, "num_labels", 0) and hasattr(model, "classifier"):
-        return "accuracy"
-    causal = model.can_generate() and not model.config.is_encoder_decoder if hasattr(model, "can_generate") else False
-    return "perplexity" if causal and "input_ids" in batches[0] else "cosine_to_dense"
+def dense_flops_per_token(model: nn.Module, inputs: Batch) -> float:
+    """Of the dense model, for what it is given here, per row of its first converted layer."""
+    with set_gate(model, active=1):
+        total = model_flops(model, inputs) / _positions(model, inputs)
+    return total - sum(padding_flops(layer) for layer in layers(model))
 
 
-def _positions(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+def _positions(model: nn.Module, inputs: Batch) -> int:
     """Rows that the first converted layer sees in one pass: the unit of "per token"."""
     seen = []
 
@@ -89,82 +156,101 @@ def _positions(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
         if index == 0:
             seen.append(x.shape[0])
 
-    with torch.no_grad(), observing(model, count):
+    with observing(model, count):
         model(**inputs)
     return max(sum(seen) // max(layers(model)[0].block.calls, 1), 1)
 
 
-@torch.no_grad()
-def _measure(model: nn.Module, batches: Sequence, metric: str, name: str) -> tuple[float, int, float, ActiveCounter]:
-    """Metric, tokens it was taken over, milliseconds per token of the forward passes, and the active counter."""
-    counter, total, count, tokens, seconds = ActiveCounter(), 0.0, 0, 0, 0.0
-    with observing(model, counter) as current:
-        for batch in progress(pieces(batches, _row_limit(model, batches)), desc=f"eval {name}"):
-            current["mask"] = batch.get("attention_mask")
-            inputs = model_inputs(model, batch)
-            started = time.perf_counter()
-            output = model(**inputs)
-            seconds += time.perf_counter() - started
-            tokens += (
-                int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(inputs[next(iter(inputs))])
-            )
-            score, weight = SCORES[metric](model, inputs, output, batch)
-            total, count = total + score, count + weight
-    value = total / max(count, 1)
-    if metric == "perplexity":
-        value = math.exp(value)
-    return value, tokens, 1000 * seconds / max(tokens, 1), counter
+def _milliseconds(model: nn.Module, timed: list[Batch]) -> float:
+    """Per token that is not padding, of whole forward passes after one to warm up."""
+    model(**timed[0])
+    started = time.perf_counter()
+    for inputs in timed:
+        model(**inputs)
+    seconds = time.perf_counter() - started
+    return 1000 * seconds / max(sum(map(_tokens, timed)), 1)
 
 
-LOGITS_HELD = 2**25  # elements, 128 MB in fp32
+def _tokens(batch: Batch) -> int:
+    """Tokens that are not padding; an image counts as one."""
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(next(iter(batch.values())))
 
 
-def _row_limit(model: nn.Module, batches: Sequence) -> int:
+def _row_limit(model: nn.Module, batches: Sequence[Batch]) -> int:
     """Sequences per forward pass, so that logits over a large vocabulary stay small."""
     ids = batches[0].get("input_ids")
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0) if ids is not None else 0
     return max(1, LOGITS_HELD // (ids.shape[1] * vocabulary)) if vocabulary else 2**30
 
 
-def _negative_log_likelihood(model, inputs, output, batch) -> tuple[float, int]:
-    """Summed nats over predicted tokens, and their number."""
-    logits = output.logits[:, :-1].float()
-    targets = inputs["input_ids"][:, 1:].clone()
-    if "attention_mask" in inputs:
-        targets[inputs["attention_mask"][:, 1:] == 0] = -100
-    loss = torch.nn.functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-100, reduction="sum"
-    )
-    return loss.item(), int((targets != -100).sum())
+@dataclass
+class Subject:
+    """A folder or hub model that is ready to be evaluated, its weights not yet read."""
+
+    name: str
+    config: Any
+    stored: D2DMoEConfig | None
+    batches: Batches
+    metric: str
+    tokenizer: Any
+
+    def rows(self, settings: list[Setting], *, oracle: bool = False) -> list[dict[str, Any]]:
+        """Load the model and evaluate it; without settings at its stored budgets."""
+        if not settings and self.stored:
+            settings = [{"active": a} for a in sorted({*(b.active for b in self.stored.budgets), 1.0})]
+        settings = [{**s, "oracle": True} for s in settings] if oracle else settings
+        model = hub.load_model(self.name, self.config)
+        return evaluate(model, self.batches, settings, metric=self.metric, tokenizer=self.tokenizer)
 
 
-def _correct(model, inputs, output, batch) -> tuple[float, int]:
-    right = (output.logits.argmax(-1).cpu() == batch["labels"]).sum().item()
-    return right, len(batch["labels"])
+def prepare(
+    name: str,
+    data: DataConfig,
+    settings: list[Setting],
+    *,
+    part: str = "all",
+    tokens: int = 0,
+    metric: str | None = None,
+) -> Subject:
+    """Everything of an evaluation that can fail without the weights.
+
+    Args:
+        name: Converted or dense model: hub id or local folder.
+        data: What to evaluate on.
+        settings: Checked against the model's gate.
+        part: Of the data.
+        tokens: Stop after so many; 0 for all.
+        metric: A key of `METRICS`, or `None` for the natural one.
+
+    Raises:
+        UserError: If the model, the data, a setting or the metric does not fit.
+    """
+    config = hub.read_config(name)
+    stored = hub.stored_config(config)
+    for setting in settings:
+        check_tau(setting.get("tau", 0.0), stored.gate if stored else "max")
+    kind = hub.model_class(config, name)
+    data = hub.fit_length(data, config)
+    documents = read_documents(data.data, part, data.text_column, data.label_column)
+    processor = hub.load_processor(name, config)
+    label2id = config.label2id if hub.is_classifier(kind, config) else None
+    batches = make_batches(documents, processor, data, packed=hub.is_causal(kind), label2id=label2id)
+    batches = batches.first(tokens) if tokens else batches
+    hub.check_safetensors(name)
+    metric = choose_metric(metric, kind, config, batches.collate(batches.items[:1]), processor)
+    return Subject(name, config, stored, batches, metric, processor)
 
 
-def _cosine(model, inputs, output, batch) -> tuple[float, int]:
-    """Cosine between this output and the dense model's, summed over positions that are not padding."""
-    with set_gate(model, active=1) if layers(model) else torch.no_grad():
-        observers = [(layer, layer.observer) for layer in layers(model)]
-        for layer, _ in observers:
-            layer.observer = None
-        reference = model(**inputs)
-        for layer, observer in observers:
-            layer.observer = observer
-    ours, theirs = (_main_tensor(o).float().flatten(0, -2) for o in (output, reference))
-    cosine = torch.nn.functional.cosine_similarity(ours, theirs, dim=-1)
-    mask = inputs.get("attention_mask")
-    if mask is not None and mask.numel() == cosine.numel():
-        cosine = cosine[mask.reshape(-1).bool()]
-    return cosine.sum().item(), cosine.numel()
+def compare(subjects: list[Subject], settings: list[Setting], *, oracle: bool = False) -> list[dict[str, Any]]:
+    """Rows of several models one after another, each with the name of its `model`.
 
-
-def _main_tensor(output: Any) -> torch.Tensor:
-    """Logits if there are any, else the first floating-point tensor; at least two dimensions."""
-    values = [output["logits"]] if "logits" in output else [v for v in output.values() if isinstance(v, torch.Tensor)]
-    first = next(v for v in values if v.is_floating_point())
-    return first if first.ndim > 1 else first[None]
-
-
-SCORES = {"perplexity": _negative_log_likelihood, "accuracy": _correct, "cosine_to_dense": _cosine}
+    Raises:
+        UserError: If they are not measured by the same metric.
+    """
+    for subject in subjects[1:]:
+        if subject.metric != subjects[0].metric:
+            raise UserError(
+                f"--compare: {subjects[0].name} is measured by {subjects[0].metric} and {subject.name} by "
+                f"{subject.metric}; compare models of one kind, or give --metric cosine_to_dense"
+            )
+    return [{"model": subject.name, **row} for subject in subjects for row in subject.rows(settings, oracle=oracle)]

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .config import Block, D2DMoEConfig, router_width
-from .kernels import dynamic_ffn, hidden_activations
-from .routing import Router, expert_norms, select
+from .config import Block, D2DMoEConfig, can_split, router_width
+from .kernels import TENSORS, Plan, activation_name, chosen, dynamic_ffn, hidden_activations
+from .routing import Router, expert_norms, select, straight_through
 
 
 @dataclass
@@ -23,7 +23,10 @@ class GateState:
         tau: Threshold; 0 runs every expert.
         stand_in: Row of the stored stand-ins to use, or `None` for zero.
         min_experts, max_experts: Bounds per token (`max_experts` 0: none).
-        oracle: Select by true expert norms instead of the router's scores (for analysis only).
+        shared: The first so many experts always run.
+        soft: Let gradients reach the router through the gate (`routing.straight_through`), for training.
+        oracle: Select by the true values of this router target, `norm` or `root`, instead of the router's scores (for
+            analysis only).
     """
 
     name: str = "topk"
@@ -31,11 +34,19 @@ class GateState:
     stand_in: int | None = None
     min_experts: int = 0
     max_experts: int = 0
-    oracle: bool = False
+    shared: int = 0
+    soft: bool = False
+    oracle: str = ""
+
+    def select(self, scores: torch.Tensor) -> torch.Tensor:
+        """Which experts run, boolean ``(tokens, experts)``, for scores of that shape; see `routing.select`."""
+        return select(scores, self.name, self.tau, self.min_experts, self.max_experts, self.shared)
 
 
 class DynamicFFN(nn.Module):
     """A feed-forward block as experts.
+
+    Where the experts do not divide the width, the last one is filled up with zero neurons, which no file contains.
 
     Parameters are packed so that one expert is one contiguous piece: `up_weight` and `gate_weight`
     ``(experts, d_model, size)``, `down_weight` ``(experts, size, d_out)``, biases ``(experts, size)`` and ``(d_out,)``.
@@ -45,8 +56,11 @@ class DynamicFFN(nn.Module):
 
     Attributes:
         block: What it was made from.
+        number: Its place among the blocks of the checkpoint's config.
         gate_state: The gate in force; the layer is exactly dense while `gate_state.tau` is 0.
-        observer: Called as `observer(layer, x, hidden, scores, run)` at every forward pass, for statistics and fits.
+        observer: Called as `observer(layer, x, hidden, scores, run)` at every forward pass, for statistics and fits;
+            `hidden` is `None` if it has an attribute `needs_hidden` that is false.
+        activation: The kernels' name of `act`, or `None` for a function that they do not have.
     """
 
     def __init__(
@@ -65,9 +79,9 @@ class DynamicFFN(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        self.block, self.act = block, act
+        self.block, self.act, self.number, self.activation = block, act, 0, activation_name(act)
         self.dropout = nn.Dropout(dropout)
-        size, up_bias, gate_bias, down_bias = block.width // block.experts, *biases
+        size, up_bias, gate_bias, down_bias = block.size, *biases
 
         def parameter(*shape: int, wanted: bool = True) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
@@ -87,25 +101,55 @@ class DynamicFFN(nn.Module):
         self.linear_in = parameter(budgets, block.d_model, self.linear_rank, wanted=linear)
         self.linear_out = parameter(budgets, self.linear_rank, d_out, wanted=linear)
         self._folded: tuple[tuple, torch.Tensor] | None = None
+        self._plan: tuple[tuple, Plan] | None = None
         self.router = Router(block.d_model, router_width, block.experts, device=device, dtype=dtype)
         self.gate_state = GateState()
         self.observer: Callable | None = None
+
+    def __getstate__(self) -> dict:
+        """Copies make their own."""
+        return {**self.__dict__, "_plan": None, "_folded": None}
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """The block's output for hidden states ``(…, d_model)``, given as the first argument whatever its name."""
         inputs = args[0] if args else next(iter(kwargs.values()))
         x = inputs.reshape(-1, inputs.shape[-1])
-        state = self.gate_state
-        hidden = hidden_activations(
-            x, self.up_weight, self.up_bias, self.gate_weight, self.gate_bias, self.act
-        )  # (experts, tokens, size)
-        scores = run = constants = None
-        down_weight, stand_in = self.down_weight, state.stand_in if state.tau > 0 else None
-        if stand_in is None:
+        y = self._by_kernel(x) if self._skips(x) else self._by_reference(x)
+        y = y.reshape(*inputs.shape[:-1], y.shape[-1])
+        return self.dropout(y) if self.training else y
+
+    def _skips(self, x: torch.Tensor) -> bool:
+        """May a kernel run this, which computes only what is asked for and has no gradients?"""
+        observed = self.observer is not None and getattr(self.observer, "needs_hidden", True)
+        if observed or self.gate_state.oracle or torch.is_autocast_enabled(x.device.type):
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            return False
+        watched = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+        if watched or torch.jit.is_tracing():  # vmap and jit.trace have to see every step
+            return False
+        if not x.dtype == self.up_weight.dtype == self.down_weight.dtype:
+            return False
+        return chosen(x, self.activation, self.gate_state.name) != "reference"
+
+    def _stand_in(self) -> int | None:
+        """The stored stand-ins in force; none where everything runs."""
+        stand_in = self.gate_state.stand_in if self.gate_state.tau > 0 else None
+        if stand_in is None and self._folded is not None:
             self._folded = None
+        return stand_in
+
+    def _by_reference(self, x: torch.Tensor) -> torch.Tensor:
+        """All experts computed, some masked; `(tokens, d_model)` to `(tokens, d_out)`."""
+        state, stand_in = self.gate_state, self._stand_in()
+        hidden = hidden_activations(x, self.up_weight, self.up_bias, self.gate_weight, self.gate_bias, self.act).to(
+            self.down_weight.dtype
+        )  # (experts, tokens, size); T5 keeps its down projection in fp32
+        scores = run = constants = None
+        down_weight = self.down_weight
         if state.tau > 0:
-            scores = expert_norms(hidden, self.down_weight) if state.oracle else self.router(x)
-            run = select(scores, state.name, state.tau, state.min_experts, state.max_experts)
+            scores = self._true_scores(hidden) if state.oracle else self.router(x)
+            run = straight_through(scores, state.select(scores)) if state.soft else state.select(scores)
             if self.constants is not None and stand_in is not None:
                 constants, down_weight = self.constants[stand_in], self._refitted_down(stand_in)
         if self.observer is not None:
@@ -113,7 +157,44 @@ class DynamicFFN(nn.Module):
         y = dynamic_ffn(hidden, down_weight, self.down_bias, run, constants)
         if self.linear_in is not None and stand_in is not None:
             y = y + x @ self.linear_in[stand_in] @ self.linear_out[stand_in]
-        return self.dropout(y.reshape(*inputs.shape[:-1], y.shape[-1]))
+        return y
+
+    def _by_kernel(self, x: torch.Tensor) -> torch.Tensor:
+        """The same by the operator, straight through the library where nobody watches the dispatcher."""
+        state, stand_in, run = self.gate_state, self._stand_in(), None
+        if self.observer is not None:
+            scores = self.router(x) if state.tau > 0 else None
+            run = None if scores is None else state.select(scores)
+            self.observer(self, x, None, scores, run)
+        settings = (state.name, state.tau, state.min_experts, state.max_experts, state.shared)
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(x) is not torch.Tensor:
+            tensors = self._kernel_tensors(stand_in)
+            return torch.ops.d2dmoe.dynamic_ffn(x, run, *(tensors[n] for n in TENSORS), self.activation, *settings)
+        own, router = self._parameters, self.router._parameters
+        sources = (*own.values(), *router.values())
+        key = (stand_in, settings, *((t.data_ptr(), _version(t)) for t in sources if t is not None))
+        if self._plan is None or self._plan[0] != key:
+            self._plan = (key, Plan(self._kernel_tensors(stand_in), self.activation, *settings))
+        return self._plan[1](x, run)
+
+    def _kernel_tensors(self, stand_in: int | None) -> dict[str, torch.Tensor | None]:
+        """The operator's tensors at a budget."""
+        tensors: dict[str, torch.Tensor | None] = {
+            "router_hidden": self.router.hidden, "router_score": self.router.score, "up_weight": self.up_weight,
+            "up_bias": self.up_bias, "gate_weight": self.gate_weight, "gate_bias": self.gate_bias,
+            "down_weight": self.down_weight, "down_bias": self.down_bias, "constants": None, "linear_in": None,
+            "linear_out": None,
+        }  # fmt: skip
+        if stand_in is not None and self.constants is not None:
+            tensors["constants"] = self.constants[stand_in]
+            tensors["down_weight"] = self._refitted_down(stand_in)
+            if self.linear_in is not None:
+                tensors["linear_in"], tensors["linear_out"] = self.linear_in[stand_in], self.linear_out[stand_in]
+        return {name: None if t is None else t.detach() for name, t in tensors.items()}
+
+    def _true_scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        norms = expert_norms(hidden, self.down_weight)
+        return norms.sqrt() if self.gate_state.oracle == "root" else norms
 
     def _refitted_down(self, number: int) -> torch.Tensor:
         """The down projection of a budget; folded once and kept while no gradients are wanted."""
@@ -122,7 +203,10 @@ class DynamicFFN(nn.Module):
         if torch.is_grad_enabled():
             return self.down_weight + self.delta_in[number] @ self.delta_out[number]
         sources = (self.down_weight, self.delta_in, self.delta_out)
-        key = (number, *((t.data_ptr(), t._version) for t in sources))
+        if torch.compiler.is_compiling():  # cannot ask for versions: takes what an earlier call has folded
+            ready = self._folded is not None and self._folded[0][0] == number
+            return self._folded[1] if ready else self.down_weight + self.delta_in[number] @ self.delta_out[number]
+        key = (number, *((t.data_ptr(), _version(t)) for t in sources))
         if self._folded is None or self._folded[0] != key:
             self._folded = (key, self.down_weight + self.delta_in[number] @ self.delta_out[number])
         return self._folded[1]
@@ -135,40 +219,42 @@ class DynamicFFN(nn.Module):
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         b = self.block
-        return f"{b.kind}, {b.activation}, {b.d_model}->{b.width}, experts={b.experts} of {b.width // b.experts}"
+        return f"{b.kind}, {b.activation}, {b.d_model}->{b.width}, experts={b.experts} of {b.size}"
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Counts changes in place; tensors made in inference mode do not."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def pack(weight: torch.Tensor, experts: int, layout: str) -> torch.Tensor:
-    """Dense tensor to kernel layout. `layout` is one of `LAYOUTS`; the neurons must already be in expert order."""
-    if layout == "bias":
-        return weight.reshape(experts, -1).contiguous()
-    if layout == "up_linear":  # (width, d) -> (E, d, s)
-        return weight.reshape(experts, -1, weight.shape[1]).transpose(1, 2).contiguous()
-    if layout == "up_conv1d":  # (d, width) -> (E, d, s)
-        return weight.reshape(weight.shape[0], experts, -1).transpose(0, 1).contiguous()
-    if layout == "down_linear":  # (d_out, width) -> (E, s, d_out)
-        return weight.T.reshape(experts, -1, weight.shape[0]).contiguous()
-    if layout == "down_conv1d":  # (width, d_out) -> (E, s, d_out)
-        return weight.reshape(experts, -1, weight.shape[1]).contiguous()
-    raise ValueError(f"unknown layout {layout!r}")
+    """Dense tensor to kernel layout. `layout` is one of `LAYOUTS`; the neurons must already be in expert order.
+
+    With a width that the experts do not divide, zero neurons are added at the end of the last expert.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}")
+    if layout in NEURONS_LAST:
+        weight = weight.T
+    padding = -len(weight) % experts if can_split(len(weight), experts) else -1
+    if padding < 0:
+        raise ValueError(f"{experts} experts do not fit {len(weight)} neurons")
+    if padding:
+        weight = torch.cat([weight, weight.new_zeros(padding, *weight.shape[1:])])
+    by_expert = weight.reshape(experts, -1, *weight.shape[1:])  # (E, s) or (E, s, d)
+    return (by_expert.transpose(1, 2) if layout.startswith("up") else by_expert).contiguous()
 
 
-def unpack(packed: torch.Tensor, layout: str) -> torch.Tensor:
-    """Inverse of `pack`, bit for bit."""
-    if layout == "bias":
-        return packed.reshape(-1).contiguous()
-    if layout == "up_linear":
-        return packed.transpose(1, 2).reshape(-1, packed.shape[1]).contiguous()
-    if layout == "up_conv1d":
-        return packed.transpose(0, 1).reshape(packed.shape[1], -1).contiguous()
-    if layout == "down_linear":
-        return packed.reshape(-1, packed.shape[2]).T.contiguous()
-    if layout == "down_conv1d":
-        return packed.reshape(-1, packed.shape[2]).contiguous()
-    raise ValueError(f"unknown layout {layout!r}")
+def unpack(packed: torch.Tensor, layout: str, width: int) -> torch.Tensor:
+    """Inverse of `pack` for a block of this width, bit for bit."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}")
+    by_neuron = (packed.transpose(1, 2) if layout.startswith("up") else packed).flatten(0, 1)[:width]
+    return (by_neuron.T if layout in NEURONS_LAST else by_neuron).contiguous()
 
 
 LAYOUTS = ("bias", "up_linear", "up_conv1d", "down_linear", "down_conv1d")
+NEURONS_LAST = ("up_conv1d", "down_linear")  # (d, width); neurons come first in the others
 
 
 def layout_of(linear: nn.Module, role: str) -> str:
@@ -214,13 +300,13 @@ class Neurons:
         return weight if layout == "up_linear" else weight.T
 
 
-def make_layer(model: nn.Module, block: Block, config: D2DMoEConfig, *, budgets: int) -> DynamicFFN:
-    """An empty `DynamicFFN` for a block, on the device and in the dtype of the block's weights."""
+def make_layer(model: nn.Module, number: int, block: Block, config: D2DMoEConfig, *, budgets: int) -> DynamicFFN:
+    """An empty `DynamicFFN` for block `number`, on the device and in the dtype of the block's weights."""
     neurons = Neurons(model, block)
     weight = neurons.up.weight
     tensors = neurons.dense()
     down = neurons.down
-    return DynamicFFN(
+    layer = DynamicFFN(
         block,
         d_out=down.nf if isinstance(down, Conv1D) else down.out_features,
         biases=(tensors["up_bias"] is not None, tensors["gate_bias"] is not None, down.bias is not None),
@@ -233,6 +319,8 @@ def make_layer(model: nn.Module, block: Block, config: D2DMoEConfig, *, budgets:
         device=weight.device,
         dtype=weight.dtype,
     )
+    layer.number = number
+    return layer
 
 
 def activation_of(model: nn.Module, block: Block) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -256,7 +344,7 @@ def fill(layer: DynamicFFN, model: nn.Module, order: torch.Tensor) -> None:
     for name, pair in neurons.dense().items():
         if pair is not None:
             dense, layout = pair
-            dim = 1 if layout in ("up_conv1d", "down_linear") else 0
+            dim = 1 if layout in NEURONS_LAST else 0
             ordered = dense.index_select(dim, order.to(dense.device))
             getattr(layer, name).copy_(pack(ordered, layer.block.experts, layout))
     if layer.down_bias is not None:
@@ -277,5 +365,5 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def layers(model: nn.Module) -> list[DynamicFFN]:
-    """The converted layers of a model, in the order of its config."""
-    return [m for m in model.modules() if isinstance(m, DynamicFFN)]
+    """The converted layers of a model, in the order of the blocks in its config, in which the model runs them."""
+    return sorted((m for m in model.modules() if isinstance(m, DynamicFFN)), key=lambda layer: layer.number)

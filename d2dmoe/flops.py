@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .experts import DynamicFFN
+from .experts import DynamicFFN, GateState
 
 
 def dense_ffn_flops(layer: DynamicFFN) -> int:
@@ -17,16 +17,24 @@ def dense_ffn_flops(layer: DynamicFFN) -> int:
     return 2 * block.width * (ups * block.d_model + d_out) * block.calls
 
 
-def sparse_ffn_flops(layer: DynamicFFN, active: float) -> float:
+def padding_flops(layer: DynamicFFN) -> int:
+    """Of the zero neurons that fill up the last expert, with everything on: what the dense block does not do."""
+    return dense_ffn_flops(layer) // layer.block.width * (layer.block.slots - layer.block.width)
+
+
+def sparse_ffn_flops(layer: DynamicFFN, active: float, state: GateState | None = None) -> float:
     """Of the converted block at an active fraction: executed experts, router, gate, and stand-ins.
 
-    The gate costs one comparison per expert, a stand-in one vector addition per executed expert.
+    `state` stands for the layer's own gate state.
+
+    Neurons that fill up the last expert are executed like the others and counted. The gate costs one comparison per
+    expert, a stand-in one vector addition per executed expert.
     """
-    block, router = layer.block, layer.router
-    cost = active * dense_ffn_flops(layer)
-    if layer.gate_state.tau > 0:
+    block, router, state = layer.block, layer.router, state or layer.gate_state
+    cost = active * (dense_ffn_flops(layer) + padding_flops(layer))
+    if state.tau > 0:
         cost += (2 * (router.hidden.numel() + router.score.numel()) + block.experts) * block.calls
-        if layer.constants is not None and layer.gate_state.stand_in is not None:
+        if layer.constants is not None and state.stand_in is not None:
             cost += active * block.experts * layer.down_weight.shape[-1] * block.calls
             if layer.linear_in is not None:
                 cost += 2 * (layer.linear_in[0].numel() + layer.linear_out[0].numel()) * block.calls

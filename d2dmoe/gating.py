@@ -39,6 +39,7 @@ class set_gate:
             thresholds and stand-ins; any other fraction takes thresholds from the calibration curve and the nearest
             budget's stand-ins, and warns once.
         tau: Threshold instead; 0 runs everything, larger runs less.
+        budget: Number of a stored budget instead, 0 for the one that runs least.
         layers: Numbers or names of the converted layers to set; all of them by default.
         oracle: Select by the true expert norms instead of the router (for analysis; saves nothing).
 
@@ -52,18 +53,24 @@ class set_gate:
         *,
         active: float | None = None,
         tau: float | None = None,
+        budget: int | None = None,
         layers: Sequence[int | str] | None = None,
         oracle: bool = False,
     ):
-        if (active is None) == (tau is None):
-            raise UserError("give set_gate one of active=… or tau=…")
+        if sum(value is not None for value in (active, tau, budget)) != 1:
+            raise UserError("give set_gate one of active=…, tau=… or budget=…")
         config = stored_config(model)
         self._before: list[tuple[DynamicFFN, GateState]] = []
         chosen = _choose(model, layers)
-        states = _states_for_active(config, active) if active is not None else _states_for_tau(config, tau, chosen)
+        if budget is not None:
+            states = _states_of_budget(config, budget)
+        else:
+            states = _states_for_active(config, active) if active is not None else _states_for_tau(config, tau, chosen)
         for index, layer in chosen:
             self._before.append((layer, layer.gate_state))
-            layer.gate_state = replace(states[index], oracle=oracle)
+            layer.gate_state = replace(
+                states[index], oracle=("root" if config.router_target == "root" else "norm") if oracle else ""
+            )
 
     def __enter__(self) -> set_gate:
         return self
@@ -91,31 +98,38 @@ def _choose(model: nn.Module, wanted: Sequence[int | str] | None) -> list[tuple[
     return chosen
 
 
-def _state(config: D2DMoEConfig, tau: float, stand_in: int | None) -> GateState:
-    return GateState(config.gate, tau, stand_in, config.min_experts, config.max_experts)
+def gate_state(config: D2DMoEConfig, tau: float, stand_in: int | None = None) -> GateState:
+    """The checkpoint's gate at a threshold, with the stand-ins of a stored budget or none."""
+    return GateState(config.gate, tau, stand_in, config.min_experts, config.max_experts, config.shared_experts)
+
+
+def _states_of_budget(config: D2DMoEConfig, number: int) -> list[GateState]:
+    if not 0 <= number < len(config.budgets):
+        raise UserError(f"budget={number}: this checkpoint holds {len(config.budgets)} budgets, counted from 0")
+    return [gate_state(config, tau, number) for tau in config.budgets[number].taus]
 
 
 def _states_for_active(config: D2DMoEConfig, active: float) -> list[GateState]:
     check_active(active)
     if active == 1:
-        return [_state(config, 0.0, None) for _ in config.blocks]
+        return [gate_state(config, 0.0, None) for _ in config.blocks]
     for number, budget in enumerate(config.budgets):
         if abs(budget.active - active) < 1e-6:
-            return [_state(config, tau, number) for tau in budget.taus]
+            return _states_of_budget(config, number)
     number = _nearest([b.active for b in config.budgets], active)
     if number is not None and config.stand_in != "zero":
         _say_once(config, f"active={active:g}", config.budgets[number].active)
-    return [_state(config, tau, number) for tau in taus_on_curve(config, active)]
+    return [gate_state(config, tau, number) for tau in taus_on_curve(config, active)]
 
 
 def _states_for_tau(config: D2DMoEConfig, tau: float, chosen: list) -> list[GateState]:
     check_tau(tau, config.gate)
     if tau == 0:
-        return [_state(config, 0.0, None) for _ in config.blocks]
+        return [gate_state(config, 0.0, None) for _ in config.blocks]
     states = []
     for index in range(len(config.blocks)):
         number = _nearest([b.taus[index] for b in config.budgets], tau)
-        states.append(_state(config, tau, number))
+        states.append(gate_state(config, tau, number))
     exact = all(any(abs(b.taus[i] - tau) < 1e-9 for b in config.budgets) for i, _ in chosen)
     if config.budgets and config.stand_in != "zero" and not exact:
         _say_once(config, f"tau={tau:g}", config.budgets[states[chosen[0][0]].stand_in].active)
@@ -142,14 +156,21 @@ def _say_once(config: D2DMoEConfig, asked: str, active: float) -> None:
 def taus_on_curve(config: D2DMoEConfig, active: float) -> list[float]:
     """Thresholds per block for an active fraction between the calibrated ones, linearly interpolated.
 
+    Those of the gate `topk` are known for every fraction; the curve of every other gate ends where everything runs.
+
     Raises:
-        UserError: If the checkpoint holds no calibration curve.
+        UserError: If the checkpoint holds no calibration curve, or none that goes so low.
     """
+    if config.gate == "topk":
+        shared, counts = config.shared_experts, [block.experts for block in config.blocks]
+        return [1.0 - max((active * n - shared) / (n - shared), 0.0) for n in counts]
     if not config.curve:
         raise UserError(f"active={active:g}: this checkpoint holds no calibration; give tau=… instead")
-    points = [point for point, _ in config.curve]
-    right = min(max(bisect_left(points, active), 1), len(points) - 1) if len(points) > 1 else 0
-    left = max(right - 1, 0)
-    span = points[right] - points[left]
-    share = min(max((active - points[left]) / span, 0.0), 1.0) if span else 0.0
-    return [a + share * (b - a) for a, b in zip(config.curve[left][1], config.curve[right][1], strict=True)]
+    curve = [*config.curve, [1.0, [0.0] * len(config.blocks)]]
+    points = [point for point, _ in curve]
+    if active < points[0]:
+        raise UserError(f"active={active:g}: the {config.gate} gate is calibrated from {points[0]:g} on; give tau=…")
+    right = max(bisect_left(points, active), 1)
+    left = right - 1
+    share = (active - points[left]) / (points[right] - points[left])
+    return [a + share * (b - a) for a, b in zip(curve[left][1], curve[right][1], strict=True)]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import re
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import huggingface_hub
 import torch
@@ -14,8 +18,10 @@ import transformers
 from huggingface_hub import errors
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from .config import D2DMoEConfig, UserError
+from .config import D2DMoEConfig, DataConfig, UserError
 
+Data = TypeVar("Data", bound=DataConfig)
+SAFE = {"trust_remote_code": False}  # a model's own code is never run, and not asked for
 LOCAL_WAYS = (
     "local ways: a folder written by save_pretrained, the bundled checkpoints/gpt2-mini, an earlier download with "
     "HF_HUB_OFFLINE=1, or a mirror named in HF_ENDPOINT"
@@ -40,10 +46,9 @@ def read_config(name: str, revision: str | None = None) -> Any:
         raise UserError(
             f"--model {name}: no such folder; check the path, or give a hub id such as openai-community/gpt2"
         )
-    else:
-        reachable()
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        with hub_or_cache(name):
+            return AutoConfig.from_pretrained(name, revision=revision, **SAFE)
     except UserError:
         raise
     except Exception as error:
@@ -52,20 +57,36 @@ def read_config(name: str, revision: str | None = None) -> Any:
 
 @functools.cache
 def reachable() -> bool:
-    """Whether the hub answers. Asked once; if not, this process goes offline as with `HF_HUB_OFFLINE=1`.
-
-    Its client would otherwise retry every file for half a minute. Earlier downloads are still found.
-    """
+    """Whether the hub answers; asked once."""
     if huggingface_hub.is_offline_mode():
         return False
     try:
         huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
     except Exception:
-        import datasets
-
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         return False
     return True
+
+
+@contextmanager
+def hub_or_cache(name: str) -> Iterator[None]:
+    """Look a name up; if it is not local and the hub does not answer, offline as with `HF_HUB_OFFLINE=1`.
+
+    The hub's client would otherwise retry every file for half a minute. Earlier downloads are still found.
+    """
+    if Path(name).exists() or reachable():
+        yield
+        return
+    import datasets
+
+    flags = [(huggingface_hub.constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")]
+    before = [getattr(*flag) for flag in flags]
+    try:
+        for flag in flags:
+            setattr(*flag, True)
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            setattr(*flag, value)
 
 
 def _explain(name: str, error: Exception) -> UserError:
@@ -134,9 +155,21 @@ def model_class(config: Any, name: str = "") -> type[PreTrainedModel]:
     )
 
 
+def fit_length(data: Data, config: Any) -> Data:
+    """The data's settings, with sequences no longer than the model can take."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    return replace(data, max_length=min(data.max_length, limit)) if limit > 0 else data
+
+
 def is_causal(kind: type) -> bool:
     """Whether this class is a causal language model, by the naming rule of `transformers`: its text is packed."""
     return kind.__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def is_classifier(kind: type, config: Any) -> bool:
+    """Whether this class gives each text or image one of several classes, by the naming rule of `transformers`."""
+    found = any(re.search(r"For(?!Token)\w*Classification", base.__name__) for base in kind.__mro__)
+    return found and config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
 
 
 def load_model(
@@ -149,12 +182,18 @@ def load_model(
     """
     check_safetensors(name)
     try:
-        model, info = model_class(config, name).from_pretrained(
-            name, revision=revision, dtype=dtype, output_loading_info=True, low_cpu_mem_usage=True
-        )
+        with hub_or_cache(name):
+            model, info = model_class(config, name).from_pretrained(
+                name, revision=revision, dtype=dtype, output_loading_info=True, **SAFE, use_safetensors=True
+            )
     except UserError:
         raise
     except OSError as error:
+        if re.search("no file named|not appear to have a file named", str(error)):
+            raise UserError(
+                f"--model {name}: its weights cannot be read, because they are not in safetensors files and d2dmoe "
+                f"unpickles nothing; open it with transformers and write it again with save_pretrained"
+            ) from None
         if Path(name).is_dir():
             raise UserError(f"--model {name}: its weights cannot be read ({_first_line(str(error))})") from None
         raise _explain(name, error) from None
@@ -166,6 +205,14 @@ def load_model(
         missing = sorted(info["missing_keys"])
         raise UserError(f"--model {name}: the checkpoint lacks {len(missing)} tensors of the model, first {missing[0]}")
     return model.eval()
+
+
+def load_dense(name: str, config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The dense twin of a converted folder: what a program opens that has never heard of d2dmoe."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    return model_class(config, name).from_pretrained(name, config=plain, dtype=dtype).eval()
 
 
 def check_safetensors(name: str) -> None:
@@ -200,8 +247,10 @@ def _data_end(header: bytes) -> int | None:
 def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
     """The tokenizer, or the image processor of a vision model; `None` where there is none."""
     vision = getattr(model_class(config, name), "main_input_name", "input_ids") == "pixel_values"
+    kind = AutoImageProcessor if vision else AutoTokenizer
     try:
-        processor = (AutoImageProcessor if vision else AutoTokenizer).from_pretrained(name, revision=revision)
+        with hub_or_cache(name):
+            processor = kind.from_pretrained(name, revision=revision, **SAFE)
     except Exception:
         return None
     if not vision and len(processor) < 3:  # made up from nothing, because the folder has no tokenizer files

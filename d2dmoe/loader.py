@@ -8,6 +8,7 @@ they load and unpacked when they are saved, and then takes its marks off the mod
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from transformers.quantizers.auto import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .config import Block, D2DMoEConfig, UserError
-from .experts import DynamicFFN, Neurons, fill, layers, make_layer, mount, pack, unpack
+from .experts import Neurons, fill, layers, make_layer, mount, pack, unpack
 from .gating import set_gate
 
 METHOD = "d2dmoe"
@@ -61,18 +62,19 @@ class D2DMoELoader(HfQuantizer):
             raise UserError("d2dmoe converts with `d2dmoe convert`, not with from_pretrained(quantization_config=…)")
 
     def update_dtype(self, dtype: Any) -> Any:
-        """Nothing to change; remembered for `_cast`."""
+        """Nothing to change; remembered for `cast`."""
         self._dtype = dtype
         return dtype
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         self._model = model
         config: D2DMoEConfig = self.quantization_config.d2dmoe
-        here = [here for block in config.blocks if (here := localise(model, block)) is not None]
+        here = {n: here for n, block in enumerate(config.blocks) if (here := localise(model, block)) is not None}
         if not here:
             raise UserError(f"{type(model).__name__} has none of the {len(config.blocks)} blocks of this checkpoint")
-        for block in here:
-            mount(model, make_layer(model, block, config, budgets=len(config.budgets)))
+        for number, block in here.items():
+            mount(model, make_layer(model, number, block, config, budgets=len(config.budgets)))
+        _keep_packed(model)
 
     def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
         """Add ours to the model's own (transformers 5.17 does not pass the model, which has been seen before)."""
@@ -85,10 +87,12 @@ class D2DMoELoader(HfQuantizer):
         self._model = None
         _take_marks_off(model)
         _refuse_missing(model)
-        _cast(model, self._dtype)
+        model.register_load_state_dict_pre_hook(pack_state)
+        if isinstance(self._dtype, torch.dtype):  # converted tensors keep the file's dtype in transformers 5.17
+            cast(model, self._dtype)
         if len(layers(model)) != len(config.blocks):
-            keep = {layer.block.up for layer in layers(model)}
-            _drop_blocks(config, [_match_local(model, b) in keep for b in config.blocks])
+            keep = {layer.number for layer in layers(model)}
+            _drop_blocks(config, [number in keep for number in range(len(config.blocks))])
         set_gate(model, active=config.default_active)
         return model
 
@@ -118,13 +122,32 @@ def _refuse_missing(model: PreTrainedModel) -> None:
                 raise UserError(f"the checkpoint lacks {layer.block.name}.{name}; convert the model again")
 
 
-def _cast(model: PreTrainedModel, dtype: Any) -> None:
-    """Converted tensors keep the dtype of the file in transformers 5.17, whatever dtype was asked for."""
-    if isinstance(dtype, torch.dtype):
-        for layer in layers(model):
-            for parameter in layer.parameters():
-                if parameter.dtype != dtype:
-                    parameter.data = parameter.data.to(dtype)
+KEEP = {torch.float16: ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")}
+KEEP[torch.bfloat16] = KEEP[torch.float16][1:]
+
+
+def _matches(model: PreTrainedModel, attribute: str, name: str) -> bool:
+    return any(re.search(part.replace("*", ".*"), name) for part in getattr(model, attribute, None) or ())
+
+
+def _keep_packed(model: PreTrainedModel) -> None:
+    """What a tensor is packed into stays in fp32 where the architecture keeps the tensor so (T5 its `wo`)."""
+    for attribute in KEEP[torch.float16]:
+        packed = {
+            target
+            for layer in layers(model)
+            for source, targets, *_ in dense_tensors(layer.block)
+            for target in targets
+            if _matches(model, attribute, source)
+        }
+        setattr(model, attribute, {*(getattr(model, attribute, None) or ()), *packed})
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Parameters to a dtype as `from_pretrained(dtype=…)` has them: what the architecture keeps in fp32 stays so."""
+    for name, parameter in model.named_parameters():
+        kept = any(_matches(model, attribute, name) for attribute in KEEP.get(dtype, ()))
+        parameter.data = parameter.data.to(torch.float32 if kept else dtype)
 
 
 def _drop_blocks(config: D2DMoEConfig, keep: list[bool]) -> None:
@@ -139,15 +162,6 @@ def _prefixes(model: PreTrainedModel) -> list[tuple[str, str]]:
     """`(strip, add)` pairs that turn names of the class that was saved into names of this class."""
     base = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     return [("", ""), (base, ""), ("", base)]
-
-
-def _match_local(model: PreTrainedModel, block: Block) -> str | None:
-    for strip, add in _prefixes(model):
-        if block.up.startswith(strip):
-            name = add + block.up.removeprefix(strip)
-            if _has_module(model, name) or any(layer.block.up == name for layer in layers(model)):
-                return name
-    return None
 
 
 def localise(model: PreTrainedModel, block: Block) -> Block | None:
@@ -182,8 +196,8 @@ class Pack(ConversionOps):
 
     supports_many_to_many = False
 
-    def __init__(self, experts: int, layout: str, order: tuple[str, ...] = (), reverse: bool = False):
-        self.experts, self.layout, self.order, self.reverse = experts, layout, order, reverse
+    def __init__(self, block: Block, layout: str, order: tuple[str, ...] = (), reverse: bool = False):
+        self.block, self.layout, self.order, self.reverse = block, layout, order, reverse
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns, target_patterns, full_layer_name: str = "", **_: Any
@@ -195,11 +209,11 @@ class Pack(ConversionOps):
         """
         tensors = {k: v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
         if self.reverse:
-            parts = [unpack(_named(tensors, half), self.layout) for half in self.order or ("",)]
+            parts = [unpack(_named(tensors, half), self.layout, self.block.width) for half in self.order or ("",)]
             return {full_layer_name: parts[0] if len(parts) == 1 else torch.cat(parts, dim=self._fused_dim)}
         (tensor,) = tensors.values()
         parts = tensor.chunk(len(self.order), dim=self._fused_dim) if self.order else [tensor]
-        return {t: pack(p, self.experts, self.layout) for t, p in zip(target_patterns, parts, strict=True)}
+        return {t: pack(p, self.block.experts, self.layout) for t, p in zip(target_patterns, parts, strict=True)}
 
     @property
     def _fused_dim(self) -> int:
@@ -208,7 +222,7 @@ class Pack(ConversionOps):
     @property
     def reverse_op(self) -> Pack:
         """The same step the other way."""
-        return Pack(self.experts, self.layout, self.order, not self.reverse)
+        return Pack(self.block, self.layout, self.order, not self.reverse)
 
 
 def _named(tensors: dict[str, torch.Tensor], half: str) -> torch.Tensor:
@@ -223,25 +237,46 @@ def conversions(blocks: list[Block], base_prefix: str | None) -> list[WeightConv
             name = name.removeprefix(f"{base_prefix}.")
         return re.escape(name)
 
-    def convert(source: str, target: str | list[str], block: Block, layout: str, order: tuple[str, ...] = ()):
-        targets = [pattern(f"{block.name}.{t}") for t in ([target] if isinstance(target, str) else target)]
-        return WeightConverter([pattern(source)], targets, [Pack(block.experts, layout, order)])
-
     out: list[WeightConverter | WeightRenaming] = []
     for block in blocks:
-        up_layout, down_layout = block.layouts
-        if block.fused:
-            order = ("gate", "up") if block.fused == "gate_up" else ("up", "gate")
-            out.append(convert(f"{block.up}.weight", [f"{h}_weight" for h in order], block, up_layout, order))
-            out.append(convert(f"{block.up}.bias", [f"{h}_bias" for h in order], block, "bias", order))
-        else:
-            for role, path in (("up", block.up), ("gate", block.gate)):
-                if path:
-                    out.append(convert(f"{path}.weight", f"{role}_weight", block, up_layout))
-                    out.append(convert(f"{path}.bias", f"{role}_bias", block, "bias"))
-        out.append(convert(f"{block.down}.weight", "down_weight", block, down_layout))
-        out.append(WeightRenaming([pattern(f"{block.down}.bias")], [pattern(f"{block.name}.down_bias")]))
+        for source, targets, layout, halves in dense_tensors(block):
+            patterns = [pattern(target) for target in targets]
+            if layout:
+                out.append(WeightConverter([pattern(source)], patterns, [Pack(block, layout, halves)]))
+            else:
+                out.append(WeightRenaming([pattern(source)], patterns))
     return out
+
+
+def dense_tensors(block: Block) -> Iterator[tuple[str, list[str], str, tuple[str, ...]]]:
+    """`(dense name, packed names, layout, halves)` of all tensors a block may have; no layout: it is only renamed."""
+    up_layout, down_layout = block.layouts
+    if block.fused:
+        halves = ("gate", "up") if block.fused == "gate_up" else ("up", "gate")
+        yield f"{block.up}.weight", [f"{block.name}.{h}_weight" for h in halves], up_layout, halves
+        yield f"{block.up}.bias", [f"{block.name}.{h}_bias" for h in halves], "bias", halves
+    else:
+        for role, path in (("up", block.up), ("gate", block.gate)):
+            if path:
+                yield f"{path}.weight", [f"{block.name}.{role}_weight"], up_layout, ()
+                yield f"{path}.bias", [f"{block.name}.{role}_bias"], "bias", ()
+    yield f"{block.down}.weight", [f"{block.name}.down_weight"], down_layout, ()
+    yield f"{block.down}.bias", [f"{block.name}.down_bias"], "", ()
+
+
+def pack_state(model: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    """Before `load_state_dict`: tensors under their dense names, as in a saved checkpoint, are packed.
+
+    `Trainer` goes back to a checkpoint this way, which would otherwise leave the experts as they are.
+    """
+    for layer in layers(model):
+        for source, targets, layout, halves in dense_tensors(layer.block):
+            tensor = state.pop(prefix + source, None)
+            if tensor is not None and layout:
+                packed = Pack(layer.block, layout, halves).convert({source: tensor}, [source], targets)
+                state.update({prefix + name: value for name, value in packed.items()})
+            elif tensor is not None:
+                state[prefix + targets[0]] = tensor
 
 
 def attach(model: PreTrainedModel, config: D2DMoEConfig, orders: list[torch.Tensor], *, budgets: int = 0) -> None:
@@ -253,11 +288,13 @@ def attach(model: PreTrainedModel, config: D2DMoEConfig, orders: list[torch.Tens
         orders: For each block, its neurons in expert order ``(width,)``.
         budgets: How many sets of stand-ins to make room for.
     """
-    for block, order in zip(config.blocks, orders, strict=True):
+    for number, (block, order) in enumerate(zip(config.blocks, orders, strict=True)):
         block.layouts = _layouts(model, block)
-        layer = make_layer(model, block, config, budgets=budgets)
+        layer = make_layer(model, number, block, config, budgets=budgets)
         fill(layer, model, order)
         mount(model, layer)
+    model.register_load_state_dict_pre_hook(pack_state)
+    _keep_packed(model)
     remember(model, config)
 
 
@@ -278,6 +315,3 @@ def remember(model: PreTrainedModel, config: D2DMoEConfig) -> None:
 def _layouts(model: nn.Module, block: Block) -> list[str]:
     dense = Neurons(model, block).dense()
     return [dense["up_weight"][1], dense["down_weight"][1]]
-
-
-__all__ = ["D2DMoELoader", "D2DMoEQuantizationConfig", "DynamicFFN", "attach", "register", "remember"]

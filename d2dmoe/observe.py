@@ -15,7 +15,8 @@ from torch import nn
 from .experts import DynamicFFN, layers
 from .progress import progress
 
-# (layer number, layer, x (tokens, d), hidden (E, tokens, s), scores (tokens, E) or None, run (tokens, E) or None)
+# (layer number, layer, x (tokens, d), hidden (E, tokens, s), scores (tokens, E) or None, run (tokens, E) or None);
+# an observer whose attribute `needs_hidden` is false may get `None` for hidden, and the layer is then as fast as ever
 Observer = Callable[[int, DynamicFFN, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], None]
 
 
@@ -57,10 +58,11 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[dict[str, torch.
             mask = current["mask"]
             if mask is not None and mask.numel() == x.shape[0] and not mask.all():
                 keep = mask.reshape(-1).bool()
-                x, hidden = x[keep], hidden[:, keep]
-                scores, run = (None if t is None else t[keep] for t in (scores, run))
+                hidden = None if hidden is None else hidden[:, keep]
+                x, scores, run = (None if t is None else t[keep] for t in (x, scores, run))
             observer(index, layer, x, hidden, scores, run)
 
+        call.needs_hidden = getattr(observer, "needs_hidden", True)
         return call
 
     watched = layers(model)
@@ -111,6 +113,8 @@ def run_observed(model: nn.Module, batches: Iterable[dict[str, Any]], observer: 
 
 class ActiveCounter:
     """An observer that counts executed (token, expert) pairs of each layer, padding left out."""
+
+    needs_hidden = False
 
     def __init__(self) -> None:
         self.executed: dict[int, int] = {}

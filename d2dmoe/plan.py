@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from .config import Block, ConvertConfig, UserError, choose_experts, ranks, router_width
-from .discovery import Discovery, discover, skeleton
+from .config import Block, ConvertConfig, UserError, choose_experts, ranks, router_width, targets
+from .discovery import Discovery, discover, dummy_inputs, runs_on, skeleton
 from .hub import is_converted, model_class
+from .observe import model_inputs
 from .standins import MEMORY
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -26,6 +28,7 @@ class Plan:
     added_parameters: int
     peak_memory_bytes: int
     disk_bytes: int
+    skeleton: nn.Module
 
     @property
     def blocks(self) -> list[Block]:
@@ -38,6 +41,7 @@ class Plan:
             "blocks": len(self.blocks),
             "dense_parameters": self.dense_parameters,
             "added_parameters": self.added_parameters,
+            "padded_neurons": sum(block.slots - block.width for block in self.blocks),
             "peak_memory_bytes": self.peak_memory_bytes,
             "disk_bytes": self.disk_bytes,
             "stages": ["split", "routers", "calibrate", "evaluate", "save"],
@@ -74,7 +78,39 @@ def make_plan(model_config: Any, config: ConvertConfig) -> Plan:
     )
     captured = 4 * min(rows, 8192) * sum(b.d_model + b.experts for b in discovery.blocks)
     peak = BASE_MEMORY + 4 * (dense + added) + max(activations + captured, activations + _moments(block, config))
-    return Plan(kind, discovery, dense, added, peak, stored * (dense + added))
+    return Plan(kind, discovery, dense, added, peak, stored * (dense + added), model)
+
+
+def fit_to_data(plan: Plan, batch: dict[str, torch.Tensor], source: str) -> list[Block]:
+    """Leave blocks alone that this data never reaches, before any weights are read; returns them.
+
+    Args:
+        plan: Its `discovery` is changed.
+        batch: One batch of the data; a corner of it is enough.
+        source: Name of the data, for messages.
+
+    Raises:
+        UserError: If the data cannot feed the model, or reaches no block.
+    """
+    name, main = plan.model_class.__name__, getattr(plan.model_class, "main_input_name", "input_ids")
+    feeds = f"--data {source} gives {', '.join(batch)}"
+    text = "convert can feed a model that runs on text or token ids alone, or on images alone"
+    if main not in batch:
+        raise UserError(f"{feeds}, and {name} takes {main}; {text}")
+    corner = {k: v[:2, :16] if v.ndim == 2 else v[:2] for k, v in batch.items()}
+    inputs = model_inputs(plan.skeleton, corner)
+    try:
+        reached = runs_on(plan.skeleton, inputs)
+    except Exception as error:
+        lacking = ", ".join(sorted(dummy_inputs(plan.skeleton).keys() - inputs.keys()))
+        reason = f"it takes {lacking} as well" if lacking else str(error).strip().partition("\n")[0]
+        raise UserError(f"{feeds}, on which {name} does not run ({reason}); {text}") from None
+    asleep = [block for block in plan.blocks if not {block.up, block.down, block.gate or block.up} <= reached]
+    if len(asleep) == len(plan.blocks):
+        raise UserError(f"{feeds}, and no feed-forward block of {name} runs on that; {text}")
+    plan.discovery.blocks = [block for block in plan.blocks if block not in asleep]
+    plan.discovery.refused += [(block, f"does not run on --data {source}") for block in asleep]
+    return asleep
 
 
 def _added(block: Block, config: ConvertConfig, blocks: list[Block]) -> int:
@@ -83,15 +119,15 @@ def _added(block: Block, config: ConvertConfig, blocks: list[Block]) -> int:
         return router
     rank = {name: min(value, block.d_model) for name, value in ranks(config, blocks).items()}
     stand_ins = block.experts * block.d_model
-    stand_ins += rank["delta_rank"] * (block.width + block.d_model) + rank["linear_rank"] * 2 * block.d_model
-    return router + stand_ins * sum(1 for a in set(config.active) if a < 1)
+    stand_ins += rank["delta_rank"] * (block.slots + block.d_model) + rank["linear_rank"] * 2 * block.d_model
+    return router + stand_ins * len(targets(config))
 
 
 def _moments(block: Block, config: ConvertConfig) -> int:
     """Bytes that the regression of stand-ins holds for its largest block: moments in fp32, a solve in fp64."""
     if config.stand_in not in ("constants", "refit", "linear"):
         return 0
-    n = block.width + block.experts + block.d_model
+    n = block.slots + block.experts + block.d_model
     return max(MEMORY, 8 * n * (n + block.d_model)) + 3 * 8 * n * n
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,10 +16,21 @@ from .progress import progress
 SKETCH = 256  # numbers kept per neuron
 
 
+class Profile(NamedTuple):
+    """What the neurons of one block do: sketches ``(width, SKETCH)``, and magnitudes ``(width,)`` over tokens."""
+
+    rows: torch.Tensor
+    magnitudes: torch.Tensor
+
+    def largest(self, count: int) -> torch.Tensor:
+        """The neurons that contribute most on average."""
+        return self.magnitudes.topk(count).indices
+
+
 @torch.no_grad()
 def activation_profiles(
     model: nn.Module, blocks: list[Block], batches: Sequence[dict[str, Any]], *, signed: bool, seed: int = 0
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Profile]:
     """Sketch of each neuron's contribution over tokens, `|a_n(x)| ||w2_n||` or, signed, `(a_n(x) - mean) ||w2_n||`.
 
     A random projection of the token axis keeps distances between neurons (Johnson-Lindenstrauss) and takes
@@ -34,7 +45,7 @@ def activation_profiles(
         seed: Of the projection.
 
     Returns:
-        Rows ``(width, SKETCH)`` by block name.
+        Profiles by block name.
     """
     generator = torch.Generator().manual_seed(seed)
     sums = {b.name: torch.zeros(b.width, SKETCH, dtype=torch.float64) for b in blocks}
@@ -70,7 +81,8 @@ def activation_profiles(
     out = {}
     for block in blocks:
         centred = sums[block.name] - torch.outer(means[block.name] / max(tokens[block.name], 1), projected[block.name])
-        out[block.name] = (centred * _down_norms(model, block)[:, None]).float()
+        norms = _down_norms(model, block)
+        out[block.name] = Profile((centred * norms[:, None]).float(), means[block.name].abs() * norms)
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
+from .config import UserError
+
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 EVAL_COLUMNS = {
     "active": "active_fraction",
     "FFN FLOPs": "flops_fraction_ffn",
@@ -41,10 +45,24 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def portable(text: Any) -> Any:
+    """A value or command-line word for the record: of a path on this machine only its last part stays.
+
+    Hub ids and paths relative to the working folder say nothing about the machine and stay whole.
+    """
+    if not isinstance(text, str):
+        return text
+    flag, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
+    if Path(value).is_absolute() or value.startswith("~") or ".." in Path(value).parts:
+        value = Path(os.path.abspath(value)).name
+    return flag + equals + value
+
+
 def envelope(command: list[str], seed: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The form that every `--json` file has."""
     from . import __version__
 
+    command = [portable(word) for word in command]
     return {"d2dmoe": __version__, "command": command, "machine": machine(), "seed": seed, "rows": rows}
 
 
@@ -68,9 +86,95 @@ def eval_table(rows: list[dict[str, Any]]) -> str:
     """Rows of `evaluate`: quality beside what it costs. One multiply-accumulate is two FLOPs."""
     if not rows:
         return "(no figures: nothing was evaluated)"
+    metric, further = rows[0]["metric"]["name"], list(rows[0].get("metrics", {}))
+    body = [
+        [
+            *(row[k] for k in EVAL_COLUMNS.values()), row["metric"]["value"], row["dense"]["value"],
+            *(row["metrics"][name] for name in further),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return table([*EVAL_COLUMNS, metric, f"dense {metric}", *further], body)
+
+
+def compare_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of several models: one line per setting of the gate, one column per model, FLOPs fraction in brackets."""
+    columns = _short_names(list(dict.fromkeys(row["model"] for row in rows)))
+    cells: dict[tuple[str, float], dict[str, str]] = {}
+    for row in rows:
+        dense = row["active_fraction"] == 1
+        asked = ("tau", row["tau"]) if "active" not in row and not dense else ("active", row.get("active", 1.0))
+        figure = f"{row['metric']['value']:.4g} ({row['flops_fraction_model']:.3f})"
+        cells.setdefault(asked, {})[row["model"]] = figure
+    body = [
+        [f"{kind} {value:g}", *(line.get(model, "") for model in columns)]
+        for (kind, value), line in sorted(cells.items())
+    ]
+    return table([f"{rows[0]['metric']['name']} (model FLOPs)", *columns.values()], body)
+
+
+def _short_names(models: list[str]) -> dict[str, str]:
+    """Last parts of paths where they differ."""
+    short = [Path(model).name for model in models]
+    return dict(zip(models, short if len({*short}) == len(models) else models, strict=True))
+
+
+def check_plot(path: str | Path) -> None:
+    """Before any long work: can a plot be drawn?
+
+    Raises:
+        UserError: If matplotlib is missing or the file's suffix is none it knows.
+    """
+    if find_spec("matplotlib") is None:
+        raise UserError(f"--plot {path}: matplotlib is not installed; pip install 'd2dmoe-toolkit[plot]'")
+    if Path(path).suffix not in PLOT_SUFFIXES:
+        raise UserError(f"--plot {path}: the name must end in one of {', '.join(PLOT_SUFFIXES)}")
+
+
+def plot_curves(rows: list[dict[str, Any]], path: str | Path) -> None:
+    """Draw quality against the whole-model FLOPs fraction: a line per model, its dense quality dashed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for model, name in _short_names(list(dict.fromkeys(row["model"] for row in rows))).items():
+        mine = [row for row in rows if row["model"] == model]
+        points = sorted((row["flops_fraction_model"], row["metric"]["value"]) for row in mine)
+        (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        axes.axhline(mine[0]["dense"]["value"], color=line.get_color(), linestyle="--", linewidth=1)
     metric = rows[0]["metric"]["name"]
-    body = [[*(row[k] for k in EVAL_COLUMNS.values()), row["metric"]["value"], row["dense"]["value"]] for row in rows]
-    return table([*EVAL_COLUMNS, metric, f"dense {metric}"], body)
+    if metric in ("perplexity", "masked_lm"):
+        axes.set_yscale("log")
+    axes.set(xlabel="FLOPs of the whole model, relative to dense", ylabel=metric, title="dashed: dense")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def bench_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of `bench`: medians in ms with quartiles; `x` is the faster of dense eager and compiled over `sparse`."""
+    names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
+    quality = next((row["metric"]["name"] for row in rows if "metric" in row), None)
+    header = ["phase", "dtype", "tokens", "active", *(f"{n} ms" for n in names), "x", "ideal x"]
+    body = []
+    for row in rows:
+        cells = [f"{row['ms'][n]:.3g} ({_range(row['quartiles_ms'][n])})" if n in row["ms"] else "" for n in names]
+        line = [row["phase"], row["dtype"], row["tokens"], row["active_fraction"], *cells, row["speedup"], row["ideal"]]
+        body.append(line + ([row["metric"]["value"] if "metric" in row else ""] if quality else []))
+    return table(header + ([quality] if quality else []), body)
+
+
+def _range(ends: list[float]) -> str:
+    return "–".join(f"{end:.3g}" for end in ends)
+
+
+def recorded_quality(folder: str | Path, active: float) -> dict[str, Any]:
+    """What `convert` has measured at a budget, `{"metric": …, "dense": …}`; nothing if it has not."""
+    path = Path(folder) / "results.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    found = [row for row in rows if abs(row.get("active", row["active_fraction"]) - active) < 1e-6]
+    return {key: found[0][key] for key in ("metric", "dense")} if found else {}
 
 
 def list_table(rows: list[dict[str, Any]]) -> str:
@@ -126,8 +230,8 @@ Command: `{command}`
 ## Limits
 
 The routers were trained on `{data}`; on text unlike it they choose less well. Figures other than those above were not
-measured. This version computes every expert before it masks the skipped ones: the FLOPs are those that a sparse kernel
-would spend, the times are not.
+measured. The times were measured with what `d2dmoe env` calls live there; without the CPU kernels every expert is
+computed and no time is saved.
 
 ## Citation
 
@@ -152,7 +256,7 @@ def model_card(model: Any, recipe: dict[str, Any], results: dict[str, Any]) -> s
         version=results["d2dmoe"], preset=recipe["preset"], split=recipe["split"], gate=recipe["gate"],
         stand_in=recipe["stand_in"], auto=auto_class(type(model)),
         budgets=", ".join(f"{b.active:g}" for b in stored.budgets) or "none",
-        data=recipe["data"] if recipe["data"] == "builtin" else Path(recipe["data"]).name,
+        data=Path(recipe["data"]).name if Path(recipe["data"]).exists() else recipe["data"],
         processor=results["machine"]["processor"], threads=results["machine"]["threads"],
         table=eval_table(results["rows"]), command=" ".join(results["command"]),
     )  # fmt: skip
@@ -160,11 +264,12 @@ def model_card(model: Any, recipe: dict[str, Any], results: dict[str, Any]) -> s
 
 
 def auto_class(kind: type) -> str:
-    """The `AutoModel…` that opens checkpoints of this class."""
+    """The `AutoModel…` that opens checkpoints of this class: that of its task, `PreTraining` only where it has none."""
     from transformers.models.auto import modeling_auto
 
+    found = []
     for name in dir(modeling_auto):
         mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
         if name.startswith("AutoModelFor") and mapping is not None and kind.__name__ in mapping._model_mapping.values():
-            return name
-    return "AutoModel"
+            found.append(name)
+    return min(found, key=lambda name: name == "AutoModelForPreTraining", default="AutoModel")

@@ -13,24 +13,37 @@ from .data import Batches
 from .experts import DynamicFFN, layers
 from .gating import set_gate
 from .observe import release_memory, run_observed
-from .routing import expert_norms
+from .router_targets import RouterTarget
 from .training import train
 
 ROWS_HELD = 8192  # rows of every layer kept at a time
 
 
+def binary_cross_entropy(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Between targets in [0, 1] and the probabilities `1 - exp(-score)` of the non-negative scores, mean."""
+    scores = scores.clamp(1e-6, 50.0)
+    return (scores * (1 - targets) - targets * torch.log(-torch.expm1(-scores))).mean()
+
+
+LOSSES = {"mse": torch.nn.functional.mse_loss, "bce": binary_cross_entropy}
+
+
 class RouterBank(nn.Module):
     """The routers of all layers as one trainable module; what else the model has is not trained."""
 
-    def __init__(self, converted: list[DynamicFFN]):
+    def __init__(self, converted: list[DynamicFFN], loss: str = "mse"):
         super().__init__()
+        self.loss = LOSSES[loss]
         self.routers = nn.ModuleList(layer.router for layer in converted)
 
     def forward(self, samples: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """Sum over layers of the mean squared error between scores and targets (Szatkowski et al. 2024, eq. 4)."""
+        """Sum over layers of the loss between scores and targets (Szatkowski et al. 2024, eq. 4, for `mse`).
+
+        Layers may lie on different devices (`device_map`); samples are where their layer is.
+        """
+        device = self.routers[0].hidden.device
         losses = [
-            torch.nn.functional.mse_loss(router(x), target)
-            for router, (x, target) in zip(self.routers, samples, strict=True)
+            self.loss(router(x), target).to(device) for router, (x, target) in zip(self.routers, samples, strict=True)
         ]
         return torch.stack(losses).sum()
 
@@ -43,7 +56,7 @@ class RouterSamples:
     (d_model + experts) per layer. Data batches repeat in a new order when they are used up.
     """
 
-    def __init__(self, model: nn.Module, batches: Batches, rows: int, seed: int, target: str = "norm"):
+    def __init__(self, model: nn.Module, batches: Batches, rows: int, seed: int, target: RouterTarget):
         self.model, self.batches, self.rows, self.seed, self.target = model, batches, rows, seed, target
         per_batch = max(1, batches.tokens // max(len(batches), 1))
         self.per_pass = max(1, min(per_batch, ROWS_HELD) // rows)
@@ -56,10 +69,11 @@ class RouterSamples:
         if self._held[0] != pass_number:
             self._held = (-1, [])  # let go of the last pass before the next one
             self._held = (pass_number, self._capture(pass_number))
-        return [
-            (x[part :: self.per_pass][: self.rows], target[part :: self.per_pass][: self.rows])
-            for x, target in self._held[1]
-        ]
+        out = []
+        for x, target in self._held[1]:
+            start = part % len(x)  # the last data batch may have fewer rows than a pass has parts: they serve again
+            out.append((x[start :: self.per_pass][: self.rows], target[start :: self.per_pass][: self.rows]))
+        return out
 
     def _batch(self, pass_number: int) -> dict[str, Any]:
         epoch, index = divmod(pass_number, len(self.batches))
@@ -75,9 +89,8 @@ class RouterSamples:
         def collect(index, layer, x, hidden, scores, run):
             room = min(ROWS_HELD // layer.block.calls, x.shape[0])
             keep = torch.randperm(x.shape[0], generator=generator)[:room].to(x.device)
-            if self.target == "centred":
-                hidden = hidden - hidden.mean(1, keepdim=True)
-            held.setdefault(index, []).append((x[keep].clone(), expert_norms(hidden[:, keep], layer.down_weight)))
+            x, hidden = x[keep].clone(), hidden[:, keep]
+            held.setdefault(index, []).append((x, self.target(index, layer, x, hidden)))
 
         with set_gate(self.model, tau=0):
             run_observed(self.model, [self._batch(pass_number)], collect)
@@ -92,7 +105,7 @@ def train_routers(
     """Train the routers of a converted model on their layers' inputs; returns the training log.
 
     Args:
-        model: Converted model; only its routers change.
+        model: Converted model; only its routers change, from a random start if `router_fit` is `trained`.
         batches: Calibration batches.
         config: A `ConvertConfig`: `router_tokens`, `router_batch`, `router_learning_rate`, `seed`.
         state_dir: Where resumable states go.
@@ -103,9 +116,11 @@ def train_routers(
     for parameter in trainable:
         parameter.requires_grad_(False)
     for index, layer in enumerate(converted):
-        layer.router.reset(config.seed * 1000 + index)
+        if config.router_fit == "trained":
+            layer.router.reset(config.seed * 1000 + index)
         layer.router.requires_grad_(True)
-    samples = RouterSamples(model, batches, config.router_batch, config.seed, config.router_target)
+    target = RouterTarget(model, batches.first(config.calibration_tokens), config.router_target)
+    samples = RouterSamples(model, batches, config.router_batch, config.seed, target)
     settings = TrainingConfig(
         steps=max(1, config.router_tokens // config.router_batch),
         learning_rate=config.router_learning_rate,
@@ -113,10 +128,11 @@ def train_routers(
         seed=config.seed,
         save_every=500,
     )
-    log = train(
-        RouterBank(converted), samples, lambda bank, batch: bank(batch), settings,
-        name="routers", state_dir=state_dir, resume=resume,
-    )  # fmt: skip
-    for parameter in trainable:
-        parameter.requires_grad_(True)
-    return log
+    try:
+        return train(
+            RouterBank(converted, config.router_loss), samples, lambda bank, batch: bank(batch), settings,
+            name="routers", state_dir=state_dir, resume=resume, placed=True,
+        )  # fmt: skip
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

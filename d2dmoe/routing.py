@@ -80,15 +80,23 @@ def topp_priority(scores: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(scores).scatter_(-1, order, priority)
 
 
+def absolute_priority(scores: torch.Tensor) -> torch.Tensor:
+    """`r_e` itself: the one gate whose thresholds have a scale, that of the experts' outputs."""
+    return scores
+
+
 GATES: dict[str, GateFunction] = {
     "max": max_priority,
     "share": share_priority,
     "topk": topk_priority,
     "topp": topp_priority,
+    "absolute": absolute_priority,
 }
 
 
-def select(scores: torch.Tensor, gate: str, tau: float, min_experts: int = 0, max_experts: int = 0) -> torch.Tensor:
+def select(
+    scores: torch.Tensor, gate: str, tau: float, min_experts: int = 0, max_experts: int = 0, shared: int = 0
+) -> torch.Tensor:
     """Which experts run.
 
     Args:
@@ -97,12 +105,17 @@ def select(scores: torch.Tensor, gate: str, tau: float, min_experts: int = 0, ma
         tau: Threshold; 0 runs every expert, and above 0 an expert with score 0 never runs unless `min_experts` asks.
         min_experts: Run at least so many of the best.
         max_experts: Run at most so many of the best; 0 for no bound.
+        shared: The first so many experts always run; the gate chooses among the others, and the bounds count all.
 
     Returns:
         Boolean mask ``(tokens, experts)``.
     """
     if tau <= 0:
         return torch.ones_like(scores, dtype=torch.bool)
+    if shared:
+        upper = max(max_experts - shared, 1) if max_experts else 0
+        routed = select(scores[:, shared:], gate, tau, max(min_experts - shared, 0), upper)
+        return torch.cat([torch.ones_like(scores[:, :shared], dtype=torch.bool), routed], dim=1)
     scores = scores.float()
     run = (GATES[gate](scores) >= tau) & (scores > 0)
     if min_experts or max_experts:
@@ -111,3 +124,24 @@ def select(scores: torch.Tensor, gate: str, tau: float, min_experts: int = 0, ma
         if max_experts:
             run = run & (rank < max_experts)
     return run
+
+
+SOFTNESS = 0.2  # of the sigmoid that stands for the gate in the backward pass, relative to the scores at its edge
+
+
+def straight_through(scores: torch.Tensor, run: torch.Tensor) -> torch.Tensor:
+    """The gate's choice as numbers, with the gradient of a sigmoid of the scores around each token's edge.
+
+    The edge lies halfway between the worst score that runs and the best that does not (Bengio et al. 2013,
+    arXiv 1308.3432, for the estimator).
+
+    Args:
+        scores: ``(tokens, experts)``.
+        run: The choice, boolean, of that shape.
+    """
+    with torch.no_grad():
+        worst = scores.masked_fill(~run, torch.inf).amin(-1, keepdim=True)
+        best = scores.masked_fill(run, 0.0).amax(-1, keepdim=True)
+        edge = torch.where(worst.isfinite(), (worst + best) / 2, best).clamp_min(1e-12)
+    soft = torch.sigmoid((scores / edge - 1) / SOFTNESS)
+    return run.to(scores.dtype) + soft - soft.detach()

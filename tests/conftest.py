@@ -36,6 +36,20 @@ def data_dir() -> Path:
     return DATA
 
 
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense GPT-2 in `dense`, text in `text.txt` and a converted checkpoint in `first`."""
+    from cli_support import GPT2, convert_argv, save_model, sentences
+
+    from d2dmoe.cli import main
+
+    home = tmp_path_factory.mktemp("home")
+    save_model("GPT2LMHeadModel", home / "dense", **GPT2)
+    (home / "text.txt").write_text("\n".join(sentences(200)))
+    assert main(convert_argv(home / "dense", home / "text.txt", home / "first")) == 0
+    return home
+
+
 def randomise_vectors(model: torch.nn.Module) -> None:
     """Biases are zero in a fresh model, and a conversion that loses one would pass unseen: make them count."""
     generator = torch.Generator().manual_seed(3)

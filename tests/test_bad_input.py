@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from cli_support import GPT2, convert_argv, names, run_in_process, run_python, save_model, sentences, weights
+from cli_support import convert_argv, names, run_in_process, run_python, weights
 from hub_mirror import hub_mirror, mirror_environment
+from zoo import tiny
 
 from d2dmoe import UserError, hub
 
@@ -42,18 +43,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense GPT-2 in `dense`, text in `text.txt` and a converted checkpoint in `converted`."""
-    from d2dmoe.cli import main
-
-    home = tmp_path_factory.mktemp("bad")
-    save_model("GPT2LMHeadModel", home / "dense", **GPT2)
-    (home / "text.txt").write_text("\n".join(sentences(200)))
-    assert main(convert_argv(home / "dense", home / "text.txt", home / "converted")) == 0
-    return home
 
 
 @pytest.fixture
@@ -146,10 +135,11 @@ for model, data in (("org/tiny", "builtin"), (sys.argv[1], "org/texts")):
     hub.reachable.cache_clear()  # as in a new process
     started = time.time()
     print(main(["convert", "--model", model, "--data", data, "--output-dir", "out"]), time.time() - started < 5)
+    print(huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
 """
     environment = mirror_environment("http://127.0.0.1:9", tmp_path / "cache")
     result = run_python("-c", code, home / "dense", cwd=tmp_path, environment=environment)
-    assert result.out == "1 True\n1 True\n", result.err
+    assert result.out == 2 * "1 True\nFalse False\n", result.err
     model, data = result.err.strip().splitlines()
     has(model, "--model org/tiny", "hub cannot be reached", "save_pretrained", "HF_HUB_OFFLINE=1", "HF_ENDPOINT")
     has(data, "--data org/texts", "neither a local path", "builtin", "jsonl")
@@ -181,8 +171,8 @@ print(main(["list", "--model", "org/tiny", "--revision", "v9"]))
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])
 def test_a_converted_model_is_not_converted_again(flags: list, home: Path, refused, tmp_path: Path) -> None:
-    argv = convert_argv(home / "converted", home / "text.txt", tmp_path / "out", *flags)
-    has(refused(*argv), f"--model {home}/converted", "already a converted checkpoint", "dense model")
+    argv = convert_argv(home / "first", home / "text.txt", tmp_path / "out", *flags)
+    has(refused(*argv), f"--model {home}/first", "already a converted checkpoint", "dense model")
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +216,35 @@ def test_missing_weights(home: Path, refused, tmp_path: Path) -> None:
     has(refused(*convert_argv(tmp_path / "model", home / "text.txt", tmp_path / "out")), "model", "cannot be read")
 
 
+def test_pickled_weights(home: Path, refused, tmp_path: Path) -> None:
+    """A pickle can run any program when it is opened."""
+    from safetensors.torch import load_file
+
+    shutil.copytree(home / "dense", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(home / "dense" / "model.safetensors"), tmp_path / "model" / "pytorch_model.bin")
+    text = refused(*convert_argv(tmp_path / "model", home / "text.txt", tmp_path / "out"))
+    has(text, f"--model {tmp_path}/model", "not in safetensors files", "save_pretrained")
+
+
+def test_code_of_a_model_is_never_run(
+    home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever opens a part of the source is told so."""
+    import transformers
+
+    asked = []
+    for kind in (hub.AutoConfig, hub.AutoTokenizer, transformers.GPT2LMHeadModel):
+
+        def opened(*arguments, kind=kind, original=kind.from_pretrained, **options):
+            asked.append((kind.__name__, options.get("trust_remote_code"), options.get("use_safetensors")))
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", opened)
+    monkeypatch.setattr("d2dmoe.convert.convert_model", lambda *_, **__: 1 / 0)
+    run_in_process(capsys, *convert_argv(home / "dense", home / "text.txt", tmp_path / "out"))
+    assert set(asked) == {("AutoConfig", False, None), ("AutoTokenizer", False, None), ("GPT2LMHeadModel", False, True)}
+
+
 def test_a_missing_tensor(home: Path, refused, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -242,7 +261,7 @@ def test_a_missing_tensor(home: Path, refused, tmp_path: Path) -> None:
 def test_a_checkpoint_of_a_newer_version(home: Path, refused, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    shutil.copytree(home / "converted", tmp_path / "model")
+    shutil.copytree(home / "first", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["quantization_config"]["version"] = 999
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
@@ -253,19 +272,33 @@ def test_a_checkpoint_of_a_newer_version(home: Path, refused, tmp_path: Path) ->
     assert text == f"d2dmoe: {error.value}"
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("whisper", ["gives input_ids, attention_mask", "takes input_features"]), ("clip", ["CLIPModel", "pixel_values"])],
+)
+def test_data_that_cannot_feed_the_model(name: str, words: list, home: Path, refused, tmp_path: Path) -> None:
+    """Told without its weights, which are not even there."""
+    model = tiny(name)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path / "model")
+    (tmp_path / "ids.jsonl").write_text(4 * (json.dumps({"input_ids": list(range(5, 20))}) + "\n"))
+    argv = convert_argv(tmp_path / "model", tmp_path / "ids.jsonl", tmp_path / "out", "--eval-tokens", 0)
+    has(refused(*argv), f"--data {tmp_path}/ids.jsonl", "images alone", *words)
+
+
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])
-@pytest.mark.parametrize(("experts", "near"), [(10, "8, 16"), (63, "32, 64"), (65, "64"), (1000, "64")])
-def test_experts_that_do_not_divide(experts: int, near: str, flags: list, convert) -> None:
+@pytest.mark.parametrize(("experts", "near"), [(33, "32, 64"), (63, "32, 64"), (65, "64"), (1000, "64")])
+def test_experts_that_do_not_fit(experts: int, near: str, flags: list, convert) -> None:
     text = convert("--experts", experts, *flags)
-    has(text, f"--experts {experts} does not divide the FFN width 64 of transformer.h.0.mlp")
-    assert text.endswith(f"nearest that do: {near}")
+    has(text, f"--experts {experts} does not fit the FFN width 64 of transformer.h.0.mlp")
+    assert text.endswith(f"nearest that fit: {near}")
 
 
-def test_an_expert_size_that_does_not_divide(convert) -> None:
-    has(convert("--experts", 0, "--expert-size", 12), "--expert-size 12 does not divide", "64", "8, 16")
+def test_an_expert_size_that_does_not_fit(convert) -> None:
+    has(convert("--experts", 0, "--expert-size", 12), "--expert-size 12 does not fit", "64", "6 experts", "11, 13")
 
 
 def test_experts_and_expert_size(convert) -> None:
@@ -274,12 +307,16 @@ def test_experts_and_expert_size(convert) -> None:
 
 @pytest.mark.parametrize("active", ["0", "1.5", "-1", "nan", "0.5,2"])
 def test_active_out_of_range(active: str, home: Path, convert, refused) -> None:
-    for text in (convert("--active", active), refused("eval", "--model", home / "converted", "--active", active)):
+    for text in (convert("--active", active), refused("eval", "--model", home / "first", "--active", active)):
         has(text, f"--active {active.split(',')[-1]}", "above 0 and at most 1", "0.25")
 
 
+def test_active_below_the_calibrated_ones(convert) -> None:
+    has(convert("--gate", "max", "--active", "0.5,0.005"), "--active 0.005", "max gate", "from 0.01 on", "topk")
+
+
 @pytest.mark.parametrize("tau", ["1.5", "-0.1", "nan"])
-@pytest.mark.parametrize("model", ["converted", "dense"])
+@pytest.mark.parametrize("model", ["first", "dense"])
 def test_tau_out_of_range(tau: str, model: str, home: Path, refused) -> None:
     text = refused("eval", "--model", home / model, "--data", home / "text.txt", "--tau", tau)
     has(text, f"--tau {tau}", "at least 0", "at most 1")
@@ -311,6 +348,8 @@ def test_usage_errors(argv: list[str], words: list[str], refused) -> None:
         (["--router-learning-rate", "nan"], ["--router-learning-rate nan"]),
         (["--max-shard-size", "banana"], ["--max-shard-size banana", "5GB"]),
         (["--max-shard-size", "0KB"], ["--max-shard-size 0KB", "5GB"]),
+        (["--device", "gpu"], ["--device gpu", "auto, cpu, cuda or cuda:N"]),
+        (["--device", "cuda:99"], ["--device cuda:99", "CUDA devices", "auto or cpu"]),
         (["--min-experts", 9], ["--min-experts 9", "transformer.h.0.mlp has 8 experts"]),
         (["--min-experts", 3, "--max-experts", 2], ["--max-experts 2", "--min-experts 3"]),
     ],
@@ -440,7 +479,8 @@ def test_a_disk_without_room_keeps_what_can_be_resumed(
     home: Path, convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "split.safetensors").touch()
+    for name in ("recipe.json", "split.safetensors"):
+        (tmp_path / "out.partial" / name).touch()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").touch()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
@@ -473,7 +513,7 @@ def test_the_disk_fills_up_on_the_way(
     assert names(tmp_path) == (set() if stage == "split" else {"out.partial"})
     assert not (tmp_path / "out.partial" / "checkpoint").exists()
     assert run_in_process(capsys, *argv, "--resume").code == 0
-    assert weights(tmp_path / "out") == weights(home / "converted")
+    assert weights(tmp_path / "out") == weights(home / "first")
     assert names(tmp_path) == {"out"}
 
 

@@ -17,24 +17,28 @@ from d2dmoe.calibrate import (
     SEARCH_TOLERANCE,
     bisect,
     calibrate,
-    fit_constants,
+    fit_means,
     measure_active,
+    relative_loss,
     threshold_curve,
 )
-from d2dmoe.config import Budget, D2DMoEConfig, UserError
+from d2dmoe.config import Block, Budget, ConvertConfig, D2DMoEConfig, Target, UserError, targets
 from d2dmoe.data import Batches
 from d2dmoe.discovery import discover
+from d2dmoe.evaluate import evaluate
 from d2dmoe.experts import DynamicFFN, layers
 from d2dmoe.gating import stored_config, taus_on_curve
 from d2dmoe.loader import attach
+from d2dmoe.observe import observing
+from d2dmoe.routing import select
 
 EXPERTS = 16
 HUGE = 1e6  # a stand-in that leaks shows at once
 
 
-def converted(budgets: int = 2, **settings) -> tuple[torch.nn.Module, D2DMoEConfig]:
-    """The zoo's GPT-2 in fp64, two layers of 16 experts of 4, with random routers and no calibration."""
-    model = tiny("gpt2").double()
+def converted(budgets: int = 2, model=None, **settings) -> tuple[torch.nn.Module, D2DMoEConfig]:
+    """A model, by default the zoo's GPT-2, in fp64, 16 experts a layer, with random routers and no calibration."""
+    model = (model or tiny("gpt2")).double()
     randomise_vectors(model)
     blocks = discover(model).blocks
     for block in blocks:
@@ -46,6 +50,10 @@ def converted(budgets: int = 2, **settings) -> tuple[torch.nn.Module, D2DMoEConf
         if layer.constants is not None:
             layer.constants.data.normal_().mul_(HUGE)
     return model, config
+
+
+def points(*actives: float) -> list[Target]:
+    return targets(ConvertConfig(active=list(actives)))
 
 
 def documents(count: int = 24, seed: int = 0) -> Batches:
@@ -121,7 +129,7 @@ def output(model: torch.nn.Module, seed: int = 5) -> torch.Tensor:
 def shared() -> tuple[torch.nn.Module, D2DMoEConfig]:
     torch.manual_seed(0)
     model, config = converted()
-    calibrate(model, documents(), config, [0.25, 0.5], "per-layer")
+    calibrate(model, documents(), config, points(0.25, 0.5), thresholds="per-layer")
     return model, config
 
 
@@ -142,7 +150,7 @@ def calibrated(shared) -> tuple[torch.nn.Module, D2DMoEConfig]:
 def test_budgets_are_met_on_the_calibration_tokens(thresholds, stand_in, bounds):
     model, config = converted(stand_in=stand_in, min_experts=bounds[0], max_experts=bounds[1])
     batches = documents()
-    calibrate(model, batches, config, [0.5, 0.25], thresholds)
+    calibrate(model, batches, config, points(0.5, 0.25), thresholds=thresholds)
     assert [b.active for b in config.budgets] == [0.25, 0.5]
     assert config.default_active == 0.5
     for budget in config.budgets:
@@ -154,7 +162,8 @@ def test_budgets_are_met_on_the_calibration_tokens(thresholds, stand_in, bounds)
         assert budget.measured == pytest.approx(measured, rel=0.01)
         assert (len(set(budget.taus)) == 1) == (thresholds == "global")
     fitted = [layer.constants.clone() for layer in layers(model)] if stand_in == "mean" else []
-    fit_constants(model, batches, config)
+    if fitted:
+        fit_means(model, batches, config, range(len(config.budgets)))
     for layer, constants in zip(layers(model), fitted, strict=bool(fitted)):
         assert torch.equal(layer.constants, constants)  # the stand-ins belong to the thresholds that are stored
     assert bounds[0] < 3 or config.budgets[0].taus != taus_on_curve(config, 0.25)
@@ -168,7 +177,7 @@ def test_budgets_are_met_on_the_calibration_tokens(thresholds, stand_in, bounds)
 def test_budgets_are_met_by_the_other_gates(gate, thresholds):
     model, config = converted(gate=gate)
     batches = documents()
-    calibrate(model, batches, config, [0.25, 0.5], thresholds)
+    calibrate(model, batches, config, points(0.25, 0.5), thresholds=thresholds)
     for budget in config.budgets:
         set_gate(model, active=budget.active)
         assert measure_active(model, batches) == pytest.approx(budget.active, rel=0.02)
@@ -179,7 +188,7 @@ def test_budgets_are_met_by_the_other_gates(gate, thresholds):
 def test_curve_holds_the_quantiles_of_the_dense_inputs(thresholds):
     model, _ = converted()
     batches = documents()
-    curve = threshold_curve(model, batches, "max", thresholds)
+    curve = threshold_curve(model, batches, D2DMoEConfig(gate="max"), thresholds)
     inputs = layer_inputs(model, batches)
     for active, taus in curve:
         expected = max(active, 1 / EXPERTS)  # the best expert always runs
@@ -201,7 +210,7 @@ def test_curve_holds_the_quantiles_of_the_dense_inputs(thresholds):
 def test_more_active_runs_more(thresholds):
     model, config = converted()
     batches = documents()
-    calibrate(model, batches, config, [0.25, 0.5], thresholds)
+    calibrate(model, batches, config, points(0.25, 0.5), thresholds=thresholds)
     measured = []
     for active in (0.02, 0.1, 0.25, 0.35, 0.5, 0.65, 0.8, 0.97, 1.0):
         with warnings.catch_warnings(action="ignore"), set_gate(model, active=active):
@@ -215,7 +224,7 @@ def test_more_active_runs_more(thresholds):
 def test_topk_is_exact(active):
     model, config = converted(budgets=1, gate="topk")
     batches = documents(8)
-    calibrate(model, batches, config, [active], "per-layer")
+    calibrate(model, batches, config, points(active), thresholds="per-layer")
     k = round(active * EXPERTS)
     set_gate(model, active=active)
     assert measure_active(model, batches) == k / EXPERTS
@@ -226,9 +235,9 @@ def test_topk_is_exact(active):
 def test_calibrating_again_changes_nothing():
     model, config = converted()
     batches = documents()
-    calibrate(model, batches, config, [0.25, 0.5], "per-layer")
+    calibrate(model, batches, config, points(0.25, 0.5), thresholds="per-layer")
     before, constants = copy.deepcopy(config), [layer.constants.clone() for layer in layers(model)]
-    calibrate(model, batches, config, [0.25, 0.5], "per-layer")
+    calibrate(model, batches, config, points(0.25, 0.5), thresholds="per-layer")
     assert config == before
     for layer, old in zip(layers(model), constants, strict=True):
         assert torch.equal(layer.constants, old)
@@ -238,7 +247,7 @@ def test_calibrating_again_changes_nothing():
 def test_what_is_stored(actives, stored, default):
     model, config = converted(budgets=len(stored))
     before = output(model)
-    calibrate(model, documents(8), config, actives, "global")
+    calibrate(model, documents(8), config, points(*actives), thresholds="global")
     assert [b.active for b in config.budgets] == stored
     assert config.default_active == default
     assert torch.equal(output(model), before)  # calibration leaves the setting as it was
@@ -295,7 +304,7 @@ def test_constants_are_means_over_the_tokens_that_skip(gate):
     tiny_tau = 1e-4  # hardly anything is skipped: some experts have no token to average over
     taus = [[0.75, 0.5], [0.25, 0.75], [tiny_tau, tiny_tau]]
     config.budgets = [Budget(0.1 * i, row) for i, row in enumerate(taus, 1)]
-    fit_constants(model, batches, config)
+    fit_means(model, batches, config, range(len(config.budgets)))
     never = 0
     for number, row in enumerate(taus):
         expected = naive_constants(model, batches, gate, row)
@@ -318,7 +327,7 @@ def test_constants_bring_the_output_nearer_to_the_experts_they_replace():
     """The mean is the best constant: with it, the error of a layer's output over the tokens that skip is smaller."""
     model, config = converted()
     batches = documents()
-    calibrate(model, batches, config, [0.25, 0.5], "per-layer")
+    calibrate(model, batches, config, points(0.25, 0.5), thresholds="per-layer")
     with set_gate(model, tau=0):
         x = layer_inputs(model, batches)[0]
     layer = layers(model)[0]
@@ -332,7 +341,7 @@ def test_constants_bring_the_output_nearer_to_the_experts_they_replace():
 
 def test_zero_has_no_constants():
     model, config = converted(stand_in="zero")
-    calibrate(model, documents(8), config, [0.5], "global")
+    calibrate(model, documents(8), config, points(0.5), thresholds="global")
     assert [layer.constants for layer in layers(model)] == [None, None]
 
 
@@ -342,8 +351,8 @@ def test_padding_has_no_influence(gate, thresholds):
     (model, config), (other, other_config) = converted(gate=gate), converted(gate=gate)
     other.load_state_dict(model.state_dict())
     batches = documents()
-    calibrate(model, batches, config, [0.25, 0.5], thresholds)
-    calibrate(other, padded(batches, 9), other_config, [0.25, 0.5], thresholds)
+    calibrate(model, batches, config, points(0.25, 0.5), thresholds=thresholds)
+    calibrate(other, padded(batches, 9), other_config, points(0.25, 0.5), thresholds=thresholds)
     for ours, theirs in zip(config.budgets, other_config.budgets, strict=True):
         assert_close(ours.taus, theirs.taus)
         assert_close(ours.measured, theirs.measured)
@@ -379,12 +388,22 @@ def test_other_fraction_interpolates_and_warns_once(calibrated, active, nearest)
 
 
 def test_interpolation_is_linear():
-    config = D2DMoEConfig(curve=[[0.2, [0.9, 0.5]], [0.4, [0.7, 0.1]], [0.8, [0.3, 0.0]]])
-    expected = {0.2: [0.9, 0.5], 0.3: [0.8, 0.3], 0.4: [0.7, 0.1], 0.5: [0.6, 0.075], 0.8: [0.3, 0.0]}
+    """Up to everything, at threshold 0; below the curve there is nothing to go by."""
+    blocks = [Block(name, "ffn", "relu", 8, 16, "up", None, "down") for name in "ab"]
+    config = D2DMoEConfig(blocks, "max", curve=[[0.2, [0.9, 0.5]], [0.4, [0.7, 0.1]], [0.8, [0.3, 0.0]]])
+    expected = {0.2: [0.9, 0.5], 0.3: [0.8, 0.3], 0.4: [0.7, 0.1], 0.5: [0.6, 0.075], 0.8: [0.3, 0.0], 0.9: [0.15, 0.0]}
     for active, taus in expected.items():
         assert_close(taus_on_curve(config, active), taus)
-    assert_close(taus_on_curve(config, 0.1), [0.9, 0.5])  # beyond its ends the curve is level
-    assert_close(taus_on_curve(config, 0.95), [0.3, 0.0])
+    with pytest.raises(UserError, match=r"active=0\.1: the max gate is calibrated from 0\.2 on"):
+        taus_on_curve(config, 0.1)
+
+
+@pytest.mark.parametrize("active", [0.001, 0.015, 0.3, 0.985, 0.999])
+def test_topk_is_exact_at_every_fraction(active):
+    config = D2DMoEConfig([Block("a", "ffn", "relu", 8, 1000, "up", None, "down", experts=1000)], "topk")
+    (tau,) = taus_on_curve(config, active)
+    run = select(torch.rand(3, 1000) + 0.1, "topk", tau)
+    assert run.sum(1).tolist() == [round(active * 1000)] * 3
 
 
 def test_tau_takes_the_nearest_stand_ins_and_warns_once(calibrated):
@@ -402,7 +421,7 @@ def test_tau_takes_the_nearest_stand_ins_and_warns_once(calibrated):
 
 def test_nothing_to_warn_about_without_stand_ins():
     model, config = converted(stand_in="zero")
-    calibrate(model, documents(8), config, [0.5], "global")
+    calibrate(model, documents(8), config, points(0.5), thresholds="global")
     with warnings.catch_warnings(action="error"):
         set_gate(model, active=0.3)
         set_gate(model, tau=0.4)
@@ -412,7 +431,7 @@ def test_nothing_to_warn_about_without_stand_ins():
 def test_everything_on_is_the_dense_model(setting):
     torch.manual_seed(0)
     model, config = converted()
-    calibrate(model, documents(8), config, [0.25, 0.5], "global")
+    calibrate(model, documents(8), config, points(0.25, 0.5), thresholds="global")
     for layer in layers(model):
         layer.constants.data.normal_().mul_(HUGE)
         layer.router.score.data[:3] = 0  # experts that no gate above 0 runs
@@ -478,7 +497,7 @@ def test_copies_are_not_touched(calibrated):
 
 def test_oracle_runs_the_experts_with_the_largest_outputs():
     model, config = converted(budgets=1, gate="topk")
-    calibrate(model, documents(8), config, [0.25], "global")
+    calibrate(model, documents(8), config, points(0.25), thresholds="global")
     x = torch.randn(6, 32, dtype=torch.float64)
     layer = layers(model)[0]
     outputs = [layer.act(x @ layer.up_weight[e] + layer.up_bias[e]) @ layer.down_weight[e] for e in range(EXPERTS)]
@@ -494,8 +513,8 @@ def test_oracle_runs_the_experts_with_the_largest_outputs():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "active=… or tau=…"),
-        ({"active": 0.5, "tau": 0.1}, "active=… or tau=…"),
+        ({}, "active=…, tau=… or budget=…"),
+        ({"active": 0.5, "tau": 0.1}, "active=…, tau=… or budget=…"),
         ({"active": 0}, "active 0"),
         ({"active": -0.25}, "active -0.25"),
         ({"active": 1.5}, "active 1.5"),
@@ -526,3 +545,88 @@ def test_what_is_missing_is_named():
     with pytest.raises(UserError, match="no calibration"):
         set_gate(model, active=0.5)
     set_gate(model, active=1)
+
+
+# Objectives
+
+
+def encoder(budgets: int) -> tuple[torch.nn.Module, D2DMoEConfig]:
+    """A bare BERT whose blocks matter to its embeddings, so that skipping costs something."""
+    model, config = converted(budgets, tiny("bert").bert, gate="share", stand_in="constants")
+    for layer in layers(model):
+        layer.down_weight.data.mul_(100)
+        layer.up_weight.data.mul_(10)
+        for value in layer.stand_ins().values():
+            value.data.zero_()
+    return model, config
+
+
+def asked(**goals) -> list[Target]:
+    return targets(ConvertConfig(**goals))
+
+
+@pytest.mark.parametrize("gate", ["share", "max", "absolute"])
+@pytest.mark.parametrize("share", [0.8, 0.9])
+def test_flops_are_hit_on_unseen_tokens(gate, share):
+    model, config = converted(gate=gate, budgets=1)
+    calibrate(model, documents(200), config, asked(flops=[share]))
+    row = evaluate(model, documents(100, seed=8), [{"active": config.budgets[0].active}])[0]
+    assert row["flops_fraction_model"] == pytest.approx(share, rel=0.02)
+    assert config.budgets[0].objective == f"flops={share:g}"
+
+
+def test_flops_out_of_reach_are_refused():
+    model, config = converted(gate="topk", budgets=1)
+    with pytest.raises(UserError, match=r"--flops 0.05: this model reaches 0\.\d+ to"):
+        calibrate(model, documents(), config, asked(flops=[0.05]))
+
+
+def loss_of(model, number: int, seed: int = 8) -> float:
+    return relative_loss(model, documents(200, seed=seed), number)
+
+
+def test_max_loss_is_hit_on_unseen_tokens_and_monotone():
+    model, config = encoder(3)
+    goals = [0.005, 0.012, 0.025]
+    calibrate(model, documents(200), config, asked(max_loss=goals), unseen=documents(200, seed=2))
+    assert [b.objective for b in config.budgets] == [f"max-loss={g:g}" for g in reversed(goals)]
+    reached = [loss_of(model, n) for n in range(3)]
+    for budget, loss, goal in zip(config.budgets, reached, reversed(goals), strict=True):
+        assert 1 + loss == pytest.approx(1 + goal, rel=0.02)
+        assert budget.achieved < 1.5 * goal
+    assert reached == sorted(reached, reverse=True)
+    assert [b.active for b in config.budgets] == sorted(b.active for b in config.budgets)
+
+
+def test_goals_of_different_kinds_are_stored_together():
+    model, config = encoder(3)
+    calibrate(model, documents(100), config, asked(active=[0.5], flops=[0.9], max_loss=[0.01]))
+    assert sorted(b.objective for b in config.budgets) == ["", "flops=0.9", "max-loss=0.01"]
+    actives = [b.active for b in config.budgets]
+    assert actives == sorted(actives)
+    for budget in config.budgets:
+        with set_gate(model, active=budget.active):
+            assert measure_active(model, documents(100)) == pytest.approx(budget.active, rel=0.1)
+
+
+def test_the_same_active_fraction_twice_is_stored_once():
+    assert asked(active=[0.5, 0.5, 1.0]) == [Target("active", 0.5)]
+    assert [t.value for t in asked()] == [0.25, 0.5, 0.75]
+    assert asked(flops=[0.7]) == [Target("flops", 0.7)]
+
+
+def test_shared_experts_always_run_and_count():
+    model, config = converted(gate="share", shared_experts=3)
+    calibrate(model, documents(100), config, points(0.25, 0.5))
+    for active in (0.25, 0.5):
+        set_gate(model, active=active)
+        assert measure_active(model, documents(100)) == pytest.approx(active, rel=0.02)
+        runs = []
+        with (
+            observing(model, lambda index, layer, x, hidden, scores, run, runs=runs: runs.append(run)),
+            torch.no_grad(),
+        ):
+            model(**documents(5)[0])
+        for run in runs:
+            assert run[:, :3].all()
+            assert not run[:, 3:].all()

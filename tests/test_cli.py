@@ -18,7 +18,6 @@ import torch
 import yaml
 from cli_support import (
     BERT,
-    GPT2,
     LAYERS,
     TEXT_SIZES,
     Result,
@@ -33,10 +32,12 @@ from cli_support import (
 )
 from hub_mirror import hub_mirror, mirror_environment
 from huggingface_hub import ModelCard
-from transformers import LlamaConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from d2dmoe import __version__
+from d2dmoe import __version__, hub, set_gate
 from d2dmoe.config import ConvertConfig, resolve
+from d2dmoe.experts import layers
 
 EVAL_KEYS = {
     "gate", "tau", "active_fraction", "flops_fraction_ffn", "flops_fraction_model", "metric", "dense", "tokens",
@@ -66,18 +67,6 @@ def d2dmoe(capsys: pytest.CaptureFixture[str]):
         return result
 
     return run
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense GPT-2 in `dense`, text in `text.txt` and a converted checkpoint in `first`."""
-    from d2dmoe.cli import main
-
-    home = tmp_path_factory.mktemp("cli")
-    save_model("GPT2LMHeadModel", home / "dense", **GPT2)
-    (home / "text.txt").write_text("\n".join(sentences(200)))
-    assert main(convert_argv(home / "dense", home / "text.txt", home / "first")) == 0
-    return home
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +134,25 @@ def test_convert_tells_what_it_does_and_prints_the_figures(home: Path, d2dmoe, t
     assert names(tmp_path) == {"out", "f.json"}
 
 
-def test_the_written_recipe_repeats_the_conversion(home: Path, d2dmoe, tmp_path: Path) -> None:
+def test_no_path_of_the_machine_is_written(home: Path, d2dmoe, tmp_path: Path) -> None:
+    argv = convert_argv(home / "dense", home / "text.txt", tmp_path / "out", f"--json={tmp_path}/f.json")
+    d2dmoe(*argv, "--router-tokens", 40)
+    texts = [tmp_path / "f.json", *(p for p in (tmp_path / "out").iterdir() if p.suffix in (".json", ".yaml", ".md"))]
+    assert len(texts) > 5
+    for file in texts:
+        assert str(home) not in file.read_text(), file
+        assert str(tmp_path) not in file.read_text(), file
+    recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert (recipe["model"], recipe["data"], recipe["output_dir"]) == ("dense", "text.txt", "out")
+    command = json.loads((tmp_path / "out" / "results.json").read_text())["command"]
+    assert command[:5] == ["d2dmoe", "convert", "--model", "dense", "--data"]
+    assert "--json=f.json" in command
+
+
+def test_the_written_recipe_repeats_the_conversion(
+    home: Path, d2dmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
     d2dmoe("convert", "--recipe", home / "first" / "recipe.yaml", "--output-dir", tmp_path / "out")
     assert weights(tmp_path / "out") == weights(home / "first")
     d2dmoe("convert", "--recipe", home / "first" / "recipe.yaml", "--output-dir", tmp_path / "seed", "--seed", 1)
@@ -163,6 +170,35 @@ def test_shards_and_half_precision(home: Path, d2dmoe, tmp_path: Path) -> None:
     d2dmoe("eval", "--model", home / "dense", *argv[3:7], "--json", tmp_path / "g.json")
     (half,), (full,) = (figures(tmp_path / name)["rows"] for name in ("f.json", "g.json"))
     assert half["metric"]["value"] == pytest.approx(full["metric"]["value"], rel=0.02)
+
+
+def test_a_width_that_the_experts_do_not_divide(home: Path, d2dmoe, tmp_path: Path) -> None:
+    """Ten experts of seven neurons for 64: six of them are padding, which no file has."""
+    argv = convert_argv(home / "dense", home / "text.txt", tmp_path / "out", "--experts", 10)
+    assert "padding: 12 zero neurons" in d2dmoe(*argv, "--dry-run").out
+    result = d2dmoe(*argv)
+    assert "padded with 12 zero neurons" in result.err
+    rows = figures(tmp_path / "out" / "results.json")["rows"]
+    assert rows[-1]["metric"]["value"] == pytest.approx(rows[-1]["dense"]["value"])
+    dense, ours = (load_file(folder / "model.safetensors") for folder in (home / "dense", tmp_path / "out"))
+    assert {key: value.shape for key, value in dense.items()} == {key: ours[key].shape for key in dense}
+
+
+def test_figures_are_those_of_the_checkpoint(home: Path, d2dmoe, tmp_path: Path) -> None:
+    """In the dtype in which it is written, not in the one it was fitted in."""
+    d2dmoe(*convert_argv(home / "dense", home / "text.txt", tmp_path / "out", "--dtype", "bfloat16"))
+    flags = ["--data", home / "text.txt", "--max-length", 32, "--tokens", 500, "--part", "held_out"]
+    kept = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    full = json.loads((home / "first" / "results.json").read_text())["rows"]
+    for row, wide in zip(kept, full, strict=True):
+        assert row["metric"]["value"] == pytest.approx(wide["metric"]["value"], rel=0.05)
+        assert row["metric"]["value"] != wide["metric"]["value"]
+    with pytest.MonkeyPatch.context() as patch:
+        load = hub.load_model
+        patch.setattr(hub, "load_model", lambda *a, **k: load(*a, **k).to(torch.bfloat16))
+        d2dmoe("eval", "--model", tmp_path / "out", *flags, "--json", tmp_path / "f.json")
+    again = figures(tmp_path / "f.json")["rows"]
+    assert [row["metric"] for row in again] == [row["metric"] for row in kept]
 
 
 def test_the_default_output_folder(home: Path, d2dmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,8 +236,70 @@ def test_the_paper_preset(home: Path, d2dmoe, tmp_path: Path) -> None:
     assert budget["measured"] == pytest.approx(0.5, abs=0.05)
 
 
+def budgets_of(folder: Path) -> list[dict]:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]["budgets"]
+
+
+def converted(home: Path, d2dmoe, out: Path, *flags: str) -> dict:
+    d2dmoe(*convert_argv(home / "dense", home / "text.txt", out, *flags))
+    return json.loads((out / "results.json").read_text())
+
+
+def test_the_training_free_preset_trains_nothing(home: Path, d2dmoe, tmp_path: Path) -> None:
+    results = converted(home, d2dmoe, tmp_path / "out", "--preset", "training-free", "--active", "0.5")
+    assert results["router_log"] == []
+    assert budgets_of(tmp_path / "out")[0]["measured"] == pytest.approx(0.5, abs=0.05)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    scores = [value for name, value in weights.items() if name.endswith("router.score")]
+    assert scores
+    assert all(value.any() for value in scores)
+
+
+def test_the_moefication_preset(home: Path, d2dmoe, tmp_path: Path) -> None:
+    results = converted(home, d2dmoe, tmp_path / "out", "--preset", "moefication", "--active", "0.5")
+    used = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    wanted = {"gate": "topk", "stand_in": "zero", "router_loss": "bce", "router_target": "activation"}
+    assert {key: used[key] for key in wanted} == wanted
+    assert results["router_log"][-1]["loss"] < results["router_log"][0]["loss"] or len(results["router_log"]) == 1
+
+
+def test_goals_other_than_active_fractions(home: Path, d2dmoe, tmp_path: Path) -> None:
+    results = converted(home, d2dmoe, tmp_path / "out", "--flops", "0.93", "--max-loss", "50%", "--gate", "share")
+    budgets = budgets_of(tmp_path / "out")
+    assert sorted(b["objective"] for b in budgets) == ["flops=0.93", "max-loss=0.5"]
+    active = next(b["active"] for b in budgets if b["objective"] == "flops=0.93")
+    row = next(r for r in results["rows"] if r["active"] == active)
+    assert row["flops_fraction_model"] == pytest.approx(0.93, rel=0.02)
+
+
 @pytest.mark.parametrize(
-    ("layers", "wanted"),
+    "flags",
+    [("--split", "shared_experts", "--shared-experts", "2"), ("--allocation", "sensitivity"), ("--gate", "absolute")],
+    ids=lambda flags: flags[-1],
+)
+def test_other_methods_open_again(flags, home: Path, d2dmoe, tmp_path: Path) -> None:
+    results = converted(home, d2dmoe, tmp_path / "out", *flags, "--active", "0.25,0.5")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32")
+    for row in results["rows"][:2]:
+        with set_gate(model, active=row["active"]):
+            assert row["active_fraction"] == pytest.approx(row["active"], rel=0.15)
+            assert all(layer.gate_state.shared == 2 * ("2" in flags) for layer in layers(model))
+
+
+def test_healing_is_in_the_checkpoint_and_leaves_the_dense_twin(home: Path, d2dmoe, tmp_path: Path) -> None:
+    flags = ("--active", "0.5", "--heal-tokens", "256")
+    plain = converted(home, d2dmoe, tmp_path / "plain", *flags)
+    healed = converted(home, d2dmoe, tmp_path / "healed", *flags, "--heal", "20", "--heal-learning-rate", "1e-2")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "healed"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(re.search(r"constants|delta_|linear_", name) for name in changed)
+    assert plain["rows"][-1] | {"ms_per_token": 0} == healed["rows"][-1] | {"ms_per_token": 0}
+    assert plain["rows"][0]["metric"] != healed["rows"][0]["metric"]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
     [
         ([], DEFAULTS),
         ([{"preset": "paper"}], {"gate": "max", "stand_in": "zero"}),
@@ -213,8 +311,8 @@ def test_the_paper_preset(home: Path, d2dmoe, tmp_path: Path) -> None:
         ([{"router_tokens": "1e5", "active": "0.1,0.2"}], {"router_tokens": 100_000, "active": [0.1, 0.2]}),
     ],
 )
-def test_precedence(layers: list[dict], wanted: dict) -> None:
-    config = resolve(ConvertConfig, *layers)
+def test_precedence(given: list[dict], wanted: dict) -> None:
+    config = resolve(ConvertConfig, *given)
     assert {key: getattr(config, key) for key in wanted} == wanted
 
 
@@ -237,6 +335,53 @@ def test_a_folder_in_use_is_replaced_only_when_asked(home: Path, d2dmoe, tmp_pat
     assert names(tmp_path) == {"out"}
 
 
+def test_folders_beside_the_output_are_not_touched(home: Path, d2dmoe, tmp_path: Path) -> None:
+    """Names that the program could make up itself may be the user's own."""
+    for name in ("out", "out.old", "out.tmp", "out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text(name)
+    for flags in ([], ["--overwrite"], ["--resume"]):
+        result = d2dmoe(*convert_argv(home / "dense", home / "text.txt", tmp_path / "out", *flags), code=1)
+        assert "out.partial was not made by d2dmoe; move it away" in result.err
+    (tmp_path / "out.partial").rename(tmp_path / "mine.partial")
+    d2dmoe(*convert_argv(home / "dense", home / "text.txt", tmp_path / "out", "--overwrite"))
+    assert names(tmp_path) == {"out", "out.old", "out.tmp", "mine.partial"}
+    for name in ("out.old", "out.tmp", "mine.partial"):
+        assert (tmp_path / name / "notes.txt").exists()
+    assert weights(tmp_path / "out") == weights(home / "first")
+
+
+def test_a_failed_rename_puts_the_replaced_folder_back(
+    home: Path, d2dmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    rename = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if Path(source).name == "checkpoint":
+            raise OSError(1, "Operation not permitted", str(target))
+        rename(source, target)
+
+    argv = convert_argv(home / "dense", home / "text.txt", tmp_path / "out", "--overwrite")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        d2dmoe(*argv, code=1)
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    d2dmoe(*argv)
+    assert weights(tmp_path / "out") == weights(home / "first")
+
+
+def test_starting_again_keeps_the_replaced_folder_until_the_end(
+    home: Path, killed: Path, d2dmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(killed / str(list(MOMENTS).index("/replaced")), tmp_path, dirs_exist_ok=True)
+    assert names(tmp_path) == {"taken.partial"}
+    monkeypatch.setattr("d2dmoe.convert.train_routers", lambda *_, **__: 1 / 0)
+    d2dmoe(*convert_argv(home / "dense", home / "text.txt", tmp_path / "taken", "--overwrite"), code=1)
+    assert (tmp_path / "taken" / "notes.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize("inside", ["model", "data", "here"])
 def test_overwrite_never_takes_what_it_reads(
     inside: str, home: Path, d2dmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -254,15 +399,15 @@ def test_overwrite_never_takes_what_it_reads(
 
 # --- convert: interruption -------------------------------------------------------------------------------------------
 
-# Endings of what has just got its final name when the kill comes, in order; `.old` and `taken`: a folder is replaced.
+# Endings of what has just got its final name when the kill comes, in order; `taken` is a folder that is replaced.
 MOMENTS = {
     "recipe.json": "plain",
     "split.safetensors": "plain",
     "router-state": "plain",
     "routers.safetensors": "plain",
-    "calibration.json": "plain",
+    "stand-ins.json": "plain",
     "stand-ins.safetensors": "plain",
-    ".old": "taken",
+    "/replaced": "taken",
     "/published": "published",
 }
 
@@ -289,7 +434,7 @@ def killed(home: Path) -> Path:
 def test_a_killed_conversion_is_resumed(moment: str, home: Path, killed: Path, d2dmoe, tmp_path: Path) -> None:
     shutil.copytree(killed / str(list(MOMENTS).index(moment)), tmp_path, dirs_exist_ok=True)
     out = tmp_path / MOMENTS[moment]
-    left = {f"{out.name}.partial", *({".old": {"taken.old"}, "/published": {"published"}}.get(moment, ()))}
+    left = {f"{out.name}.partial", *({"published"} if moment == "/published" else ())}
     assert names(tmp_path) == left
     argv = convert_argv(home / "dense", home / "text.txt", out)
 
@@ -467,7 +612,7 @@ def test_env(d2dmoe, tmp_path: Path) -> None:
 
 
 def test_eval_of_the_dense_and_the_converted_folder(home: Path, d2dmoe, tmp_path: Path) -> None:
-    method = ["--gate", "topk", "--stand-in", "mean", "--eval-tokens", 0]
+    method = ["--gate", "topk", "--stand-in", "mean", "--allocation", "uniform", "--eval-tokens", 0]
     d2dmoe(*convert_argv(home / "dense", home / "text.txt", tmp_path / "topk", *method))
     flags = ["--data", home / "text.txt", "--max-length", 32, "--tokens", 2000, "--json", tmp_path / "f.json"]
     d2dmoe("eval", "--model", home / "dense", *flags)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -195,7 +196,52 @@ def test_labels_come_along(tmp_path, name):
 def test_labels_that_are_not_classes_are_left_out(tmp_path):
     for name, values in (("words.jsonl", ["good", "bad"]), ("scores.jsonl", [0.5, 3.2])):
         file = write_table(tmp_path / name, [{"text": "some text", "label": v} for v in values])
-        assert read_documents(str(file)) == [{"text": "some text"}] * 2
+        batch = make_batches(read_documents(str(file)), byte_tokenizer(), DataConfig(), packed=False)[0]
+        assert "labels" not in batch
+
+
+CLASSES = {"sad": 0, "glad": 1, "2": 2}
+
+
+@pytest.mark.parametrize("name", [*TABLES, "emotion.txt"])
+def test_names_of_classes_become_their_numbers(tmp_path, name):
+    rows = [{"text": f"some text {i}", "label_name": label} for i, label in enumerate(("glad", "sad", "2", "1"))]
+    file = tmp_path / name
+    if name == "emotion.txt":
+        file.write_text("text;label_name\n" + "".join(f"{r['text']};{r['label_name']}\n" for r in rows))
+    else:
+        write_table(file, rows)
+    batch = make_batches(
+        read_documents(str(file)), byte_tokenizer(), DataConfig(max_length=32), packed=False, label2id=CLASSES
+    )[0]
+    assert batch["labels"].tolist() == [1, 0, 2, 1]
+    assert batch["input_ids"].tolist() == [ids(row["text"]) for row in rows]
+
+
+def test_text_that_happens_to_begin_like_a_table(tmp_path):
+    for first in ("a text; a label", "text", "text;more", "Text;Label_name", "label|more"):
+        text = f"{first}\nsecond line"
+        (tmp_path / "t.txt").write_text(text)
+        assert read_documents(str(tmp_path / "t.txt")) == [{"text": text}]
+
+
+def test_label_column(tmp_path):
+    file = write_table(tmp_path / "t.csv", [{"text": "a b", "label": 1, "mood": "sad"}] * 2)
+    batch = {}
+    for column in (None, "mood", "none"):
+        documents = read_documents(str(file), "all", None, column)
+        batch[column] = make_batches(documents, byte_tokenizer(), DataConfig(), packed=False, label2id=CLASSES)[0]
+    assert batch[None]["labels"].tolist() == [1, 1]
+    assert batch["mood"]["labels"].tolist() == [0, 0]
+    assert "labels" not in batch["none"]
+    with pytest.raises(UserError, match=r"no column 'feeling'; it has text, label, mood"):
+        read_documents(str(file), "all", None, "feeling")
+
+
+def test_a_label_that_is_no_class():
+    documents = [{"text": "a b", "label": "glad"}, {"text": "c d", "label": "bored"}]
+    with pytest.raises(UserError, match=r"label 'bored' is none of the model's, sad, glad, 2 .*--label-column"):
+        make_batches(documents, byte_tokenizer(), DataConfig(), packed=False, label2id=CLASSES)
 
 
 # Folders
@@ -469,6 +515,12 @@ def test_text_shorter_than_a_sequence():
 def test_documents_without_two_tokens():
     with pytest.raises(UserError, match=r"my\.txt.*two tokens"):
         make_batches(documents_of("a", "b"), byte_tokenizer(), DataConfig(data="my.txt"), packed=False)
+
+
+def test_images_without_pillow(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"d2dmoe-toolkit\[vision\]"):
+        make_batches([{"image": {"bytes": b""}}], None, DataConfig(), packed=False)
 
 
 def test_processor_that_does_not_fit():

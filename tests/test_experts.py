@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from d2dmoe.config import Block
-from d2dmoe.experts import LAYOUTS, DynamicFFN, GateState, pack, unpack
+from d2dmoe.config import Block, can_split
+from d2dmoe.experts import LAYOUTS, NEURONS_LAST, DynamicFFN, GateState, pack, unpack
 
 D_MODEL, D_OUT, EXPERTS, SIZE, TOKENS, BUDGETS = 5, 7, 6, 3, 9, 2
 WIDTH = EXPERTS * SIZE
@@ -117,7 +117,7 @@ def test_unpack_undoes_pack(layout, experts, size, d, dtype):
         for n in range(size):
             here = packed[e, n] if layout.startswith(("bias", "down")) else packed[e, :, n]
             assert torch.equal(here, by_neuron[e * size + n])
-    back = unpack(packed, layout)
+    back = unpack(packed, layout, width)
     assert back.dtype == dtype
     assert packed.is_contiguous()
     assert back.is_contiguous()
@@ -129,7 +129,31 @@ def test_unknown_layout_is_refused():
     with pytest.raises(ValueError, match="sideways"):
         pack(torch.zeros(4, 4), 2, "sideways")
     with pytest.raises(ValueError, match="sideways"):
-        unpack(torch.zeros(2, 2, 4), "sideways")
+        unpack(torch.zeros(2, 2, 4), "sideways", 4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("experts", "width", "d"), [(2, 3, 1), (3, 7, 5), (6, 16, 3), (7, 64, 2)], ids=str)
+def test_the_last_expert_is_filled_up_with_zeros(layout, experts, width, d):
+    shape = {"bias": (width,), "up_conv1d": (d, width), "down_linear": (d, width)}.get(layout, (width, d))
+    dense = torch.randn(shape)
+    packed = pack(dense, experts, layout)
+    size = -(-width // experts)
+    by_slot = packed.transpose(1, 2) if layout.startswith("up") else packed
+    assert by_slot.shape[:2] == (experts, size)
+    by_slot = by_slot.flatten(0, 1)
+    assert torch.equal(by_slot[:width], dense.T if layout in NEURONS_LAST else dense)
+    assert not by_slot[width:].any()
+    assert len(by_slot) > width
+    assert torch.equal(unpack(packed, layout, width), dense)
+    assert unpack(packed, layout, width).is_contiguous()
+
+
+@pytest.mark.parametrize(("experts", "width"), [(7, 10), (11, 10), (0, 4), (33, 64)], ids=str)
+def test_an_expert_of_nothing_but_padding_is_refused(experts, width):
+    assert not can_split(width, experts)
+    with pytest.raises(ValueError, match=f"{experts} experts do not fit {width} neurons"):
+        pack(torch.zeros(width, 2), experts, "up_linear")
 
 
 @KINDS

@@ -9,10 +9,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import tiny
 
 from d2dmoe.config import D2DMoEConfig
+from d2dmoe.data import Batches
 from d2dmoe.discovery import discover
+from d2dmoe.evaluate import evaluate
 from d2dmoe.experts import DynamicFFN, GateState, layers
 from d2dmoe.flops import dense_ffn_flops, model_flops, sparse_ffn_flops
+from d2dmoe.kernels import native, use_backend
 from d2dmoe.loader import attach
+from d2dmoe.observe import model_inputs
 
 TOKENS, EXPERTS, ROUTER = 7, 8, 5
 FAMILIES = {  # zoo name -> path of the first dense block
@@ -23,11 +27,11 @@ FAMILIES = {  # zoo name -> path of the first dense block
 }
 
 
-def converted(name: str, budgets: int = 1, stand_in: str = "mean") -> torch.nn.Module:
+def converted(name: str, budgets: int = 1, stand_in: str = "mean", experts: int = EXPERTS) -> torch.nn.Module:
     model = tiny(name)
     blocks = discover(model).blocks
     for block in blocks:
-        block.experts = EXPERTS
+        block.experts = experts
     config = D2DMoEConfig(blocks=blocks, router_width=ROUTER, stand_in=stand_in)
     attach(model, config, [torch.arange(b.width) for b in blocks], budgets=budgets)
     for layer in layers(model):
@@ -102,7 +106,11 @@ def test_whole_model_scales_with_the_batch_and_counts_the_setting():
     for layer in layers(model):
         layer.gate_state = GateState("topk", 0.5)
     routers = len(layers(model)) * 2 * (32 * ROUTER + ROUTER * EXPERTS)
-    assert model_flops(model, {"input_ids": ids}) == once + 6 * routers  # this backend masks and saves nothing
+    with use_backend("reference"):  # masks and saves nothing
+        assert model_flops(model, {"input_ids": ids}) == once + 6 * routers
+    if native.library()[0] is not None:
+        saved = sum(dense_ffn_flops(layer) for layer in layers(model)) // 2
+        assert model_flops(model, {"input_ids": ids}) == once + 6 * (routers - saved)
 
 
 @pytest.mark.parametrize("active", [0.0, 0.25, 1.0])
@@ -134,3 +142,22 @@ def test_sparse_count_of_a_shared_block_covers_every_call():
     layer.gate_state = GateState("max", 0.5, stand_in=0)
     calls = tiny("albert").config.num_hidden_layers
     assert sparse_ffn_flops(layer, 0.5) == calls * (0.5 * 8192 + 408 + 0.5 * 8 * 32)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_padding_is_executed_and_counted(name):
+    """Seven experts of ten neurons hold the 64 of a block; the dense count stays what it was."""
+    layer = first_layer(name, experts=7)
+    assert dense_ffn_flops(layer) == dense_ffn_flops(first_layer(name))
+    layer.gate_state = GateState("topk", 0.0)
+    with_padding = counted(layer, torch.randn(1, TOKENS, 32)) / TOKENS
+    assert sparse_ffn_flops(layer, 1.0) == with_padding == dense_ffn_flops(layer) * 70 / 64
+
+
+def test_fractions_of_a_padded_model_are_those_of_the_dense_one():
+    model, dense = converted("gpt2", stand_in="zero", budgets=0, experts=7), tiny("gpt2")
+    batches = Batches([{"input_ids": list(range(5, 17))}] * 4, 4)
+    (row,) = evaluate(model, batches, [{"tau": 0.5}])
+    total = model_flops(dense, model_inputs(dense, batches[0])) / 48
+    blocks = sum(dense_ffn_flops(layer) for layer in layers(model))
+    assert (1 - row["flops_fraction_model"]) * total == pytest.approx((1 - row["flops_fraction_ffn"]) * blocks)

@@ -27,7 +27,7 @@ import d2dmoe
 from d2dmoe.config import Budget, D2DMoEConfig, UserError
 from d2dmoe.discovery import discover, dummy_inputs
 from d2dmoe.experts import DynamicFFN, layers
-from d2dmoe.loader import D2DMoEQuantizationConfig, attach
+from d2dmoe.loader import D2DMoEQuantizationConfig, attach, cast
 
 AUTO = {
     "gpt2": AutoModelForCausalLM,
@@ -52,14 +52,16 @@ with torch.no_grad():
 """
 
 
-def converted(name: str, stand_in: str = "mean") -> tuple[torch.nn.Module, torch.nn.Module, list[torch.Tensor]]:
+def converted(
+    name: str, stand_in: str = "mean", experts: int = 8
+) -> tuple[torch.nn.Module, torch.nn.Module, list[torch.Tensor]]:
     """A tiny model with experts, the dense model it came from, and the order of the neurons of each block."""
     dense = tiny(name)
     randomise_vectors(dense)
     model = copy.deepcopy(dense)
     blocks = discover(model).blocks
     for block in blocks:
-        block.experts = 8
+        block.experts = experts
     budgets = [Budget(0.25, [0.75] * len(blocks)), Budget(0.5, [0.5] * len(blocks))]
     curve = [[a, [1 - a] * len(blocks)] for a in (0.1, 0.9)]
     config = D2DMoEConfig(
@@ -98,9 +100,13 @@ def run(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor
 WHOLE, SHARDED = [(name, "5GB") for name in AUTO], [(name, "20KB") for name in ("gpt2", "llama", "phi3")]
 
 
-@pytest.mark.parametrize(("name", "shard"), WHOLE + SHARDED)
-def test_opens_with_and_without_d2dmoe(name, shard, tmp_path):
-    model, dense, orders = converted(name)
+PADDED = [("gpt2", "5GB", 7), ("bert", "5GB", 10), ("phi3", "20KB", 7), ("t5-gated", "5GB", 6)]  # width 64
+
+
+@pytest.mark.parametrize(("name", "shard", "experts"), [*((*pair, 8) for pair in WHOLE + SHARDED), *PADDED])
+def test_opens_with_and_without_d2dmoe(name, shard, experts, tmp_path):
+    model, dense, orders = converted(name, experts=experts)
+    assert all(layer.up_weight.shape[0] == experts for layer in layers(model))
     inputs = dummy_inputs(dense)
     folder = tmp_path / "model"
     model.save_pretrained(folder, max_shard_size=shard)
@@ -131,9 +137,10 @@ def same_tensors(first: Path, second: Path) -> bool:
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize("experts", [8, 7])
 @pytest.mark.parametrize("name", ["gpt2", "bert", "vit", "llama"])
-def test_names_and_shapes_on_disk_are_the_dense_ones(name, tmp_path):
-    model, dense, _ = converted(name)
+def test_names_and_shapes_on_disk_are_the_dense_ones(name, experts, tmp_path):
+    model, dense, _ = converted(name, experts=experts)
     dense.save_pretrained(tmp_path / "dense")
     model.save_pretrained(tmp_path / "converted")
     before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("dense", "converted"))
@@ -171,6 +178,29 @@ def test_part_of_a_model(tmp_path):
         assert torch.equal(run(encoder, inputs), run(model.encoder, inputs))
 
 
+@pytest.mark.parametrize("name", ["bart", "clip", "t5"])
+def test_layers_follow_the_blocks_of_the_config(name, tmp_path):
+    """Not the order in which modules are registered: BART's decoder layer has its `fc1` after the cross-attention."""
+    model, dense, _ = converted(name)
+    stored = model.config.quantization_config.d2dmoe
+    assert [layer.block.name for layer in layers(model)] == [block.name for block in stored.blocks]
+    ran = []
+    for layer in layers(model):
+        layer.observer = lambda layer, *_: ran.append(layer.block.name)
+    run(model, dummy_inputs(dense))
+    assert ran == [block.name for block in stored.blocks]
+    for number, budget in enumerate(stored.budgets):
+        budget.taus = [(i + 1) / 10 + number / 100 for i in range(len(stored.blocks))]
+    model.save_pretrained(tmp_path)
+    again = type(dense).from_pretrained(tmp_path)
+    d2dmoe.set_gate(again, active=0.25)
+    wanted = dict(zip([block.name for block in stored.blocks], stored.budgets[0].taus, strict=True))
+    assert {layer.block.name: layer.gate_state.tau for layer in layers(again)} == wanted
+    again.save_pretrained(tmp_path / "again")
+    kept = [json.loads((p / "config.json").read_text())["quantization_config"] for p in (tmp_path, tmp_path / "again")]
+    assert kept[0] == kept[1]
+
+
 def test_bfloat16(tmp_path):
     model, dense, _ = converted("llama")
     model.to(torch.bfloat16).save_pretrained(tmp_path)
@@ -181,6 +211,30 @@ def test_bfloat16(tmp_path):
         assert torch.equal(run(model, inputs), run(again, inputs))
     wide = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert_close(run(wide, inputs), run(dense, inputs), rtol=0.1, atol=0.02)  # weights were rounded to 8 bits
+
+
+@pytest.mark.parametrize("name", ["t5", "t5-gated"])
+def test_what_the_architecture_keeps_in_fp32_stays_so(name, tmp_path):
+    """T5 overflows where its down projection is in fp16."""
+    model, dense, orders = converted(name)
+    model.save_pretrained(tmp_path / "wide")
+    permuted(dense, orders).save_pretrained(tmp_path / "dense")
+    half = type(dense).from_pretrained(tmp_path / "wide", dtype=torch.float16)
+    for layer, wide in zip(layers(half), layers(model), strict=True):
+        assert (layer.up_weight.dtype, layer.router.hidden.dtype) == (torch.float16, torch.float16)
+        assert torch.equal(layer.down_weight, wide.down_weight)
+    cast(model, torch.float16)
+    assert {k: v.dtype for k, v in model.state_dict().items()} == {k: v.dtype for k, v in half.state_dict().items()}
+    inputs = dummy_inputs(dense)
+    reference = type(dense).from_pretrained(tmp_path / "dense", dtype=torch.float16)
+    with d2dmoe.set_gate(half, active=1):
+        assert_close(run(half, inputs), run(reference, inputs), rtol=1e-2, atol=1e-3)
+    with d2dmoe.set_gate(half, active=0.5):
+        assert run(half, inputs).isfinite().all()
+    half.save_pretrained(tmp_path / "half")
+    again = type(dense).from_pretrained(tmp_path / "half")
+    assert torch.equal(run(again, inputs), run(half, inputs))
+    assert type(dense).from_pretrained(tmp_path / "wide", dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
@@ -252,6 +306,66 @@ def test_trainer_and_lora(tmp_path):
     assert all("lora" in k for k in changed)
 
 
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+@pytest.mark.parametrize(("name", "experts"), [("gpt2", 8), ("bert", 8), ("phi3", 8), ("phi3", 7)])
+def test_a_saved_state_dict_is_packed(name, experts, shard, tmp_path):
+    """One with dense names, as `save_pretrained` writes it, in one file or several, and into a copy of the model."""
+    model, _, _ = converted(name, experts=experts)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter)
+    unexpected, loaded = set(), set()
+    for file in tmp_path.glob("*.safetensors"):
+        state = load_file(file)
+        kept = dict(state)
+        unexpected |= set(other.load_state_dict(state, strict=False).unexpected_keys)
+        loaded |= set(state)
+        assert state.keys() == kept.keys()  # the caller's own is not touched
+    assert not unexpected
+    assert loaded
+    for (key, value), wanted in zip(other.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(value, wanted), key
+    missing = copy.deepcopy(model).load_state_dict(model.state_dict())  # its own names go on working
+    assert not missing.missing_keys
+
+
+def test_trainer_goes_back_to_a_checkpoint(tmp_path):
+    """Resumed in the middle, and the best model at the end: bit-equal experts, not those in memory."""
+    from transformers import Trainer, TrainingArguments
+
+    model, _, _ = converted("gpt2")
+    model.save_pretrained(tmp_path / "model")
+    rows = [{"input_ids": torch.arange(i, i + 9), "labels": torch.arange(i, i + 9)} for i in range(5, 21)]
+
+    def trainer(steps: int, folder: str, **options) -> Trainer:
+        start = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        settings = TrainingArguments(
+            tmp_path / folder, max_steps=steps, learning_rate=0.05, lr_scheduler_type="constant", report_to=[],
+            use_cpu=True, save_steps=2, disable_tqdm=True, per_device_train_batch_size=4, seed=3, **options,
+        )  # fmt: skip
+        return Trainer(start, settings, train_dataset=rows, eval_dataset=rows)
+
+    straight = trainer(4, "straight")
+    straight.train()
+    trainer(2, "halves").train()
+    resumed = trainer(4, "halves")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "halves" / "checkpoint-2"))
+    for (key, value), wanted in zip(
+        resumed.model.state_dict().items(), straight.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, wanted), key
+
+    worst = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}
+    best = trainer(4, "best", metric_for_best_model="eval_loss", **worst)
+    best.train()
+    chosen = load_file(Path(best.state.best_model_checkpoint) / "model.safetensors")
+    best.model.save_pretrained(tmp_path / "chosen")
+    saved = load_file(tmp_path / "chosen" / "model.safetensors")
+    assert best.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert all(torch.equal(saved[key], chosen[key]) for key in chosen)
+
+
 def test_set_gate_on_a_loaded_model(tmp_path):
     model, dense, _ = converted("gpt2")
     model.save_pretrained(tmp_path)
@@ -290,6 +404,19 @@ def test_newer_version_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"version 999.*install a newer d2dmoe-toolkit"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_what_a_later_release_adds_is_passed_over(tmp_path):
+    """As long as the format version is the same."""
+    model, dense, _ = converted("gpt2")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    stored = config["quantization_config"]
+    for part in (stored, stored["blocks"][1], stored["budgets"][0]):
+        part["novelty"] = [1]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(run(again, dummy_inputs(dense)), run(model, dummy_inputs(dense)))
 
 
 def test_converts_only_by_its_own_command(tmp_path):

@@ -34,6 +34,8 @@ def naive_select(rows: list[list], gate: str, tau, least: int = 0, most: int = 0
                 chosen = {e for e in every if row[e] >= tau * max(row)}
             elif gate == "share":
                 chosen = {e for e in every if row[e] ** 2 >= tau**2 * sum(r * r for r in row)}
+            elif gate == "absolute":
+                chosen = {e for e in every if row[e] >= tau}
             elif gate == "topp":  # the best until they hold the share 1 - tau of the sum
                 held = [sum(row[e] for e in order[:k]) for k in range(len(row))]
                 chosen = {e for k, e in enumerate(order) if k == 0 or held[k] < (1 - tau) * sum(row)}

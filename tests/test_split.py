@@ -18,6 +18,9 @@ SHAPES = [
     (64, 32, 5),
     (7, 7, 3),
     (7, 1, 3),
+    (7, 3, 2),
+    (50, 7, 4),
+    (64, 10, 5),
 ]  # width, experts, features
 
 
@@ -56,13 +59,28 @@ def test_is_a_permutation(method, width, experts, features):
 @pytest.mark.parametrize(("width", "experts", "features"), SHAPES, ids=str)
 def test_balanced_kmeans_sizes_are_equal(width, experts, features):
     labels = balanced_kmeans(np.random.default_rng(0).normal(size=(width, features)).astype(np.float32), experts, 0)
-    assert np.bincount(labels, minlength=experts).tolist() == [width // experts] * experts
+    size = -(-width // experts)  # the last one takes the rest
+    assert np.bincount(labels, minlength=experts).tolist() == [*[size] * (experts - 1), width - size * (experts - 1)]
 
 
 @pytest.mark.parametrize("rows", [torch.zeros(12, 5), torch.ones(12, 5), torch.eye(3).repeat(4, 1)], ids=str)
 def test_degenerate_rows_are_still_split_equally(rows):
     for experts in (2, 4, 6):
         assert sorted(split_neurons("weights", rows, experts).tolist()) == list(range(12))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_weights_recovers_planted_clusters_of_which_the_last_is_smaller(seed):
+    rows, labels = planted(experts=5, size=8, features=16, noise=0.02, seed=seed)
+    rows = rows[torch.cat([(labels != 3).nonzero()[:, 0], (labels == 3).nonzero()[:5, 0]])]
+    parts = split_neurons("weights", rows, 5, seed).split(8)
+    assert [len(part) for part in parts] == [8, 8, 8, 8, 5]
+    assert spread_of(rows, parts) < 0.2 * spread_of(rows, torch.arange(37).split(8))
+
+
+def spread_of(rows: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> float:
+    unit = torch.nn.functional.normalize(rows.double(), dim=1)
+    return sum((unit[part] - unit[part].mean(0)).square().sum().item() for part in parts)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -124,6 +142,6 @@ def test_assignment_is_near_the_optimum_for_its_centres(seed):
 
 @pytest.mark.parametrize("method", SPLITS)
 @pytest.mark.parametrize("experts", [5, 24, 0, -4], ids=str)
-def test_experts_that_do_not_divide_are_refused(method, experts):
+def test_experts_that_do_not_fit_are_refused(method, experts):
     with pytest.raises(ValueError, match=f"{experts} .*12"):
         split_neurons(method, torch.randn(12, 3), experts)

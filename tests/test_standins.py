@@ -19,12 +19,12 @@ from d2dmoe.gating import set_gate
 from d2dmoe.loader import attach
 from d2dmoe.observe import run_observed
 from d2dmoe.routing import select
-from d2dmoe.standins import RIDGES, Moments, _cut, _ridge, best_fit, fit_stand_ins
+from d2dmoe.standins import COLUMNS, RIDGES, Moments, _cut, _ridge, best_fit, fit_stand_ins
 
 LEVELS = ["constants", "refit", "linear"]
 
 
-def converted(stand_in: str, name: str = "gpt2", actives: tuple[float, ...] = (0.25, 0.5)):
+def converted(stand_in: str, name: str = "gpt2", actives: tuple[float, ...] = (0.25, 0.5), experts: int = 8):
     """A tiny model with experts, random routers, no fitted stand-ins, and batches of random tokens."""
     model = tiny(name)
     for parameter in model.parameters():
@@ -32,7 +32,7 @@ def converted(stand_in: str, name: str = "gpt2", actives: tuple[float, ...] = (0
             parameter.data *= 5  # activations wide enough that experts differ
     blocks = discover(model).blocks
     for block in blocks:
-        block.experts = 8
+        block.experts = experts
     budgets = [Budget(a, [1 - a] * len(blocks)) for a in actives]
     config = D2DMoEConfig(
         blocks, "topk", stand_in, delta_rank=6 if stand_in != "constants" else 0,
@@ -88,10 +88,10 @@ def test_low_rank_cut_is_the_best_in_outputs():
     assert_close(x[:, part] @ first @ second, best, rtol=1e-3, atol=1e-4)  # the moments are fp32
 
 
-@pytest.mark.parametrize("stand_in", LEVELS)
-def test_moments_of_a_layer_are_those_of_its_tokens(stand_in):
+@pytest.mark.parametrize(("stand_in", "experts"), [*((level, 8) for level in LEVELS), ("linear", 7)])
+def test_moments_of_a_layer_are_those_of_its_tokens(stand_in, experts):
     """The stored fit, evaluated naively on every token, leaves the error that was reported for held-out tokens."""
-    model, config, batches = converted(stand_in)
+    model, config, batches = converted(stand_in, experts=experts)
     fit_stand_ins(model, batches, config)
     seen: dict[int, list] = {}
 
@@ -181,3 +181,14 @@ def test_folded_weights_follow_a_change_and_carry_gradients():
     assert layers(model)[0].delta_in.grad[0].abs().sum() > 0
     with torch.no_grad():
         assert torch.equal(twin(**inputs).logits, changed)
+
+
+def test_moments_are_the_products_over_all_tokens():
+    rows, target = torch.randn(300, COLUMNS + 77), torch.randn(300, 9)
+    moments = Moments.empty(rows.shape[1], 9)
+    for part in (slice(0, 100), slice(100, 300)):
+        moments.add(rows[part], target[part])
+    moments.complete()
+    assert_close(moments.gram, rows.T @ rows, rtol=1e-4, atol=1e-3)
+    assert_close(moments.cross, rows.T @ target, rtol=1e-4, atol=1e-3)
+    assert moments.tokens == 300

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 from torch.testing import assert_close
 
 from d2dmoe.config import TrainingConfig, UserError
-from d2dmoe.training import train
+from d2dmoe.training import pick_device, train
 
 CONFIG = TrainingConfig(steps=12, learning_rate=1e-2, warmup_fraction=0.25, log_every=4, save_every=5, seed=3)
 
@@ -402,3 +404,42 @@ def test_bf16_and_fp32_runs_in_one_process():
     x = batch_at(0)[0]
     first = nn.functional.linear(x, mixed[0].weight, mixed[0].bias)
     assert_close(mixed(x), mixed[1:](first), rtol=0, atol=0)  # the trained model itself is not left in autocast
+
+
+def test_accelerate_is_left_as_it_was_found(monkeypatch):
+    """Its state holds for the whole process: whoever asks for other settings afterwards must get them."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        monkeypatch.setattr(state, "_shared_state", {})
+    with pytest.raises(ZeroDivisionError):
+        train(toy(), lambda number: 1 / 0, loss_of, CONFIG)
+    train(toy(), batch_at, loss_of, CONFIG)
+    assert AcceleratorState._shared_state == GradientState._shared_state == PartialState._shared_state == {}
+    with torch.random.fork_rng():
+        assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
+    train(toy(), batch_at, loss_of, CONFIG)
+    assert AcceleratorState().mixed_precision == "bf16"
+
+
+def test_what_is_placed_is_not_moved(monkeypatch):
+    """As on a machine with a GPU, which accelerate would choose."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        monkeypatch.setattr(state, "_shared_state", {})
+    monkeypatch.setattr(PartialState, "default_device", torch.device("meta"))
+    model, twin = toy(), toy()
+    train(model, batch_at, loss_of, CONFIG, placed=True)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    monkeypatch.setattr(PartialState, "default_device", torch.device("cpu"))
+    train(twin, batch_at, loss_of, CONFIG)
+    assert_same(model, twin)
+
+
+def test_devices_are_picked_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match=r"--device cuda: PyTorch sees 0 CUDA devices here; use auto or cpu"):
+        pick_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match="sees 2 CUDA devices"):
+        pick_device("cuda:2")

@@ -50,7 +50,7 @@ def dynamic_ffn(
         hidden: From `hidden_activations`, ``(experts, tokens, size)``.
         down_weight: ``(experts, size, d_out)``.
         down_bias: ``(d_out,)`` or `None`.
-        run: Which experts run, boolean ``(tokens, experts)``; `None` runs all of them.
+        run: Which experts run, boolean (or 0 and 1 with a gradient) ``(tokens, experts)``; `None` runs all of them.
         constants: Stand-ins `c_e` ``(experts, d_out)`` or `None` for zero.
 
     Returns:
@@ -61,5 +61,5 @@ def dynamic_ffn(
     experts, tokens, size = hidden.shape
     y = hidden.transpose(0, 1).reshape(tokens, experts * size) @ down_weight.reshape(experts * size, -1)
     if run is not None and constants is not None:
-        y = y + (~run).to(constants.dtype) @ constants
+        y = y + (1 - run.to(constants.dtype)) @ constants
     return y if down_bias is None else y + down_bias

@@ -1,0 +1,484 @@
+// The schedule of one layer call, and the C ABI.
+//
+// Few tokens: the experts are shared out over the threads, each of which adds into an output of its own; these are then
+// summed. Many: every thread takes tiles of tokens that stay in its cache with their outputs, and walks through the
+// experts. Either way a result depends on the input and the number of threads alone, never on timing.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "team.h"
+
+using namespace d2dmoe;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+extern "C" {
+
+// Mirrored in native.py. Null pointers stand for what a layer does not have.
+struct D2dmoeLayer {
+    int32_t bf16, activation, gate, kernels;
+    int64_t d, size, d_out, experts, router_width, linear_rank, top, min_experts, max_experts, shared;
+    float tau;
+    int32_t few;  // at most so many tokens are handled by sharing out the experts
+    const void *router_hidden, *router_score;                           // (width, d), (experts, width)
+    const void *up, *up_bias, *gate_weight, *gate_bias, *down;          // packed
+    const void *constants;                                              // (experts, d_out)
+    const float* base;                                                  // (d_out,): what a token gets without any expert
+    const void *linear_in, *linear_out;                                 // (d, rank), (rank, d_out)
+};
+
+}
+
+EXPORT int d2dmoe_abi() { return 1; }
+
+namespace {
+
+const Kernels* const all_kernels[] = {
+    &kernels_portable,
+#if defined(__x86_64__)
+    &kernels_avx2,
+    &kernels_avx512,
+    &kernels_avx512bf16,
+#endif
+};
+constexpr int KERNELS = sizeof(all_kernels) / sizeof(*all_kernels);
+
+bool supported(int number) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (number == 1) return avx2;
+    if (number == 2) return avx512;
+    if (number == 3) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+    return number == 0;
+}
+
+// Memory of one thread, kept between calls.
+class Buffer {
+   public:
+    ~Buffer() { std::free(start_); }
+    char* at_least(size_t bytes) {
+        if (bytes > size_) {
+            std::free(start_);
+            size_ = round_up(int64_t(bytes), 4096);
+            start_ = static_cast<char*>(std::aligned_alloc(4096, size_));
+            if (!start_) {
+                size_ = 0;
+                throw std::bad_alloc();
+            }
+        }
+        return start_;
+    }
+
+   private:
+    char* start_ = nullptr;
+    size_t size_ = 0;
+};
+
+thread_local Buffer shared_buffer, own_buffer;
+
+// Hands out aligned pieces of a buffer whose size is found by a first pass without memory.
+class Pieces {
+   public:
+    explicit Pieces(char* start) : start_(start) {}
+    template <class T>
+    T* take(int64_t n) {
+        T* piece = start_ ? reinterpret_cast<T*>(start_ + used_) : nullptr;
+        used_ += round_up(n * int64_t(sizeof(T)), 64);
+        return piece;
+    }
+    int64_t used() const { return used_; }
+
+   private:
+    char* start_;
+    int64_t used_ = 0;
+};
+
+template <class Layout>
+Layout lay_out(Buffer& buffer, Layout layout) {
+    Pieces measure(nullptr);
+    layout.take(measure);
+    Pieces pieces(buffer.at_least(size_t(measure.used())));
+    layout.take(pieces);
+    return layout;
+}
+
+struct Call {
+    const D2dmoeLayer& layer;
+    const Kernels& kernels;
+    const char* x;     // (tokens, d) of `width` bytes each
+    int64_t ld_x;      // bytes from token to token
+    const uint8_t* run;  // (tokens, experts) or null
+    int64_t tokens;
+    char* y;           // (tokens, d_out), contiguous
+    int team;          // threads asked for
+
+    bool routed() const { return !run && layer.tau > 0; }
+    bool everything() const { return !run && layer.tau <= 0; }
+    bool widened() const { return layer.bf16 && !kernels.bf16_inputs; }
+    int64_t element() const { return layer.bf16 ? 2 : 4; }
+    int64_t padded_out() const { return round_up(layer.d_out, kernels.lanes); }
+    // Tokens can be added up where they belong if they are fp32 and whole vectors.
+    bool in_place() const { return !layer.bf16 && layer.d_out % kernels.lanes == 0; }
+};
+
+const char* offset(const void* base, int64_t elements, int64_t element) {
+    return base ? static_cast<const char*>(base) + elements * element : nullptr;
+}
+
+// Where the kernels read token `t`: as it came, or widened to fp32 in `wide`.
+struct Inputs {
+    const char* start;
+    int64_t stride;
+    const void* row(int64_t t) const { return start + t * stride; }
+};
+
+Inputs inputs_of(const Call& c, int64_t first, int64_t count, float* wide) {
+    if (!c.widened()) return {c.x + first * c.ld_x, c.ld_x};
+    for (int64_t t = 0; t < count; t++)
+        c.kernels.widen(reinterpret_cast<const bf16*>(c.x + (first + t) * c.ld_x), c.layer.d, wide + t * c.layer.d);
+    return {reinterpret_cast<const char*>(wide), c.layer.d * 4};
+}
+
+void router_rows(const Call& c, const Inputs& x, int64_t tokens, int64_t first, int64_t last, float* hidden) {
+    const auto& l = c.layer;
+    const char* weights = offset(l.router_hidden, first * l.d, c.element());
+    float* out = hidden + first;
+    if (!l.bf16)
+        c.kernels.dots_f32(reinterpret_cast<const float*>(x.start), x.stride / 4, tokens,
+                           reinterpret_cast<const float*>(weights), last - first, l.d, out, l.router_width, true);
+    else if (c.widened())
+        c.kernels.dots_mixed(reinterpret_cast<const float*>(x.start), x.stride / 4, tokens,
+                             reinterpret_cast<const bf16*>(weights), last - first, l.d, out, l.router_width, true);
+    else
+        c.kernels.dots_bf16(x.start, x.stride / 2, tokens, reinterpret_cast<const bf16*>(weights), last - first, l.d, out,
+                            l.router_width, true);
+}
+
+// Scores from the router's hidden layer, and the experts that the gate runs for each token.
+void score_and_choose(const Call& c, const float* hidden, int64_t tokens, float* scores, uint8_t* run, char* scratch) {
+    const auto& l = c.layer;
+    if (l.bf16)
+        c.kernels.dots_mixed(hidden, l.router_width, tokens, static_cast<const bf16*>(l.router_score), l.experts,
+                             l.router_width, scores, l.experts, false);
+    else
+        c.kernels.dots_f32(hidden, l.router_width, tokens, static_cast<const float*>(l.router_score), l.experts,
+                           l.router_width, scores, l.experts, false);
+    GateCall gate{l.gate, l.tau, l.top, l.min_experts, l.max_experts, l.shared};
+    for (int64_t t = 0; t < tokens; t++)
+        c.kernels.choose(gate, scores + t * l.experts, l.experts, run + t * l.experts, scratch);
+}
+
+// The tokens of every expert: expert e has lists[e * stride] up to lists[e * stride + counts[e]].
+void make_lists(const Call& c, const uint8_t* run, int64_t tokens, int32_t* lists, int64_t stride, int32_t* counts) {
+    int64_t experts = c.layer.experts;
+    std::memset(counts, 0, size_t(experts) * 4);
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t e = 0; e < experts; e++) {
+            lists[e * stride + counts[e]] = int32_t(t);
+            counts[e] += run[t * experts + e] != 0;
+        }
+}
+
+struct Rows {  // pointers to the tokens of one expert
+    const void** x;
+    float** y;
+    char* scratch;
+};
+
+void run_expert(const Call& c, int64_t e, const Inputs& x, float* y, int64_t ld_y, const int32_t* list, int64_t count,
+                const Rows& rows) {
+    const auto& l = c.layer;
+    int64_t element = c.element(), up = l.d * l.size, down = l.size * l.d_out;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t t = list ? list[i] : i;
+        rows.x[i] = x.row(t);
+        rows.y[i] = y + t * ld_y;
+    }
+    ExpertCall call{};
+    call.d = l.d, call.d_out = l.d_out, call.x = rows.x, call.y = rows.y, call.count = count, call.scratch = rows.scratch;
+    if (e == l.experts) {  // the linear term is one more expert that every token runs
+        call.up = l.linear_in, call.down = l.linear_out, call.size = l.linear_rank, call.activation = IDENTITY;
+    } else {
+        call.up = offset(l.up, e * up, element), call.up_bias = offset(l.up_bias, e * l.size, element);
+        call.gate = offset(l.gate_weight, e * up, element), call.gate_bias = offset(l.gate_bias, e * l.size, element);
+        call.down = offset(l.down, e * down, element);
+        call.constant = offset(l.constants, e * l.d_out, element);
+        call.size = l.size, call.activation = l.activation;
+    }
+    (l.bf16 ? c.kernels.expert_bf16 : c.kernels.expert_f32)(call);
+}
+
+void start_row(const Call& c, float* y) {
+    if (c.layer.base)
+        std::memcpy(y, c.layer.base, size_t(c.layer.d_out) * 4);
+    else
+        std::memset(y, 0, size_t(c.layer.d_out) * 4);
+    for (int64_t i = c.layer.d_out; i < c.padded_out(); i++) y[i] = 0;
+}
+
+void write_row(const Call& c, const float* from, int64_t t) {
+    char* to = c.y + t * c.layer.d_out * c.element();
+    if (c.layer.bf16)
+        c.kernels.narrow(from, c.layer.d_out, reinterpret_cast<bf16*>(to));
+    else if (reinterpret_cast<const char*>(from) != to)
+        std::memcpy(to, from, size_t(c.layer.d_out) * 4);
+}
+
+int64_t widest(const D2dmoeLayer& l) { return std::max(l.size, l.linear_rank); }
+int64_t experts_in_all(const D2dmoeLayer& l) { return l.experts + (l.linear_in && l.tau > 0); }
+
+// ---- few tokens
+
+struct FewShared {
+    const Call* call;
+    float *hidden, *scores, *partial, *wide;
+    uint8_t* run;
+    Barrier* barrier;
+    void take(Pieces& p) {
+        const auto& l = call->layer;
+        int64_t n = call->tokens;
+        hidden = p.take<float>(call->routed() ? n * l.router_width : 0);
+        scores = p.take<float>(call->routed() ? n * l.experts : 0);
+        run = p.take<uint8_t>(call->routed() ? n * l.experts : 0);
+        wide = p.take<float>(call->widened() ? n * l.d : 0);
+        partial = p.take<float>(n * call->padded_out() * call->team);
+    }
+};
+
+struct FewOwn {
+    const Call* call;
+    int32_t *lists, *counts;
+    Rows rows;
+    char* scratch;
+    void take(Pieces& p) {
+        const auto& l = call->layer;
+        int64_t n = call->tokens;
+        lists = p.take<int32_t>(l.experts * n);
+        counts = p.take<int32_t>(l.experts + 1);
+        rows.x = p.take<const void*>(n);
+        rows.y = p.take<float*>(n);
+        rows.scratch = p.take<char>(expert_scratch(n, widest(l)));
+        scratch = p.take<char>(l.experts * 8);
+    }
+};
+
+std::pair<int64_t, int64_t> share(int64_t n, int id, int team) { return {n * id / team, n * (id + 1) / team}; }
+
+// A contiguous range of experts with about the same cost for each thread: reading an expert's weights costs as much as
+// `READING` tokens.
+constexpr int64_t READING = 3;
+
+std::pair<int64_t, int64_t> share_experts(const int32_t* counts, int64_t experts, int id, int team) {
+    auto cost = [&](int64_t e) { return counts[e] ? counts[e] + READING : 0; };
+    int64_t whole = 0, before = 0, first = experts, last = 0;
+    for (int64_t e = 0; e < experts; e++) whole += cost(e);
+    for (int64_t e = 0; e < experts; e++) {
+        int64_t middle = 2 * before + cost(e);  // an expert belongs to the thread in whose part its middle lies
+        before += cost(e);
+        if (whole && std::min<int64_t>(middle * team / (2 * whole), team - 1) == id) {
+            first = std::min(first, e);
+            last = e + 1;
+        }
+    }
+    return {first, std::max(first, last)};
+}
+
+void few_body(void* context, int id, int team) {
+    auto& s = *static_cast<FewShared*>(context);
+    const Call& c = *s.call;
+    const auto& l = c.layer;
+    int64_t n = c.tokens, ld_y = c.padded_out();
+    FewOwn own = lay_out(own_buffer, FewOwn{&c, nullptr, nullptr, {}, nullptr});
+    if (c.widened()) {
+        auto [first, last] = share(n, id, team);
+        inputs_of(c, first, last - first, s.wide + first * l.d);
+        s.barrier->wait();
+    }
+    Inputs x = c.widened() ? Inputs{reinterpret_cast<const char*>(s.wide), l.d * 4} : Inputs{c.x, c.ld_x};
+    const uint8_t* run = c.run;
+    if (c.routed()) {
+        auto [first_row, last_row] = share(l.router_width, id, team);
+        router_rows(c, x, n, first_row, last_row, s.hidden);
+        s.barrier->wait();
+        auto [first, last] = share(n, id, team);
+        score_and_choose(c, s.hidden + first * l.router_width, last - first, s.scores + first * l.experts,
+                         s.run + first * l.experts, own.scratch);
+        s.barrier->wait();
+        run = s.run;
+    }
+    if (run)
+        make_lists(c, run, n, own.lists, n, own.counts);
+    else
+        std::fill(own.counts, own.counts + l.experts, int32_t(n));
+    own.counts[l.experts] = int32_t(n);
+    float* y = s.partial + id * n * ld_y;
+    for (int64_t t = 0; t < n; t++) id == 0 ? start_row(c, y + t * ld_y) : (void)std::memset(y + t * ld_y, 0, size_t(ld_y) * 4);
+    auto [first, last] = share_experts(own.counts, experts_in_all(l), id, team);
+    for (int64_t e = first; e < last; e++)
+        if (own.counts[e])
+            run_expert(c, e, x, y, ld_y, run && e < l.experts ? own.lists + e * n : nullptr, own.counts[e], own.rows);
+    s.barrier->wait();
+    auto [first_token, last_token] = share(n, id, team);
+    if (n == 1) {
+        if (id) return;
+        first_token = 0, last_token = 1;
+    }
+    for (int64_t t = first_token; t < last_token; t++) {
+        float* sum = s.partial + t * ld_y;
+        for (int other = 1; other < team; other++) {
+            const float* part = s.partial + (other * n + t) * ld_y;
+            for (int64_t i = 0; i < ld_y; i++) sum[i] += part[i];
+        }
+        write_row(c, sum, t);
+    }
+}
+
+// A team can turn out smaller than asked for; the barrier is made for what it is.
+struct FewStart {
+    FewShared* shared;
+    std::atomic<int> ready{0};
+    alignas(Barrier) char room[sizeof(Barrier)];
+};
+
+void few_enter(void* context, int id, int team) {
+    auto& start = *static_cast<FewStart*>(context);
+    if (id == 0) {
+        start.shared->barrier = new (start.room) Barrier(team);
+        start.ready.store(1, std::memory_order_release);
+    }
+    while (!start.ready.load(std::memory_order_acquire)) std::this_thread::yield();
+    few_body(start.shared, id, team);
+}
+
+// ---- many tokens
+
+struct ManyOwn {
+    const Call* call;
+    int64_t tile;
+    float *hidden, *scores, *wide, *sums;
+    uint8_t* run;
+    int32_t *lists, *counts;
+    Rows rows;
+    char* scratch;
+    void take(Pieces& p) {
+        const auto& l = call->layer;
+        hidden = p.take<float>(call->routed() ? tile * l.router_width : 0);
+        scores = p.take<float>(call->routed() ? tile * l.experts : 0);
+        run = p.take<uint8_t>(call->routed() ? tile * l.experts : 0);
+        wide = p.take<float>(call->widened() ? tile * l.d : 0);
+        sums = p.take<float>(call->in_place() ? 0 : tile * call->padded_out());
+        lists = p.take<int32_t>(l.experts * tile);
+        counts = p.take<int32_t>(l.experts);
+        rows.x = p.take<const void*>(tile);
+        rows.y = p.take<float*>(tile);
+        rows.scratch = p.take<char>(expert_scratch(tile, widest(l)));
+        scratch = p.take<char>(l.experts * 8);
+    }
+};
+
+struct ManyShared {
+    const Call* call;
+    int64_t tile;
+    std::atomic<int64_t> next{0};
+};
+
+void run_tile(const Call& c, int64_t first, int64_t n, ManyOwn& own) {
+    const auto& l = c.layer;
+    Inputs x = inputs_of(c, first, n, own.wide);
+    const uint8_t* run = c.run ? c.run + first * l.experts : nullptr;
+    if (c.routed()) {
+        router_rows(c, x, n, 0, l.router_width, own.hidden);
+        score_and_choose(c, own.hidden, n, own.scores, own.run, own.scratch);
+        run = own.run;
+    }
+    if (run) make_lists(c, run, n, own.lists, own.tile, own.counts);
+    int64_t ld_y = c.padded_out();
+    float* y = c.in_place() ? reinterpret_cast<float*>(c.y) + first * l.d_out : own.sums;
+    for (int64_t t = 0; t < n; t++) start_row(c, y + t * ld_y);
+    for (int64_t e = 0; e < experts_in_all(l); e++) {
+        bool listed = run && e < l.experts;
+        int64_t count = listed ? own.counts[e] : n;
+        if (count) run_expert(c, e, x, y, ld_y, listed ? own.lists + e * own.tile : nullptr, count, own.rows);
+    }
+    for (int64_t t = 0; t < n; t++) write_row(c, y + t * ld_y, first + t);
+}
+
+void many_body(void* context, int, int) {
+    auto& s = *static_cast<ManyShared*>(context);
+    ManyOwn own = lay_out(own_buffer, ManyOwn{s.call, s.tile, {}, {}, {}, {}, {}, {}, {}, {}, {}});
+    int64_t tiles = (s.call->tokens + s.tile - 1) / s.tile;
+    for (int64_t i; (i = s.next.fetch_add(1)) < tiles;) {
+        int64_t first = s.call->tokens * i / tiles, last = s.call->tokens * (i + 1) / tiles;
+        run_tile(*s.call, first, last - first, own);
+    }
+}
+
+// Tiles of equal size, a whole number of rounds for the team. Every tile reads all weights once: where these fit into the
+// last cache, tokens and outputs of a tile should fit into the second one; where they do not, reading them less often
+// is worth more.
+constexpr int64_t LAST_CACHE = int64_t(32) << 20, SECOND_CACHE = 800 * 1024;
+
+int64_t tile_size(const Call& c) {
+    const char* forced = std::getenv("D2DMOE_TILE");
+    int64_t bytes = c.layer.d * (c.widened() ? 4 : c.element()) + c.layer.d_out * 4;
+    int64_t weights = c.layer.experts * c.layer.size * (c.layer.d * (c.layer.gate_weight ? 2 : 1) + c.layer.d_out);
+    bool fit = weights * c.element() <= LAST_CACHE;
+    int64_t most = forced ? std::atoll(forced) : fit ? std::clamp<int64_t>(SECOND_CACHE / bytes, 128, 256) : 512;
+    int64_t rounds = (c.tokens + most * c.team - 1) / (most * c.team);
+    return (c.tokens + rounds * c.team - 1) / (rounds * c.team);
+}
+
+}  // namespace
+
+EXPORT int d2dmoe_kernels() { return KERNELS; }
+EXPORT const char* d2dmoe_kernels_name(int number) { return all_kernels[number]->name; }
+EXPORT int d2dmoe_kernels_supported(int number) { return supported(number); }
+EXPORT int d2dmoe_kernels_bf16(int number) { return all_kernels[number]->bf16_inputs; }
+
+EXPORT void d2dmoe_use_openmp(void* parallel, void* thread_number, void* team_size) {
+    use_openmp(parallel, thread_number, team_size);
+}
+
+// One layer call: y (tokens, d_out) from x (tokens, d), rows `ld_x` elements apart. `run` (tokens, experts) takes the
+// place of router and gate where it is given. Returns 0, or 1 if there is no memory.
+EXPORT int d2dmoe_forward(const D2dmoeLayer* layer, const void* x, int64_t ld_x, const uint8_t* run, int64_t tokens, void* y,
+                   int threads) {
+    if (tokens == 0) return 0;
+    Call call{*layer, *all_kernels[layer->kernels], static_cast<const char*>(x), ld_x * (layer->bf16 ? 2 : 4), run, tokens,
+              static_cast<char*>(y), std::max(threads, 1)};
+    try {
+        if (tokens <= layer->few) {
+            FewShared shared = lay_out(shared_buffer, FewShared{&call, {}, {}, {}, {}, {}, nullptr});
+            FewStart start{&shared, {0}, {}};
+            run_team(call.team, few_enter, &start);
+        } else {
+            ManyShared shared{&call, tile_size(call)};
+            run_team(call.team, many_body, &shared);
+        }
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
+// The gate alone, for tests: run (tokens, experts) from scores.
+EXPORT void d2dmoe_choose(const D2dmoeLayer* layer, const float* scores, int64_t tokens, uint8_t* run) {
+    const auto& l = *layer;
+    GateCall gate{l.gate, l.tau, l.top, l.min_experts, l.max_experts, l.shared};
+    std::vector<char> scratch(size_t(l.experts) * 8);
+    for (int64_t t = 0; t < tokens; t++)
+        all_kernels[l.kernels]->choose(gate, scores + t * l.experts, l.experts, run + t * l.experts, scratch.data());
+}
+
+EXPORT int d2dmoe_layer_bytes() { return sizeof(D2dmoeLayer); }

@@ -1,0 +1,66 @@
+// What the schedule (forward.cpp) and the kernels of each instruction set (microkernels.h) share.
+#pragma once
+#include <cstdint>
+
+namespace d2dmoe {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+enum Activation : int32_t { RELU, GELU, GELU_TANH, QUICK_GELU, SILU, IDENTITY };
+enum Gate : int32_t { GATE_MAX, GATE_SHARE, GATE_TOPK, GATE_TOPP, GATE_ABSOLUTE };
+
+// One expert and the tokens it runs for. Weights are (d, size) and (size, d_out), each one contiguous piece.
+struct ExpertCall {
+    const void *up, *up_bias, *gate, *gate_bias, *down;
+    const void* constant;  // (d_out,), taken off the output, or null
+    int64_t d, size, d_out;
+    int32_t activation;
+    const void* const* x;  // one row of d values per token
+    float* const* y;       // one row of d_out values per token, padded to whole vectors; added to
+    int64_t count;         // tokens
+    char* scratch;         // expert_scratch(count, size) bytes
+};
+
+struct GateCall {
+    int32_t kind;
+    float tau;
+    int64_t top;           // experts that topk runs, beside the shared ones
+    int64_t min_experts, max_experts, shared;
+};
+
+struct Kernels {
+    const char* name;
+    int64_t lanes;         // floats of a vector
+    bool bf16_inputs;      // bf16 layers take x in bf16; otherwise x has to be widened to fp32 first
+    // Null where another table does fp32 as well.
+    void (*expert_f32)(const ExpertCall&);
+    void (*expert_bf16)(const ExpertCall&);
+    // out[t * ld_out + r] = sum over k of x[t * ld_x + k] w[r * depth + k], then relu or abs
+    void (*dots_f32)(const float* x, int64_t ld_x, int64_t tokens, const float* w, int64_t rows, int64_t depth, float* out,
+                     int64_t ld_out, bool relu);
+    void (*dots_bf16)(const void* x, int64_t ld_x, int64_t tokens, const bf16* w, int64_t rows, int64_t depth, float* out,
+                      int64_t ld_out, bool relu);
+    void (*dots_mixed)(const float* x, int64_t ld_x, int64_t tokens, const bf16* w, int64_t rows, int64_t depth, float* out,
+                       int64_t ld_out, bool relu);
+    void (*choose)(const GateCall&, const float* scores, int64_t experts, uint8_t* run, char* scratch);
+    void (*narrow)(const float* x, int64_t n, bf16* out);
+    void (*widen)(const bf16* x, int64_t n, float* out);
+};
+
+constexpr int64_t MAX_LANES = 16;
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Two hidden rows (GLU), one of them again in bf16, and three pointers for every token.
+inline int64_t expert_scratch(int64_t count, int64_t size) {
+    return count * (round_up(size, 2 * MAX_LANES) * 10 + 64) + 256;
+}
+
+extern const Kernels kernels_portable;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
+#endif
+
+}  // namespace d2dmoe

@@ -1,0 +1,79 @@
+"""Time whole models of known shapes with random weights, converted in memory, a fixed share of the experts on.
+
+python recipes/bench_shapes.py --shapes gpt2,llama,minilm --active 0.25 --threads 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+
+import torch
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from d2dmoe.bench import COLUMNS, bench_model
+from d2dmoe.config import D2DMoEConfig
+from d2dmoe.discovery import discover
+from d2dmoe.experts import layers
+from d2dmoe.loader import attach
+from d2dmoe.report import bench_table, envelope, write_json
+
+SHAPES = {  # class, config, neurons per expert, (sequences, tokens of each) to measure
+    "gpt2": (GPT2LMHeadModel, GPT2Config(), 32, [(1, 512)]),
+    "llama": (
+        LlamaForCausalLM,
+        LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=8, num_attention_heads=16,
+                    num_key_value_heads=4, vocab_size=8192, max_position_embeddings=2048),
+        32, [(1, 512)],
+    ),
+    "minilm": (
+        BertModel,
+        BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12),
+        32, [(32, 64), (1, 64)],
+    ),
+}  # fmt: skip
+
+
+def build(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """`(converted, dense)` of the same random weights, routers random as well."""
+    kind, config, size, _ = SHAPES[name]
+    torch.manual_seed(0)
+    dense = kind(config).eval()
+    model = copy.deepcopy(dense)
+    blocks = discover(model).blocks
+    for block in blocks:
+        block.experts = block.width // size
+    attach(model, D2DMoEConfig(blocks=blocks, router_width=128), [torch.arange(b.width) for b in blocks])
+    for seed, layer in enumerate(layers(model)):
+        layer.router.reset(seed)
+    return model, dense
+
+
+def main() -> None:
+    """Print a table and, with `--json`, write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default="gpt2,minilm", help=", ".join(SHAPES))
+    parser.add_argument("--active", type=float, default=0.25)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--columns", default="eager", help=", ".join(COLUMNS))
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = []
+    for name in arguments.shapes.split(","):
+        model, dense = build(name)
+        for batch, length in SHAPES[name][3]:
+            found = bench_model(
+                model, dense, batches=[batch], length=length, settings=[{"active": arguments.active}],
+                seconds=arguments.seconds, columns=tuple(arguments.columns.split(",")), clock=arguments.clock,
+            )  # fmt: skip
+            print(f"{name}, {batch} x {length}\n{bench_table(found)}\n", flush=True)
+            rows += [{"shape": name, **row} for row in found]
+    if arguments.json:
+        write_json(arguments.json, envelope(["python", "recipes/bench_shapes.py"], 0, rows))
+
+
+if __name__ == "__main__":
+    main()

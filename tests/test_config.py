@@ -1,0 +1,46 @@
+"""What is chosen for a model: experts per block, length of sequences."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import GPT2Config
+
+from d2dmoe.config import Block, ConvertConfig, can_split, choose_experts
+from d2dmoe.hub import fit_length
+
+
+def block(width: int) -> Block:
+    return Block(name="mlp", kind="ffn", activation="relu", d_model=8, width=width, up="up", gate=None, down="down")
+
+
+@pytest.mark.parametrize(("limit", "length"), [(64, 64), (512, 256), (-1, 256)])
+def test_sequences_are_no_longer_than_the_model_takes(limit, length):
+    config = ConvertConfig(max_length=256)
+    model_config = GPT2Config(n_positions=limit)
+    fitted = fit_length(config, model_config)
+    assert (type(fitted), fitted.max_length) == (ConvertConfig, length)
+    assert config.max_length == 256
+
+
+# width -> experts by default: of about 32 neurons, dividing the width unless that makes them tiny
+BY_DEFAULT = {3072: 96, 11008: 344, 64: 16, 172: 43, 12: 12, 11003: 344, 2 * 5501: 344}
+
+
+@pytest.mark.parametrize("width", BY_DEFAULT)
+def test_default(width):
+    experts = choose_experts(block(width), 0, 0)
+    assert experts == BY_DEFAULT[width]
+    assert can_split(width, experts)
+
+
+@pytest.mark.parametrize("width", [1, 7, 12, 64, 97])
+def test_every_number_that_fits_leaves_no_expert_empty(width):
+    for experts in range(1, 2 * width):
+        size = -(-width // experts)
+        last = width - size * (experts - 1)
+        assert can_split(width, experts) == (1 <= last <= size)
+
+
+def test_a_size_that_fits():
+    assert choose_experts(block(64), 0, 11) == 6
+    assert choose_experts(block(64), 0, 16) == 4
