@@ -16,7 +16,7 @@ demo: $(READY)  ## convert the bundled model, compare it with the dense one, ope
 	$(BIN)/python recipes/gpt2_mini/generate.py checkpoints/gpt2-mini-d2dmoe
 
 test: $(READY)  ## the default tests: no network, no GPU, no data folder needed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: $(READY)  ## minutes each; some need the data folder (D2DMOE_DATA)
 	$(BIN)/python -m pytest -m slow
@@ -27,10 +27,11 @@ test-gpu: $(READY)  ## what only a GPU can show; skips without one
 test-oldest: $(READY)  ## the loader against the oldest supported transformers
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet -c constraints.txt torch accelerate datasets peft pytest pytest-timeout \
-		hypothesis scikit-learn pyyaml pillow
+		pytest-xdist hypothesis scikit-learn pyyaml pillow
 	$(VENV)-oldest/bin/python -m pip install --quiet "transformers==5.17.0"
 	$(VENV)-oldest/bin/python -m pip install --quiet --no-deps -e .
-	$(VENV)-oldest/bin/python -m pytest tests/test_loader.py tests/test_architectures.py tests/test_cli.py
+	$(VENV)-oldest/bin/python -m pytest -n auto --dist worksteal \
+		tests/test_loader.py tests/test_architectures.py tests/test_cli.py
 
 native: $(READY)  ## build the CPU kernels again after a change, and say so if that fails
 	D2DMOE_NATIVE=1 $(BIN)/python setup.py -q build_ext --inplace

@@ -6,13 +6,15 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+# Tiny models: two threads only wait for each other. In the environment, so that processes which tests start compute
+# with as many: on some processors the last bits of a product depend on it, and tests compare bits across processes.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 
 from d2dmoe.experts import DynamicFFN, layers
 
-torch.set_num_threads(1)  # tiny models: two threads only wait for each other
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("D2DMOE_DATA", ROOT.parent / "shared" / "data"))
 
