@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ SPREAD = 3.0  # no layer gets less than a third of the average share
 SLOPE = -5.0  # of log(cost) against the active fraction where there is only one budget to measure
 
 
-def allocate(model: nn.Module, batches: Batches, config: D2DMoEConfig) -> list[list[float]]:
-    """Active fraction of every layer for every stored budget, their average being the budget's.
+def allocate(model: nn.Module, batches: Batches, config: D2DMoEConfig) -> Callable[[float], list[float]]:
+    """Measure what skipping costs in each layer; returns the rule that shares an active fraction out among them.
 
     The cost of a layer at a budget is the divergence from the dense model with the gate on in that layer alone. The
     costs of layers are taken to add up; experts are given out one at a time where the next one saves most per FLOP.
@@ -32,12 +32,15 @@ def allocate(model: nn.Module, batches: Batches, config: D2DMoEConfig) -> list[l
         model: Converted model with thresholds and stand-ins fitted at equal shares.
         batches: Calibration batches.
         config: Its record, with budgets by rising active fraction.
+
+    Returns:
+        From an active fraction to that of every layer, their average being the fraction asked for.
     """
     costs = layer_costs(model, batches, config)
     actives = [budget.active for budget in config.budgets]
     weights = [layer.block.width * layer.block.calls for layer in layers(model)]
     experts = [layer.block.experts for layer in layers(model)]
-    return [share_out(active, actives, costs, experts, weights, config.shared_experts) for active in actives]
+    return lambda active: share_out(active, actives, costs, experts, weights, config.shared_experts)
 
 
 @torch.no_grad()

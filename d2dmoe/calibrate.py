@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -48,6 +49,8 @@ SEARCH_TOLERANCE = 0.005  # relative
 SEARCH_TOKENS = 8192
 LOSS_TOKENS = 16_384
 LOSS_ROUNDS = 6
+ROUGH_TOKENS, ROUGH_PER_REGRESSOR = 8192, 6  # for the fits that sharing out among the layers rests on
+Shares = Callable[[float], list[float]]  # from an active fraction to that of every layer
 
 
 def calibrate(
@@ -79,17 +82,18 @@ def calibrate(
     config.budgets = [_first_guess(model, batches, config, target) for target in targets]
     config.budgets.sort(key=lambda budget: budget.active)
     config.default_active = 1.0
-    everything = range(len(config.budgets))
-    _fit(model, batches, config, everything)
+    shares: Shares = partial(_equal, len(config.blocks))
     if allocation == "sensitivity" and config.budgets and len(config.blocks) > 1:
+        _fit(model, _leading(batches, _rough_tokens(model)), config)
         shares = allocate(model, batches, config)
-        for budget, by_layer in zip(config.budgets, shares, strict=True):
-            budget.taus = taus_by_layer(config, by_layer)
-        _fit(model, batches, config, everything)
+        for budget in config.budgets:
+            budget.taus = taus_by_layer(config, shares(budget.active))
+    fitted = [number for number, budget in enumerate(config.budgets) if not budget.objective.startswith("max-loss")]
+    _fit(model, batches, config, fitted)
     for target in targets:
         if target.kind == "max-loss":
             number = next(i for i, budget in enumerate(config.budgets) if budget.objective == str(target))
-            _search_loss(model, batches, unseen or batches, config, number, target.value)
+            _search_loss(model, batches, unseen or batches, config, number, target.value, shares)
     _sort(model, config)
     config.default_active = min((b.active for b in config.budgets), key=lambda a: abs(a - 0.5), default=1.0)
 
@@ -110,8 +114,19 @@ def _first_guess(model: nn.Module, batches: Batches, config: D2DMoEConfig, targe
     return Budget(active, taus_on_curve(config, active), objective=str(target))
 
 
-def _fit(model: nn.Module, batches: Batches, config: D2DMoEConfig, numbers: Sequence[int]) -> None:
-    """Stand-ins of some budgets at their thresholds, which are then set again where the fit has moved what runs."""
+def _equal(count: int, active: float) -> list[float]:
+    return [active] * count
+
+
+def _rough_tokens(model: nn.Module) -> int:
+    """Tokens enough for the fits that only tell which layers skipping costs most."""
+    regressors = max((x.block.slots + x.block.experts + x.block.d_model for x in layers(model)), default=0)
+    return max(ROUGH_TOKENS, ROUGH_PER_REGRESSOR * regressors)
+
+
+def _fit(model: nn.Module, batches: Batches, config: D2DMoEConfig, numbers: Sequence[int] | None = None) -> None:
+    """Stand-ins of some budgets, or all, at their thresholds, which are set again where the fit moved what runs."""
+    numbers = range(len(config.budgets)) if numbers is None else numbers
     if config.stand_in == "mean":
         fit_means(model, batches, config, numbers)
     settle(model, batches, config, numbers)
@@ -268,13 +283,14 @@ def relative_loss(model: nn.Module, batches: Batches, budget: int) -> float:
 
 
 def _search_loss(
-    model: nn.Module, batches: Batches, unseen: Batches, config: D2DMoEConfig, number: int, target: float
-) -> None:
+    model: nn.Module, batches: Batches, unseen: Batches, config: D2DMoEConfig, number: int, target: float,
+    shares: Shares,
+) -> None:  # fmt: skip
     """Move a budget's active fraction, fitting its stand-ins anew, until it loses `target` on unseen batches."""
     budget, unseen = config.budgets[number], unseen.first(LOSS_TOKENS)
 
     def measure(active: float) -> float:
-        budget.active, budget.taus = active, taus_on_curve(config, active)
+        budget.active, budget.taus = active, taus_by_layer(config, shares(active))
         _fit(model, batches, config, [number])
         budget.achieved = relative_loss(model, unseen, number)
         return -math.log(max(budget.achieved, 1e-6))  # rises with the active fraction, nearly straight

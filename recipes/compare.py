@@ -67,7 +67,10 @@ def quality_loss(row: dict[str, Any]) -> float:
 
 
 def convert_and_evaluate(run: Run) -> dict[str, Any]:
-    """Convert in memory; rows of `evaluate`, one per active fraction, and minutes of the conversion."""
+    """Convert in memory; rows of `evaluate`, two per active fraction, and minutes of the conversion.
+
+    The second of them chooses the same number of experts by the true values of what the routers predict.
+    """
     config = run.config
     subject = prepare(config.model, replace(config, data=run.eval_data), [], tokens=run.eval_limit)
     plan = make_plan(subject.config, config)
@@ -76,7 +79,7 @@ def convert_and_evaluate(run: Run) -> dict[str, Any]:
     started = time.time()
     convert_model(model, config, calibration, blocks=plan.blocks)
     minutes = (time.time() - started) / 60
-    settings = [{"active": target.value} for target in targets(config)]
+    settings = [{"active": target.value, "oracle": oracle} for oracle in (False, True) for target in targets(config)]
     rows = evaluate(model, subject.batches, settings, metric=subject.metric, tokenizer=subject.tokenizer)
     return {**vars(run), "minutes": minutes, "rows": rows}
 
@@ -112,13 +115,24 @@ def summarise(done: list[dict[str, Any]], active: list[float]) -> str:
         minutes = statistics.mean(entry["minutes"] for entry in entries)
         flops = [statistics.mean(r["flops_fraction_model"] for r in _rows(entries, a)) for a in active]
         lists = (" ".join(f"{value:.3f}" for value in values) for values in (measured, flops))
-        body.append([model, method, len(entries), *cells, *lists, f"{minutes:.1f}"])
-    head = ["model", "method", "seeds", *(f"{a:g}" for a in active), "measured active", "model FLOPs", "minutes"]
+        oracle = " ".join(_to_oracle(entries, a) for a in active)
+        body.append([model, method, len(entries), *cells, *lists, oracle, f"{minutes:.1f}"])
+    head = ["model", "method", "seeds", *(f"{a:g}" for a in active)]
+    head += ["measured active", "model FLOPs", "loss to oracle's", "minutes"]
     return table(head, body)
 
 
 def _rows(entries: list[dict[str, Any]], active: float) -> list[dict[str, Any]]:
-    return [row for entry in entries for row in entry["rows"] if row["active"] == active]
+    return [row for entry in entries for row in entry["rows"] if row["active"] == active and not row.get("oracle")]
+
+
+def _to_oracle(entries: list[dict[str, Any]], active: float) -> str:
+    """Loss with the routers over loss with the true values in their place; the active fractions may differ a little."""
+    rows = [row for entry in entries for row in entry["rows"] if row["active"] == active and row.get("oracle")]
+    if not rows:
+        return ""
+    ours = statistics.mean(quality_loss(row) for row in _rows(entries, active))
+    return f"{ours / statistics.mean(quality_loss(row) for row in rows):.2f}"
 
 
 def _cell(entries: list[dict[str, Any]], paper: list[dict[str, Any]] | None, active: float) -> str:
@@ -242,7 +256,7 @@ def _done(run: Run, log: Path) -> dict[str, Any]:
     if entry is None:
         entry = json.loads(json.dumps(convert_and_evaluate(run)))
         append(log, entry)
-    losses = " ".join(f"{quality_loss(row):.4f}" for row in entry["rows"])
+    losses = " ".join(f"{quality_loss(row):.4f}" for row in entry["rows"] if not row.get("oracle"))
     print(f"{run.model} {run.method} seed {run.seed}: {losses}", file=sys.stderr, flush=True)
     return entry
 

@@ -85,6 +85,6 @@ def test_the_layer_whose_output_matters_gets_more(gate):
         with set_gate(model, active=budget.active):
             assert measure_active(model, batches) == pytest.approx(budget.active, rel=0.03)
         shares = allocate(model, batches, config)
-        assert all(row[1] > row[0] for row in shares)
+        assert all(row[1] > row[0] for row in map(shares, (0.25, 0.4, 0.5)))
     if gate == "topk":  # thresholds of the other gates depend on how a layer's scores are spread
         assert config.budgets[0].taus[1] < config.budgets[0].taus[0]

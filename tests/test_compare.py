@@ -67,13 +67,15 @@ def test_every_run_is_in_the_log(home):
         (m, p, s) for m in ("lm", "classifier") for p in ("paper", "mine") for s in (0, 1)
     }
     assert {e["rows"][0]["metric"]["name"] for e in done if e["model"] == "classifier"} == {"accuracy"}
-    assert [[row["active"] for row in e["rows"]] for e in done] == [[0.25, 0.5]] * 8
+    wanted = [(0.25, False), (0.5, False), (0.25, True), (0.5, True)]
+    assert [[(row["active"], row["oracle"]) for row in e["rows"]] for e in done] == [wanted] * 8
 
 
 def test_the_table_is_means_over_seeds_and_their_ratio(home, run, monkeypatch):
     monkeypatch.setattr(recipe, "convert_and_evaluate", lambda *_: pytest.fail("it is in the log"))
     lines = [line.strip("| ").split(" | ") for line in run().splitlines() if line.startswith("|")]
-    assert lines[0] == ["model", "method", "seeds", "0.25", "0.5", "measured active", "model FLOPs", "minutes"]
+    figures = ["measured active", "model FLOPs", "loss to oracle's", "minutes"]
+    assert lines[0] == ["model", "method", "seeds", "0.25", "0.5", *figures]
     table = {tuple(line[:2]): line[3] for line in lines[2:]}
     done = entries(home / "log.jsonl")
 
@@ -90,6 +92,10 @@ def test_the_table_is_means_over_seeds_and_their_ratio(home, run, monkeypatch):
     accuracy = statistics.mean(r["metric"]["value"] for r in rows("classifier", "paper"))
     assert table["classifier", "paper"].startswith(f"{kl:.4f} ± ")
     assert table["classifier", "paper"].endswith(f"(1.00×; 1.00×), {100 * accuracy:.2f} %")
+    true = [e["rows"][2] for e in done if (e["model"], e["method"]) == ("lm", "mine")]
+    oracle = statistics.mean(math.log(r["metric"]["value"] / r["dense"]["value"]) for r in true)
+    cells = {tuple(line[:2]): line[-2] for line in lines[2:]}
+    assert cells["lm", "mine"].split()[0] == f"{mean['mine'] / oracle:.2f}"
 
 
 def test_the_paper_is_interpolated_in_the_logarithm_and_not_beyond_its_points():
