@@ -224,7 +224,7 @@ class ConvertConfig(DataConfig):
         choices=("weights", "coactivation", "coactivation-signed", "shared_experts", "random"),
     )
     shared_experts: int = knob(0, "always-on experts per block (--split shared_experts); 0 for an eighth of them")
-    gate: str = knob("topk", "which experts run for a token", choices=("max", "share", "topk", "topp", "absolute"))
+    gate: str = knob("share", "which experts run for a token", choices=("max", "share", "topk", "topp", "absolute"))
     stand_in: str = knob(
         "linear", "what replaces skipped experts", choices=("zero", "mean", "constants", "refit", "linear")
     )

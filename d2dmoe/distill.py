@@ -18,7 +18,7 @@ from .config import ConvertConfig, D2DMoEConfig, TrainingConfig
 from .data import Batches
 from .experts import layers
 from .gating import set_gate
-from .observe import model_inputs
+from .observe import TOKENS_AT_ONCE, model_inputs
 from .training import train
 
 LOGITS_AT_ONCE = 2**24  # elements per forward pass with gradients, 64 MB in fp32
@@ -70,7 +70,8 @@ def heal(
         resume: Continue from there.
     """
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 1) if "input_ids" in batches[0] else 1
-    parts = Parts(batches, config.heal_tokens, LOGITS_AT_ONCE // vocabulary, config.seed)
+    at_once = min(LOGITS_AT_ONCE // vocabulary, TOKENS_AT_ONCE)  # more tokens only leave the processor's caches
+    parts = Parts(batches, config.heal_tokens, at_once, config.seed)
     settings = TrainingConfig(
         steps=config.heal, learning_rate=config.heal_learning_rate, adam_betas=(0.9, 0.99),
         accumulation=parts.per_step, seed=config.seed, save_every=100,

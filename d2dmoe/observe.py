@@ -15,6 +15,7 @@ from torch import nn
 from .experts import DynamicFFN, layers
 from .progress import progress
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 # (layer number, layer, x (tokens, d), hidden (E, tokens, s), scores (tokens, E) or None, run (tokens, E) or None);
 # an observer whose attribute `needs_hidden` is false may get `None` for hidden, and the layer is then as fast as ever
 Observer = Callable[[int, DynamicFFN, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], None]
@@ -35,7 +36,10 @@ def release_memory() -> None:
     gc.collect()
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: large tensors get pages of their own, which go back when freed
+        # Only what is larger than 32 MB gets pages of its own, which go back when freed; mapping every tensor anew
+        # costs more than a third of a training step.
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**28)
         libc.malloc_trim(0)
 
 

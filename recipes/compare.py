@@ -38,6 +38,7 @@ from d2dmoe.plan import make_plan
 from d2dmoe.report import envelope, table, write_json
 
 ACTIVE = [0.125, 0.25, 0.5, 0.75]
+ORACLE_AT = 0.5
 EVAL_TOKENS = 65_536
 
 
@@ -67,9 +68,9 @@ def quality_loss(row: dict[str, Any]) -> float:
 
 
 def convert_and_evaluate(run: Run) -> dict[str, Any]:
-    """Convert in memory; rows of `evaluate`, two per active fraction, and minutes of the conversion.
+    """Convert in memory; rows of `evaluate`, one per active fraction, and minutes of the conversion.
 
-    The second of them chooses the same number of experts by the true values of what the routers predict.
+    One more row, at `ORACLE_AT`, chooses experts by the true values of what the routers predict.
     """
     config = run.config
     subject = prepare(config.model, replace(config, data=run.eval_data), [], tokens=run.eval_limit)
@@ -79,7 +80,8 @@ def convert_and_evaluate(run: Run) -> dict[str, Any]:
     started = time.time()
     convert_model(model, config, calibration, blocks=plan.blocks)
     minutes = (time.time() - started) / 60
-    settings = [{"active": target.value, "oracle": oracle} for oracle in (False, True) for target in targets(config)]
+    settings = [{"active": target.value} for target in targets(config)]
+    settings += [{**setting, "oracle": True} for setting in settings if setting["active"] == ORACLE_AT]
     rows = evaluate(model, subject.batches, settings, metric=subject.metric, tokenizer=subject.tokenizer)
     return {**vars(run), "minutes": minutes, "rows": rows}
 
@@ -115,10 +117,9 @@ def summarise(done: list[dict[str, Any]], active: list[float]) -> str:
         minutes = statistics.mean(entry["minutes"] for entry in entries)
         flops = [statistics.mean(r["flops_fraction_model"] for r in _rows(entries, a)) for a in active]
         lists = (" ".join(f"{value:.3f}" for value in values) for values in (measured, flops))
-        oracle = " ".join(_to_oracle(entries, a) for a in active)
-        body.append([model, method, len(entries), *cells, *lists, oracle, f"{minutes:.1f}"])
+        body.append([model, method, len(entries), *cells, *lists, _to_oracle(entries), f"{minutes:.1f}"])
     head = ["model", "method", "seeds", *(f"{a:g}" for a in active)]
-    head += ["measured active", "model FLOPs", "loss to oracle's", "minutes"]
+    head += ["measured active", "model FLOPs", f"loss to oracle's at {ORACLE_AT:g}", "minutes"]
     return table(head, body)
 
 
@@ -126,13 +127,13 @@ def _rows(entries: list[dict[str, Any]], active: float) -> list[dict[str, Any]]:
     return [row for entry in entries for row in entry["rows"] if row["active"] == active and not row.get("oracle")]
 
 
-def _to_oracle(entries: list[dict[str, Any]], active: float) -> str:
+def _to_oracle(entries: list[dict[str, Any]]) -> str:
     """Loss with the routers over loss with the true values in their place; the active fractions may differ a little."""
-    rows = [row for entry in entries for row in entry["rows"] if row["active"] == active and row.get("oracle")]
-    if not rows:
+    true = [row for entry in entries for row in entry["rows"] if row.get("oracle")]
+    if not true:
         return ""
-    ours = statistics.mean(quality_loss(row) for row in _rows(entries, active))
-    return f"{ours / statistics.mean(quality_loss(row) for row in rows):.2f}"
+    ours = statistics.mean(quality_loss(row) for row in _rows(entries, ORACLE_AT))
+    return f"{ours / statistics.mean(quality_loss(row) for row in true):.2f}"
 
 
 def _cell(entries: list[dict[str, Any]], paper: list[dict[str, Any]] | None, active: float) -> str:
