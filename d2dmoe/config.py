@@ -229,7 +229,7 @@ class ConvertConfig(DataConfig):
         "linear", "what replaces skipped experts", choices=("zero", "mean", "constants", "refit", "linear")
     )
     delta_rank: int = knob(0, "rank of the change of the down projection (refit, linear); 0 for a quarter of d_model")
-    linear_rank: int = knob(0, "rank of the linear term (linear); 0 for a sixteenth of d_model")
+    linear_rank: int = knob(0, "rank of the linear term (linear); 0 for an eighth of d_model")
     thresholds: str = knob("per-layer", "one threshold for all layers, or one each", choices=("global", "per-layer"))
     allocation: str = knob(
         "sensitivity",
@@ -356,7 +356,7 @@ def ranks(config: ConvertConfig, blocks: list[Block]) -> dict[str, int]:
     """Ranks of the stand-ins, resolved for a model: `delta_rank` and `linear_rank` of `D2DMoEConfig`."""
     width = max(block.d_model for block in blocks)
     delta = (config.delta_rank or max(1, width // 4)) if config.stand_in in ("refit", "linear") else 0
-    linear = (config.linear_rank or max(1, width // 16)) if config.stand_in == "linear" else 0
+    linear = (config.linear_rank or max(1, width // 8)) if config.stand_in == "linear" else 0
     return {"delta_rank": delta, "linear_rank": linear}
 
 
