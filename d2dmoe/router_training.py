@@ -12,7 +12,7 @@ from .config import TrainingConfig
 from .data import Batches
 from .experts import DynamicFFN, layers
 from .gating import set_gate
-from .observe import release_memory, run_observed
+from .observe import run_observed
 from .router_targets import RouterTarget
 from .training import train
 
@@ -94,9 +94,7 @@ class RouterSamples:
 
         with set_gate(self.model, tau=0):
             run_observed(self.model, [self._batch(pass_number)], collect)
-        joined = [tuple(torch.cat(parts) for parts in zip(*held.pop(i), strict=True)) for i in sorted(held)]
-        release_memory()
-        return joined
+        return [tuple(torch.cat(parts) for parts in zip(*held.pop(i), strict=True)) for i in sorted(held)]
 
 
 def train_routers(

@@ -189,9 +189,10 @@ def runs_of(content: dict[str, Any], folders: dict[str, str]) -> list[Run]:
         for model in content["models"]:
             keys = {k: v.format(**places) if isinstance(v, str) else v for k, v in model.items()}
             name, eval_data, limit = keys.pop("name"), keys.pop("eval_data"), keys.pop("eval_limit", EVAL_TOKENS)
-            keys["model"] = folders.get(name, keys["model"])
+            keys["model"], own = folders.get(name, keys["model"]), keys.pop("methods", {})
             for method, extra in content["methods"].items():
                 recipe = {"active": content.get("active", ACTIVE), "eval_tokens": 0, **keys, **extra}
+                recipe.update(own.get(method, {}))
                 runs.append(Run(name, method, seed, recipe, eval_data, limit))
     for run in runs:
         hub.read_config(run.config.model)
