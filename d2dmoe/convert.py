@@ -36,7 +36,7 @@ from .report import machine, model_card, portable
 from .router_fit import fit_routers
 from .router_training import train_routers
 from .split import split_neurons
-from .training import pick_device
+from .training import has_state, pick_device
 
 Say = Callable[[str], None]
 LEAST_UNSEEN = 4096  # tokens to measure a loss on
@@ -164,23 +164,7 @@ def convert_model(
     _zero_constants(model)
     _let_go_of_files(model)
     _verify(model, reference, output)
-    log: list[dict[str, float]] = []
-
-    def train() -> dict[str, torch.Tensor]:
-        state_dir = work / "router-state" if work is not None else None
-        if config.router_fit != "trained":
-            fit_routers(model, batches.first(config.calibration_tokens), config)
-        if config.router_fit != "closed-form":
-            log.extend(train_routers(model, batches, config, state_dir=state_dir, resume=resume))
-        if work is not None:
-            _write_text(work / "router-log.json", json.dumps(log))
-        return {f"{i}.{k}": v for i, layer in enumerate(layers(model)) for k, v in layer.router.state_dict().items()}
-
-    routers = _stage(work, "routers", resume, train)
-    if work is not None and not log:
-        log = json.loads((work / "router-log.json").read_text())
-    for i, layer in enumerate(layers(model)):
-        layer.router.load_state_dict({k: routers[f"{i}.{k}"] for k in ("hidden", "score")})
+    log = _routers(model, config, batches, work, resume)
     say("routers done; calibrating")
     _fitted(work, "stand-ins", resume, model, stored, lambda: _calibrate(model, config, stored, batches))
     if config.heal and stored.budgets:
@@ -209,6 +193,28 @@ def _split(
         )
         say(f"split {block.name}: {block.experts} experts in {time.time() - started:.2f} s")
     return orders
+
+
+def _routers(
+    model: PreTrainedModel, config: ConvertConfig, batches: Batches, work: Path | None, resume: bool
+) -> list[dict[str, float]]:
+    """Fit and train the routers, or take them from an earlier run; returns the training log."""
+    log: list[dict[str, float]] = []
+    state_dir = work / "router-state" if work is not None else None
+
+    def train() -> dict[str, torch.Tensor]:
+        if config.router_fit != "trained" and not (resume and has_state(state_dir)):
+            fit_routers(model, batches.first(config.calibration_tokens), config)
+        if config.router_fit != "closed-form":
+            log.extend(train_routers(model, batches, config, state_dir=state_dir, resume=resume))
+        if work is not None:
+            _write_text(work / "router-log.json", json.dumps(log))
+        return {f"{i}.{k}": v for i, layer in enumerate(layers(model)) for k, v in layer.router.state_dict().items()}
+
+    routers = _stage(work, "routers", resume, train)
+    for i, layer in enumerate(layers(model)):
+        layer.router.load_state_dict({k: routers[f"{i}.{k}"] for k in ("hidden", "score")})
+    return log or (json.loads((work / "router-log.json").read_text()) if work is not None else [])
 
 
 @torch.no_grad()

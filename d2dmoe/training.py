@@ -198,6 +198,13 @@ def _save_state(state_dir, model, optimizer, scheduler, config, step, log, runni
     shutil.rmtree(old, ignore_errors=True)
 
 
+def has_state(state_dir: Path | None) -> bool:
+    """Is there something that a resumed run would go on from?"""
+    return state_dir is not None and any(
+        (folder / "state.json").exists() for folder in (state_dir, _beside(state_dir)[1])
+    )
+
+
 def _beside(state_dir: Path) -> tuple[Path, Path]:
     """Where a state is written first, and where the one before it waits until the new one is in its place."""
     return state_dir.with_name(state_dir.name + ".tmp"), state_dir.with_name(state_dir.name + ".old")
