@@ -84,7 +84,7 @@ def calibrate(
     config.default_active = 1.0
     shares: Shares = partial(_equal, len(config.blocks))
     if allocation == "sensitivity" and config.budgets and len(config.blocks) > 1:
-        _fit(model, _leading(batches, _rough_tokens(model)), config)
+        _fit_once(model, _leading(batches, _rough_tokens(model)), config, range(len(config.budgets)))
         shares = allocate(model, batches, config)
         for budget in config.budgets:
             budget.taus = taus_by_layer(config, shares(budget.active))
@@ -124,17 +124,22 @@ def _rough_tokens(model: nn.Module) -> int:
     return max(ROUGH_TOKENS, ROUGH_PER_REGRESSOR * regressors)
 
 
-def _fit(model: nn.Module, batches: Batches, config: D2DMoEConfig, numbers: Sequence[int] | None = None) -> None:
-    """Stand-ins of some budgets, or all, at their thresholds, which are set again where the fit moved what runs."""
-    numbers = range(len(config.budgets)) if numbers is None else numbers
+def _fit_once(model: nn.Module, batches: Batches, config: D2DMoEConfig, numbers: Sequence[int]) -> None:
+    """Stand-ins of some budgets at their thresholds."""
     if config.stand_in == "mean":
         fit_means(model, batches, config, numbers)
-    settle(model, batches, config, numbers)
-    if config.stand_in in REGRESSED:
+    elif config.stand_in in REGRESSED:
         fit_stand_ins(model, batches, config, numbers)
+
+
+def _fit(model: nn.Module, batches: Batches, config: D2DMoEConfig, numbers: Sequence[int]) -> None:
+    """The same, and their thresholds set again before and after, because what stands in moves what runs."""
+    if config.stand_in == "mean":
+        _fit_once(model, batches, config, numbers)
+    settle(model, batches, config, numbers)
+    _fit_once(model, batches, config, numbers)
+    if config.stand_in in REGRESSED:
         settle(model, batches, config, numbers)
-    elif config.stand_in == "mean":
-        fit_means(model, batches, config, numbers)
 
 
 @torch.no_grad()

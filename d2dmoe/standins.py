@@ -23,7 +23,7 @@ from .observe import EnoughSeen, release_memory, run_observed
 RIDGES = (1e-3, 1e-2, 1e-1)  # relative to the diagonal
 COLUMNS = 256  # of a Gram matrix computed at a time
 HELD_OUT_EVERY = 5  # one block of tokens in five is for checking
-MEMORY = 400 * 2**20  # bytes of moments held at a time, unless a single layer at a single budget takes more
+MEMORY = 600 * 2**20  # bytes of moments held at a time, unless a single layer at a single budget takes more
 
 
 @dataclass

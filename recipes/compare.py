@@ -113,10 +113,11 @@ def summarise(done: list[dict[str, Any]], active: list[float]) -> str:
     body = []
     for (model, method), entries in groups.items():
         cells = [_cell(entries, groups.get((model, "paper")), a) for a in active]
-        measured = [statistics.mean(r["active_fraction"] for r in _rows(entries, a)) for a in active]
         minutes = statistics.mean(entry["minutes"] for entry in entries)
-        flops = [statistics.mean(r["flops_fraction_model"] for r in _rows(entries, a)) for a in active]
-        lists = (" ".join(f"{value:.3f}" for value in values) for values in (measured, flops))
+        lists = [
+            " ".join(f"{statistics.mean(r[key] for r in rows):.3f}" for a in active if (rows := _rows(entries, a)))
+            for key in ("active_fraction", "flops_fraction_model")
+        ]
         body.append([model, method, len(entries), *cells, *lists, _to_oracle(entries), f"{minutes:.1f}"])
     head = ["model", "method", "seeds", *(f"{a:g}" for a in active)]
     head += ["measured active", "model FLOPs", f"loss to oracle's at {ORACLE_AT:g}", "minutes"]
@@ -130,7 +131,7 @@ def _rows(entries: list[dict[str, Any]], active: float) -> list[dict[str, Any]]:
 def _to_oracle(entries: list[dict[str, Any]]) -> str:
     """Loss with the routers over loss with the true values in their place; the active fractions may differ a little."""
     true = [row for entry in entries for row in entry["rows"] if row.get("oracle")]
-    if not true:
+    if not true:  # it was not among the active fractions
         return ""
     ours = statistics.mean(quality_loss(row) for row in _rows(entries, ORACLE_AT))
     return f"{ours / statistics.mean(quality_loss(row) for row in true):.2f}"
@@ -139,6 +140,8 @@ def _to_oracle(entries: list[dict[str, Any]]) -> str:
 def _cell(entries: list[dict[str, Any]], paper: list[dict[str, Any]] | None, active: float) -> str:
     """`loss ± s.d. (ratio to paper; at equal FLOPs of the model)`, and the accuracy of a classifier."""
     rows = _rows(entries, active)
+    if not rows:
+        return ""
     losses = [quality_loss(row) for row in rows]
     mean = statistics.mean(losses)
     text = f"{mean:.4f} ± {statistics.stdev(losses) if len(losses) > 1 else 0.0:.4f}"

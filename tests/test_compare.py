@@ -142,6 +142,15 @@ def test_a_changed_recipe_is_run_again(home, run, monkeypatch):
     assert [(r.model, r.method, r.seed, r.recipe["gate"]) for r in asked] == [("lm", "mine", 1, "share")]
 
 
+def test_a_model_can_have_a_method_its_own_way(home, monkeypatch):
+    monkeypatch.setenv("D2DMOE_DATA", str(home))
+    content = yaml.safe_load((home / "q.yaml").read_text())
+    content["models"][0]["methods"] = {"mine": {"stand_in": "constants"}}
+    stand_ins = {(r.model, r.method): r.config.stand_in for r in recipe.runs_of(content, {})}
+    assert stand_ins["lm", "mine"] == "constants"
+    assert (stand_ins["lm", "paper"], stand_ins["classifier", "mine"]) == ("zero", "mean")
+
+
 def test_flags_describe_one_model(home, monkeypatch, capsys):
     done = entries(home / "log.jsonl")[0]
     monkeypatch.setattr(recipe, "_done", lambda run, log: {**done, **vars(run)})
