@@ -61,6 +61,7 @@ class DynamicFFN(nn.Module):
         observer: Called as `observer(layer, x, hidden, scores, run)` at every forward pass, for statistics and fits;
             `hidden` is `None` if it has an attribute `needs_hidden` that is false.
         activation: The kernels' name of `act`, or `None` for a function that they do not have.
+        merged: Does it hold one budget only (`merge`)?
     """
 
     def __init__(
@@ -104,11 +105,16 @@ class DynamicFFN(nn.Module):
         self._plan: tuple[tuple, Plan] | None = None
         self.router = Router(block.d_model, router_width, block.experts, device=device, dtype=dtype)
         self.gate_state = GateState()
+        self.merged = False
         self.observer: Callable | None = None
 
     def __getstate__(self) -> dict:
         """Copies make their own."""
         return {**self.__dict__, "_plan": None, "_folded": None}
+
+    def forget(self) -> None:
+        """Drop what was made from the parameters to be at hand."""
+        self._plan = self._folded = None
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """The block's output for hidden states ``(…, d_model)``, given as the first argument whatever its name."""

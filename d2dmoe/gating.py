@@ -62,6 +62,8 @@ class set_gate:
         config = stored_config(model)
         self._before: list[tuple[DynamicFFN, GateState]] = []
         chosen = _choose(model, layers)
+        if any(layer.merged for _, layer in chosen):
+            raise UserError("this model was merged at one budget; load it again to choose another")
         if budget is not None:
             states = _states_of_budget(config, budget)
         else:
