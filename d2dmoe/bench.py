@@ -10,8 +10,9 @@ from __future__ import annotations
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .config import Block, UserError
 from .experts import DynamicFFN, GateState, layers, pack
 from .gating import set_gate
 from .kernels import chosen, use_backend
+from .observe import ActiveCounter, model_inputs, observing
 from .routing import select
 
 INPUTS = 8  # different ones, in turn
@@ -288,6 +290,26 @@ RIVAL_FUNCTIONS = {"grouped_mm": grouped, "loop": expert_loop}
 
 
 @torch.no_grad()
+def speedup(model: nn.Module, dense: nn.Module, batches: Sequence[dict[str, Any]], *, seconds: float = 1.0) -> float:
+    """How many times as fast as the dense model the converted one is on such batches, its gate as it is set.
+
+    The ratio of medians of forward passes that take turns, in the threads and on the device in force.
+    """
+
+    def timed(module: nn.Module) -> Function:
+        def run(inputs: dict[str, Any]) -> None:
+            module(**inputs)
+            if module.device.type == "cuda":
+                torch.cuda.synchronize(module.device)
+
+        return run
+
+    inputs = [model_inputs(model, batch) for batch in islice(batches, INPUTS)]
+    times = measure({"dense": timed(dense), "sparse": timed(model)}, inputs, seconds=seconds)
+    return statistics.median(times["dense"]) / statistics.median(times["sparse"])
+
+
+@torch.no_grad()
 def bench_model(
     model: nn.Module, dense: nn.Module, *, batches: list[int], length: int, settings: list[dict], seconds: float = 4.0,
     columns: tuple[str, ...] = COLUMNS, clock: str = "wall",
@@ -372,8 +394,6 @@ def _rival(model: nn.Module, function: Callable, call: Callable) -> Function:
 
 def check_model(model: nn.Module, ids: torch.Tensor) -> float:
     """The correctness gate for every layer on the model's own inputs; returns the measured active fraction."""
-    from .observe import ActiveCounter, observing
-
     seen: dict[int, torch.Tensor] = {}
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, i=i: seen.update({i: args[0].detach()}))

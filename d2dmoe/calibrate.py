@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .allocate import allocate
+from .bench import speedup
 from .config import LEAST_ACTIVE, Budget, D2DMoEConfig, Target, UserError
 from .data import Batches
 from .evaluate import dense_flops_per_token, evaluate
@@ -49,6 +50,7 @@ SEARCH_TOLERANCE = 0.005  # relative
 SEARCH_TOKENS = 8192
 LOSS_TOKENS = 16_384
 LOSS_ROUNDS = 6
+SPEEDUP_TOLERANCE, SPEEDUP_MISS = 0.01, 0.05  # relative, in time: good enough; too slow
 ROUGH_TOKENS, ROUGH_PER_REGRESSOR = 8192, 6  # for the fits that sharing out among the layers rests on
 Shares = Callable[[float], list[float]]  # from an active fraction to that of every layer
 
@@ -62,6 +64,7 @@ def calibrate(
     thresholds: str = "per-layer",
     allocation: str = "uniform",
     unseen: Batches | None = None,
+    dense: Callable[[], nn.Module] | None = None,
 ) -> None:
     """Fill `config.curve` and `config.budgets`, and the stand-ins of the model's layers.
 
@@ -73,6 +76,7 @@ def calibrate(
         thresholds: `global` (one tau for all layers, as in the paper) or `per-layer`.
         allocation: `uniform` or `sensitivity`, see `allocate`.
         unseen: Calibration batches that are in no fit, on which `max-loss` targets are measured.
+        dense: Gives the dense model, against which `speedup` targets are measured.
 
     Raises:
         UserError: If a target is out of reach.
@@ -88,12 +92,14 @@ def calibrate(
         shares = allocate(model, batches, config)
         for budget in config.budgets:
             budget.taus = taus_by_layer(config, shares(budget.active))
-    fitted = [number for number, budget in enumerate(config.budgets) if not budget.objective.startswith("max-loss")]
-    _fit(model, batches, config, fitted)
-    for target in targets:
-        if target.kind == "max-loss":
-            number = next(i for i, budget in enumerate(config.budgets) if budget.objective == str(target))
+    searched = {str(target): target for target in targets if target.kind in ("max-loss", "speedup")}
+    _fit(model, batches, config, [i for i, budget in enumerate(config.budgets) if budget.objective not in searched])
+    for number, budget in enumerate(config.budgets):
+        target = searched.get(budget.objective)
+        if target and target.kind == "max-loss":
             _search_loss(model, batches, unseen or batches, config, number, target.value, shares)
+        elif target:
+            _search_speedup(model, batches, config, number, target.value, shares, dense())
     _sort(model, config)
     config.default_active = min((b.active for b in config.budgets), key=lambda a: abs(a - 0.5), default=1.0)
 
@@ -107,7 +113,7 @@ def _sort(model: nn.Module, config: D2DMoEConfig) -> None:
 
 
 def _first_guess(model: nn.Module, batches: Batches, config: D2DMoEConfig, target: Target) -> Budget:
-    """The budget of a target, its active fraction exact except for `max-loss`."""
+    """The budget of a target, its active fraction exact except for `max-loss` and `speedup`."""
     if target.kind == "active":
         return Budget(target.value, taus_on_curve(config, target.value))
     active = active_for_flops(model, batches, config, target.value) if target.kind == "flops" else 0.5
@@ -311,6 +317,41 @@ def _search_loss(
         raise UserError(
             f"--max-loss {target:g}: at {point:.2f} active the loss on calibration text is {budget.achieved:.4f}"
         )
+
+
+def _search_speedup(
+    model: nn.Module, batches: Batches, config: D2DMoEConfig, number: int, target: float, shares: Shares,
+    dense: nn.Module,
+) -> None:  # fmt: skip
+    """Move a budget's active fraction until the model is `target` times as fast as the dense one, and fit it there.
+
+    What stands in for skipped experts takes the same time whatever its values, so it is fitted only at the end.
+    """
+    budget = config.budgets[number]
+
+    def place(active: float) -> None:
+        budget.active, budget.taus = active, taus_by_layer(config, shares(active))
+
+    def faster() -> float:
+        with set_gate(model, budget=number):
+            return speedup(model, dense, batches)
+
+    def measure(active: float) -> float:
+        place(active)
+        return 1 / faster()  # rises with the active fraction, nearly straight
+
+    point, share = bisect(
+        measure, 1 / target, low=GRID[0], high=GRID[-1], start=min(max(1 / target - 0.2, 0.1), 0.9),
+        tolerance=SPEEDUP_TOLERANCE,
+    )  # fmt: skip
+    if share * target > 1 + SPEEDUP_MISS:
+        raise UserError(
+            f"--speedup {target:g}: at {point:.2f} active this model is {1 / share:.2f} times as fast as dense here, "
+            f"on batches of {batches.batch_size}; ask for less, or for larger --batch-size and --max-length"
+        )
+    place(point)
+    _fit(model, batches, config, [number])
+    budget.active, budget.achieved = round(point, 6), round(faster(), 4)
 
 
 def bisect(

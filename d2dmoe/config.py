@@ -245,6 +245,12 @@ class ConvertConfig(DataConfig):
     max_loss: list[float] = knob(
         [], "relative losses on held-out calibration text to calibrate and store, for instance 1%%", many=float
     )
+    speedup: list[float] = knob(
+        [],
+        "speed-ups over the dense model to calibrate and store, as measured on this machine with batches of the "
+        "calibration data, for instance 1.5",
+        many=float,
+    )
     router_width: int = knob(0, "hidden width of the routers; 0 for 128, or half of d_model where that is less")
     router_fit: str = knob(
         "refined",
@@ -318,7 +324,7 @@ DEFAULT_ACTIVE = (0.25, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class Target:
-    """One operating point asked for: `kind` is `active`, `flops` or `max-loss`."""
+    """One operating point asked for: `kind` is `active`, `flops`, `max-loss` or `speedup`."""
 
     kind: str
     value: float
@@ -329,7 +335,7 @@ class Target:
 
 def targets(config: ConvertConfig) -> list[Target]:
     """The operating points that a conversion stores, without repetitions; running everything needs no storing."""
-    asked = {"active": config.active, "flops": config.flops, "max-loss": config.max_loss}
+    asked = {"active": config.active, "flops": config.flops, "max-loss": config.max_loss, "speedup": config.speedup}
     if not any(asked.values()):
         asked["active"] = list(DEFAULT_ACTIVE)
     return [
@@ -506,6 +512,9 @@ def check(config: Any) -> None:
     for loss in getattr(config, "max_loss", None) or []:
         if not 0 < loss < 10:
             raise UserError(f"--max-loss {loss:g}: a relative loss is above 0, for instance 1% or 0.01")
+    for factor in getattr(config, "speedup", None) or []:
+        if not 1 < factor < 1000:
+            raise UserError(f"--speedup {factor:g}: a speed-up over the dense model is above 1, for instance 1.5")
     if getattr(config, "heal_tokens", 1) < 1:
         raise UserError("--heal-tokens 0: must be at least 1")
     if getattr(config, "heal", 0) and config.heal_parameters != "all" and config.stand_in == "zero":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -91,7 +92,10 @@ def convert(
         say(f"{len(plan.blocks)} blocks of {plan.blocks[0].experts} experts in {plan.model_class.__name__}")
         if padded := plan.summary()["padded_neurons"]:
             say(f"padded with {padded} zero neurons in memory, because the experts do not divide the width")
-        log = convert_model(model, config, calibration, blocks=plan.blocks, work=work, resume=resume, say=say)
+        log = convert_model(
+            model, config, calibration, blocks=plan.blocks, work=work, resume=resume, say=say,
+            dense=lambda: hub.load_model(config.model, model_config, config.revision).to(device),
+        )  # fmt: skip
         cast(model, _output_dtype(config, model_config))  # the figures are those of the checkpoint
         rows = []
         if held_out is not None:
@@ -117,6 +121,7 @@ def convert_model(
     work: Path | None = None,
     resume: bool = False,
     say: Say = lambda _: None,
+    dense: Callable[[], PreTrainedModel] | None = None,
 ) -> list[dict[str, float]]:
     """Convert a loaded model in place: split, verify, train routers, calibrate.
 
@@ -129,6 +134,7 @@ def convert_model(
         work: Folder for what stages leave behind; `None` keeps nothing.
         resume: Use what is there.
         say: Receives progress messages.
+        dense: Gives the dense model again, for `speedup` targets; by default a copy is kept for them.
 
     Returns:
         The router training log.
@@ -159,6 +165,7 @@ def convert_model(
     )  # fmt: skip
     release_memory()
     orders = _stage(work, "split", resume, lambda: _split(model, config, blocks, batches, say))
+    twin = copy.deepcopy(model) if config.speedup and dense is None else None
     reference, output = _block_outputs(model, blocks), _outputs(model)
     attach(model, stored, [orders[block.name] for block in blocks], budgets=len(targets(config)))
     _zero_constants(model)
@@ -166,7 +173,14 @@ def convert_model(
     _verify(model, reference, output)
     log = _routers(model, config, batches, work, resume)
     say("routers done; calibrating")
-    _fitted(work, "stand-ins", resume, model, stored, lambda: _calibrate(model, config, stored, batches))
+    _fitted(
+        work,
+        "stand-ins",
+        resume,
+        model,
+        stored,
+        lambda: _calibrate(model, config, stored, batches, dense or (lambda: twin)),
+    )
     if config.heal and stored.budgets:
         say(f"healing: {config.heal} steps of distillation from the dense model")
         _fitted(
@@ -294,14 +308,17 @@ def _zero_constants(model: PreTrainedModel) -> None:
             value.data.zero_()
 
 
-def _calibrate(model: PreTrainedModel, config: ConvertConfig, stored: D2DMoEConfig, batches: Batches) -> None:
+def _calibrate(
+    model: PreTrainedModel, config: ConvertConfig, stored: D2DMoEConfig, batches: Batches,
+    dense: Callable[[], PreTrainedModel] | None,
+) -> None:  # fmt: skip
     fitting, unseen = batches.first(config.calibration_tokens), batches.after(config.calibration_tokens)
     if config.max_loss and unseen.tokens < LEAST_UNSEEN:  # too little text for both: a fifth is kept from the fits
         fitting = batches.first(batches.tokens * 4 // 5)
         unseen = batches.after(batches.tokens * 4 // 5)
     calibrate(
         model, fitting, stored, targets(config),
-        thresholds=config.thresholds, allocation=config.allocation, unseen=unseen,
+        thresholds=config.thresholds, allocation=config.allocation, unseen=unseen, dense=dense,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 import warnings
 
 import pytest
@@ -11,7 +12,9 @@ from conftest import randomise_routers, randomise_vectors
 from torch.testing import assert_close
 from zoo import tiny
 
+from d2dmoe import calibrate as calibrate_module
 from d2dmoe import set_gate
+from d2dmoe.bench import speedup
 from d2dmoe.calibrate import (
     SEARCH_STEPS,
     SEARCH_TOLERANCE,
@@ -630,3 +633,46 @@ def test_shared_experts_always_run_and_count():
         for run in runs:
             assert run[:, :3].all()
             assert not run[:, 3:].all()
+
+
+def by_active(model: torch.nn.Module, batches: Batches, fixed: float = 0.2):
+    """A clock that knows only how much runs: a forward pass takes `fixed` of the dense one's time and the experts."""
+
+    def clock(timed: torch.nn.Module, dense: torch.nn.Module, shown: Batches) -> float:
+        assert (timed, dense, shown) == (model, "the dense model", batches)
+        return 1 / (fixed + (1 - fixed) * measure_active(model, batches))
+
+    return clock
+
+
+@pytest.mark.parametrize("gate", ["share", "topk"])
+def test_speedup_is_hit_by_the_clock_and_monotone(gate, monkeypatch):
+    model, config = converted(budgets=3, gate=gate, stand_in="constants")
+    batches = documents(60)
+    monkeypatch.setattr(calibrate_module, "speedup", by_active(model, batches))
+    calibrate(model, batches, config, asked(active=[0.9], speedup=[1.3, 2.0]), dense=lambda: "the dense model")
+    faster, fast, budget = config.budgets
+    assert [b.objective for b in config.budgets] == ["speedup=2", "speedup=1.3", ""]
+    assert faster.active < fast.active < budget.active
+    for stored, wanted in ((faster, 2.0), (fast, 1.3)):
+        assert stored.achieved == pytest.approx(wanted, rel=0.06)  # experts come in sixteenths
+        with set_gate(model, active=stored.active):
+            assert by_active(model, batches)(model, "the dense model", batches) == pytest.approx(wanted, rel=0.06)
+
+
+def test_a_speedup_out_of_reach_says_what_is_possible(monkeypatch):
+    model, config = converted(budgets=1, gate="topk", stand_in="zero")
+    batches = documents()
+    monkeypatch.setattr(calibrate_module, "speedup", by_active(model, batches, fixed=0.7))
+    with pytest.raises(UserError, match=r"--speedup 3: at 0\.0\d active .* 1\.4\d? times as fast"):
+        calibrate(model, batches, config, asked(speedup=[3.0]), dense=lambda: "the dense model")
+
+
+def test_speedup_is_really_timed():
+    model, dense = converted(budgets=1)[0].float(), tiny("gpt2")
+    slept = []
+    dense.register_forward_hook(lambda *_: slept.append(time.sleep(0.02)))
+    assert speedup(model, dense, documents(4), seconds=0.05) > 1
+    model.register_forward_hook(lambda *_: time.sleep(0.06))
+    assert speedup(model, dense, documents(4), seconds=0.05) < 1
+    assert len(slept) > 10

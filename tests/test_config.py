@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import GPT2Config
 
-from d2dmoe.config import Block, ConvertConfig, can_split, choose_experts
+from d2dmoe.config import Block, ConvertConfig, UserError, can_split, choose_experts, resolve, targets
 from d2dmoe.hub import fit_length
 
 
@@ -44,3 +44,22 @@ def test_every_number_that_fits_leaves_no_expert_empty(width):
 def test_a_size_that_fits():
     assert choose_experts(block(64), 0, 11) == 6
     assert choose_experts(block(64), 0, 16) == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"speedup": "1"}, "--speedup 1: .* above 1"),
+        ({"speedup": "1.5,0.5"}, "--speedup 0.5"),
+        ({"flops": "1.2"}, "--flops 1.2"),
+        ({"max_loss": "0"}, "--max-loss 0"),
+    ],
+)
+def test_goals_out_of_range(values, said):
+    with pytest.raises(UserError, match=said):
+        resolve(ConvertConfig, values)
+
+
+def test_every_kind_of_goal_becomes_a_target():
+    config = resolve(ConvertConfig, {"active": "0.5,1", "flops": "0.8", "max_loss": "2%", "speedup": "2,1.5"})
+    assert list(map(str, targets(config))) == ["active=0.5", "flops=0.8", "max-loss=0.02", "speedup=1.5", "speedup=2"]
