@@ -2,10 +2,13 @@
 
 from .config import ConvertConfig, D2DMoEConfig, UserError
 from .gating import set_gate
+from .kernels import dispatching
 from .loader import register
-from .merging import merge
+from .memory import keep_dense, merge
 
 __version__ = "0.1.0"
-__all__ = ["ConvertConfig", "D2DMoEConfig", "UserError", "__version__", "merge", "set_gate"]
+__all__ = [
+    "ConvertConfig", "D2DMoEConfig", "UserError", "__version__", "dispatching", "keep_dense", "merge", "set_gate",
+]  # fmt: skip
 
 register()

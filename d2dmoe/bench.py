@@ -21,14 +21,14 @@ from torch import nn
 from .config import Block, UserError
 from .experts import DynamicFFN, GateState, layers, pack
 from .gating import set_gate
-from .kernels import chosen, use_backend
+from .kernels import chosen, dispatching, use_backend
 from .observe import ActiveCounter, model_inputs, observing
 from .routing import select
 
 INPUTS = 8  # different ones, in turn
 DENSE = ("eager", "compiled", "frozen")
 RIVALS = ("grouped_mm", "loop")
-COLUMNS = (*DENSE, "sparse", *RIVALS)
+COLUMNS = (*DENSE, "sparse", "dispatched", *RIVALS)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative RMSE of the converted layer to the reference
 Function = Callable[[Any], Any]
 
@@ -83,6 +83,7 @@ def row(
         "dense_ms": dense,
         "sparse_ms": median["sparse"],
         "speedup": dense / median["sparse"],
+        **({"dispatched_speedup": dense / median["dispatched"]} if "dispatched" in median else {}),
         "ideal": 1 / active,
         "ms": median,
         "quartiles_ms": quartiles,
@@ -158,13 +159,28 @@ def make_pair(
     return dense, layer
 
 
+def dispatched(function: Function) -> Function:
+    """The same where layers may take the fastest way instead of the one their gate asks for."""
+
+    def run(x: Any) -> Any:
+        with dispatching("auto"):
+            return function(x)
+
+    return run
+
+
+@dispatching("sparse")
 @torch.inference_mode()
 def bench_layer(
     spec: dict[str, Any], *, tokens: list[int], actives: list[float], dtype: torch.dtype, seconds: float = 2.0,
-    columns: tuple[str, ...] = COLUMNS, clock: str = "wall",
+    columns: tuple[str, ...] = COLUMNS, clock: str = "wall", keep_dense: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows for every number of tokens and active fraction; topk gate, so that the fraction is exact."""
+    """Rows for every number of tokens and active fraction; topk gate, so that the fraction is exact.
+
+    With `keep_dense` the layer holds the dense layout as well, for the column `dispatched`.
+    """
     dense, layer = make_pair(**spec, dtype=dtype)
+    layer.keep_dense = keep_dense
     rows = []
     for count in tokens:
         inputs = [torch.randn(count, spec["d"]).to(dtype) for _ in range(INPUTS)]
@@ -173,13 +189,16 @@ def bench_layer(
             check_layer(dense, layer, inputs[0])
             functions = _dense_columns(dense, inputs[0], columns)
             functions["sparse"] = layer
+            if "dispatched" in columns:
+                functions["dispatched"] = dispatched(layer)
             for name in RIVALS:
                 if name in columns and active < 1 and _works(RIVAL_FUNCTIONS[name], layer, inputs[0]):
                     functions[name] = lambda x, f=RIVAL_FUNCTIONS[name]: f(layer, x)
             times = measure(functions, inputs, seconds=seconds, clock=clock)
             backend = chosen(inputs[0], layer.activation, "topk")
             shown = round(active * spec["experts"]) / spec["experts"]
-            rows.append(row(times, dtype=dtype, phase="layer", tokens=count, active=shown, backend=backend))
+            one = row(times, dtype=dtype, phase="layer", tokens=count, active=shown, backend=backend)
+            rows.append({**one, "way": layer.way(count), "dense_layout_bytes": keep_dense * layer.dense_bytes()})
     return rows
 
 
@@ -289,6 +308,7 @@ RIVAL_FUNCTIONS = {"grouped_mm": grouped, "loop": expert_loop}
 # ---- a whole model
 
 
+@dispatching("sparse")
 @torch.no_grad()
 def speedup(model: nn.Module, dense: nn.Module, batches: Sequence[dict[str, Any]], *, seconds: float = 1.0) -> float:
     """How many times as fast as the dense model the converted one is on such batches, its gate as it is set.
@@ -309,12 +329,15 @@ def speedup(model: nn.Module, dense: nn.Module, batches: Sequence[dict[str, Any]
     return statistics.median(times["dense"]) / statistics.median(times["sparse"])
 
 
+@dispatching("sparse")
 @torch.no_grad()
 def bench_model(
     model: nn.Module, dense: nn.Module, *, batches: list[int], length: int, settings: list[dict], seconds: float = 4.0,
-    columns: tuple[str, ...] = COLUMNS, clock: str = "wall",
+    columns: tuple[str, ...] = COLUMNS, clock: str = "wall", keep_dense: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of prefill (`batch` × `length` tokens at once) and, for a model that generates, decode (one token each)."""
+    for layer in layers(model):
+        layer.keep_dense = keep_dense
     rows = []
     decodes = hasattr(model, "can_generate") and model.can_generate() and not model.config.is_encoder_decoder
     vocabulary = model.config.get_text_config().vocab_size
@@ -330,6 +353,8 @@ def bench_model(
                     active = check_model(model, prompts[0])
                     caches.clear()
                     functions = {**dense_functions, "sparse": lambda x, c=call: c(model, x)}
+                    if "dispatched" in columns:
+                        functions["dispatched"] = dispatched(functions["sparse"])
                     for name in RIVALS:
                         if name in columns and all(layer.gate_state.tau > 0 for layer in layers(model)):
                             functions[name] = _rival(model, RIVAL_FUNCTIONS[name], call)
@@ -360,7 +385,7 @@ def _gate(model: nn.Module, setting: dict) -> Iterator[None]:
 
 
 def _working(functions: dict[str, Function], x: Any) -> dict[str, Function]:
-    return {name: f for name, f in functions.items() if name in ("eager", "sparse") or _works(f, x)}
+    return {name: f for name, f in functions.items() if name in ("eager", "sparse", "dispatched") or _works(f, x)}
 
 
 def _prefill(model: nn.Module, ids: torch.Tensor) -> Any:

@@ -18,6 +18,7 @@ from .evaluate import dense_flops_per_token, evaluate
 from .experts import layers
 from .flops import dense_ffn_flops, sparse_ffn_flops
 from .gating import gate_state, set_gate, taus_on_curve
+from .kernels import dispatching
 from .observe import ActiveCounter, model_inputs, pieces, run_observed
 from .routing import GATES
 from .standins import fit_stand_ins
@@ -55,6 +56,7 @@ ROUGH_TOKENS, ROUGH_PER_REGRESSOR = 8192, 6  # for the fits that sharing out amo
 Shares = Callable[[float], list[float]]  # from an active fraction to that of every layer
 
 
+@dispatching("sparse")
 def calibrate(
     model: nn.Module,
     batches: Batches,

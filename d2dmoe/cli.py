@@ -122,7 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--threads", type=int, default=0, help="0 leaves them as they are")
     sub.add_argument("--seconds", type=float, default=2.0, help="for each figure")
     sub.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: one thread on a busy machine")
-    columns = "eager,compiled,frozen,grouped_mm,loop"
+    columns = "eager,compiled,frozen,dispatched,grouped_mm,loop"
+    sub.add_argument(
+        "--keep-dense", action="store_true",
+        help="hold the dense layout of the feed-forward weights as well, for the column dispatched",
+    )  # fmt: skip
     sub.add_argument("--columns", default=columns, help="what to compare with; eager is always there")
 
     sub = verb("list", _list, "what would be converted in a model, what not, and why")
@@ -274,7 +278,9 @@ def _bench(arguments: argparse.Namespace, command: list[str]) -> int:
         torch.set_num_threads(arguments.threads)
     if arguments.clock == "cpu" and torch.get_num_threads() != 1:
         raise UserError("--clock cpu counts the calling thread only; give --threads 1 with it")
-    options = {"seconds": arguments.seconds, "columns": columns, "clock": arguments.clock}
+    options = {
+        "seconds": arguments.seconds, "columns": columns, "clock": arguments.clock, "keep_dense": arguments.keep_dense,
+    }  # fmt: skip
     if arguments.layer:
         tokens = [int(n) for n in arguments.tokens]
         spec, dtype = bench.parse_layer(arguments.layer), getattr(torch, arguments.dtype)

@@ -18,6 +18,7 @@ from .config import ConvertConfig, D2DMoEConfig, TrainingConfig
 from .data import Batches
 from .experts import layers
 from .gating import set_gate
+from .kernels import dispatching
 from .observe import TOKENS_AT_ONCE, model_inputs
 from .training import train
 
@@ -50,6 +51,7 @@ def _hidden(output: Any) -> torch.Tensor:
     return next(v for v in output.values() if isinstance(v, torch.Tensor) and v.is_floating_point())
 
 
+@dispatching("sparse")
 def heal(
     model: nn.Module,
     batches: Batches,

@@ -18,6 +18,7 @@ from .data import Batches, make_batches, read_documents
 from .experts import layers
 from .flops import dense_ffn_flops, model_flops, padding_flops, sparse_ffn_flops
 from .gating import set_gate, stored_config
+from .kernels import dispatching
 from .metrics import METRICS, Batch, Metric, choose_metric
 from .observe import ActiveCounter, model_inputs, observing, pieces
 from .progress import progress
@@ -27,6 +28,7 @@ LOGITS_HELD = 2**25  # elements, 128 MB in fp32
 TIMED = 3  # passes behind a time, after one to warm up
 
 
+@dispatching("sparse")
 @torch.no_grad()
 def evaluate(
     model: nn.Module,

@@ -10,7 +10,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import Block, D2DMoEConfig, can_split, router_width
-from .kernels import TENSORS, Plan, activation_name, chosen, dynamic_ffn, hidden_activations
+from .kernels import (
+    TENSORS,
+    Plan,
+    activation_name,
+    automatic,
+    bucket,
+    chosen,
+    dynamic_ffn,
+    fastest,
+    hidden_activations,
+)  # fmt: skip
 from .routing import Router, expert_norms, select, straight_through
 
 
@@ -62,6 +72,7 @@ class DynamicFFN(nn.Module):
             `hidden` is `None` if it has an attribute `needs_hidden` that is false.
         activation: The kernels' name of `act`, or `None` for a function that they do not have.
         merged: Does it hold one budget only (`merge`)?
+        keep_dense: Does it keep the dense layout beside the packed one (`keep_dense`)?
     """
 
     def __init__(
@@ -103,18 +114,22 @@ class DynamicFFN(nn.Module):
         self.linear_out = parameter(budgets, self.linear_rank, d_out, wanted=linear)
         self._folded: tuple[tuple, torch.Tensor] | None = None
         self._plan: tuple[tuple, Plan] | None = None
+        self._everything: tuple[tuple, Plan] | None = None
+        self._dense: tuple[tuple, Callable[[torch.Tensor], torch.Tensor]] | None = None
         self.router = Router(block.d_model, router_width, block.experts, device=device, dtype=dtype)
         self.gate_state = GateState()
-        self.merged = False
+        self.merged = self.keep_dense = False
+        self._ways: dict[tuple, str] = {}
         self.observer: Callable | None = None
 
     def __getstate__(self) -> dict:
         """Copies make their own."""
-        return {**self.__dict__, "_plan": None, "_folded": None}
+        return {**self.__dict__, "_plan": None, "_folded": None, "_everything": None, "_dense": None}
 
     def forget(self) -> None:
         """Drop what was made from the parameters to be at hand."""
-        self._plan = self._folded = None
+        self._plan = self._folded = self._everything = self._dense = None
+        self._ways.clear()
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """The block's output for hidden states ``(…, d_model)``, given as the first argument whatever its name."""
@@ -177,11 +192,72 @@ class DynamicFFN(nn.Module):
             tensors = self._kernel_tensors(stand_in)
             return torch.ops.d2dmoe.dynamic_ffn(x, run, *(tensors[n] for n in TENSORS), self.activation, *settings)
         own, router = self._parameters, self.router._parameters
-        sources = (*own.values(), *router.values())
-        key = (stand_in, settings, *((t.data_ptr(), _version(t)) for t in sources if t is not None))
+        versions = tuple((t.data_ptr(), _version(t)) for t in (*own.values(), *router.values()) if t is not None)
+        key = (stand_in, settings, *versions)
         if self._plan is None or self._plan[0] != key:
             self._plan = (key, Plan(self._kernel_tensors(stand_in), self.activation, *settings))
-        return self._plan[1](x, run)
+        if self.observer is not None or self.merged or not automatic() or not (state.tau > 0 or self.keep_dense):
+            return self._plan[1](x, run)
+        return self._by_fastest(x, versions)
+
+    def _place(self, tokens: int) -> tuple:
+        """What a decision about the fastest way holds for."""
+        s = self.gate_state
+        setting = (s.name, s.tau, s.stand_in, s.min_experts, s.max_experts, s.shared)
+        return (*setting, bucket(tokens), torch.get_num_threads(), self.up_weight.dtype)
+
+    def way(self, tokens: int) -> str | None:
+        """How so many tokens are computed since their like was first met, as the gate is set; `None` before that."""
+        return self._ways.get(self._place(tokens))
+
+    def _by_fastest(self, x: torch.Tensor, versions: tuple) -> torch.Tensor:
+        """The way in which these tokens take the least time; running everything is one of them."""
+        place = self._place(len(x))
+        way = self._ways.get(place)
+        if way is None:
+            way = self._ways[place] = fastest(self._ways_to_compute(versions), x)
+        if way == "sparse":
+            return self._plan[1](x)
+        return self._ways_to_compute(versions)[way](x)
+
+    def _ways_to_compute(self, versions: tuple) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """`sparse`, as the gate says; `packed`, everything by the same kernels; `dense`, if its layout is kept."""
+        ways: dict[str, Callable] = {"sparse": self._plan[1]}
+        if self.gate_state.tau > 0:
+            if self._everything is None or self._everything[0] != versions:
+                plan = Plan(self._kernel_tensors(None), self.activation, self.gate_state.name, 0.0)
+                self._everything = (versions, plan)
+            ways["packed"] = self._everything[1]
+        if self.keep_dense:
+            if self._dense is None or self._dense[0] != versions:
+                self._dense = (versions, self._dense_layout())
+            ways["dense"] = self._dense[1]
+        return ways
+
+    def _dense_layout(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The dense block with weights as torch's products want them, ``(width, d_model)`` and ``(d_out, width)``."""
+        linear, act, width = torch.nn.functional.linear, self.act, self.block.width
+
+        def dense(name: str, layout: str) -> torch.Tensor | None:
+            packed = getattr(self, name)
+            return None if packed is None else unpack(packed.detach(), layout, width)
+
+        up, up_bias = dense("up_weight", "up_linear"), dense("up_bias", "bias")
+        gate, gate_bias = dense("gate_weight", "up_linear"), dense("gate_bias", "bias")
+        down, down_bias = dense("down_weight", "down_linear"), self.down_bias
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            hidden = linear(x, up, up_bias)
+            hidden = act(hidden) if gate is None else act(linear(x, gate, gate_bias)) * hidden
+            return linear(hidden, down, down_bias)
+
+        return forward
+
+    def dense_bytes(self) -> int:
+        """Memory of the dense layout, if it is kept."""
+        weights = (self.up_weight, self.gate_weight, self.down_weight, self.up_bias, self.gate_bias)
+        width, slots = self.block.width, self.block.slots
+        return sum(t.numel() // slots * width * t.element_size() for t in weights if t is not None)
 
     def _kernel_tensors(self, stand_in: int | None) -> dict[str, torch.Tensor | None]:
         """The operator's tensors at a budget."""

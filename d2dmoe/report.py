@@ -156,11 +156,14 @@ def bench_table(rows: list[dict[str, Any]]) -> str:
     """Rows of `bench`: medians in ms with quartiles; `x` is the faster of dense eager and compiled over `sparse`."""
     names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
     quality = next((row["metric"]["name"] for row in rows if "metric" in row), None)
-    header = ["phase", "dtype", "tokens", "active", *(f"{n} ms" for n in names), "x", "ideal x"]
+    extra = {"dispatched_speedup": "dispatched x", "way": "way"}
+    extra = {key: title for key, title in extra.items() if any(row.get(key) for row in rows)}
+    header = ["phase", "dtype", "tokens", "active", *(f"{n} ms" for n in names), "x", "ideal x", *extra.values()]
     body = []
     for row in rows:
         cells = [f"{row['ms'][n]:.3g} ({_range(row['quartiles_ms'][n])})" if n in row["ms"] else "" for n in names]
         line = [row["phase"], row["dtype"], row["tokens"], row["active_fraction"], *cells, row["speedup"], row["ideal"]]
+        line += [row.get(key) or "" for key in extra]
         body.append(line + ([row["metric"]["value"] if "metric" in row else ""] if quality else []))
     return table(header + ([quality] if quality else []), body)
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from . import native
+from .dispatch import automatic, bucket, dispatching, fastest
 from .native import Plan
 from .operator import TENSORS, activation_name
 from .reference import dynamic_ffn, hidden_activations
@@ -58,6 +59,6 @@ def backends() -> list[tuple[str, bool, str]]:
 
 
 __all__ = [
-    "TENSORS", "Plan", "activation_name", "backends", "chosen", "dynamic_ffn", "hidden_activations", "native",
-    "use_backend",
+    "TENSORS", "Plan", "activation_name", "automatic", "backends", "bucket", "chosen", "dispatching", "dynamic_ffn",
+    "fastest", "hidden_activations", "native", "use_backend",
 ]  # fmt: skip

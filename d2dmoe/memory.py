@@ -1,4 +1,4 @@
-"""Give up the choice of budget for the memory it costs."""
+"""What a converted model keeps in memory: less than it could, for one budget only, or more, for speed."""
 
 from __future__ import annotations
 
@@ -38,6 +38,32 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def keep_dense(model: nn.Module, keep: bool = True) -> int:
+    """Keep the dense layout of the feed-forward weights beside the packed one, for where it is the faster one.
+
+    A converted layer takes the fastest way that it has. With everything on, or nearly, and many tokens, that can be the
+    dense product of the processor's own library, above all in bf16; this is its price.
+
+    Args:
+        model: Converted model, changed in place.
+        keep: `False` gives the memory back.
+
+    Returns:
+        The bytes that this costs.
+
+    Raises:
+        UserError: If the model is not converted, or was merged.
+    """
+    stored_config(model)
+    if any(layer.merged for layer in layers(model)):
+        raise UserError("this model was merged at one budget and no longer holds the dense weights")
+    for layer in layers(model):
+        layer.keep_dense = keep
+        layer.forget()
+    return sum(layer.dense_bytes() for layer in layers(model)) if keep else 0
+
+
 def _merge(layer: DynamicFFN) -> None:
     state = layer.gate_state
     kept = state.stand_in if state.tau > 0 else None
@@ -49,7 +75,7 @@ def _merge(layer: DynamicFFN) -> None:
             layer, name, None if kept is None else nn.Parameter(value[kept : kept + 1].clone(), value.requires_grad)
         )
     layer.gate_state = replace(state, stand_in=None if kept is None else 0)
-    layer.merged = True
+    layer.merged, layer.keep_dense = True, False
     layer.forget()
 
 
