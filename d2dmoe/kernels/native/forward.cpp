@@ -46,6 +46,7 @@ const Kernels* const all_kernels[] = {
     &kernels_avx2,
     &kernels_avx512,
     &kernels_avx512bf16,
+    &kernels_amx,
 #endif
 };
 constexpr int KERNELS = sizeof(all_kernels) / sizeof(*all_kernels);
@@ -58,7 +59,9 @@ bool supported(int number) {
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (number == 1) return avx2;
     if (number == 2) return avx512;
-    if (number == 3) return avx512 && __builtin_cpu_supports("avx512bf16");
+    bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (number == 3) return avx512bf16;
+    if (number == 4) return avx512bf16 && amx_usable();
 #endif
     return number == 0;
 }
@@ -190,23 +193,22 @@ void make_lists(const Call& c, const uint8_t* run, int64_t tokens, int32_t* list
         }
 }
 
-struct Rows {  // pointers to the tokens of one expert
-    const void** x;
-    float** y;
-    char* scratch;
+// The rows of one tile of tokens, in and out.
+struct Rows {
+    Inputs x;
+    float* y;
+    int64_t ld_y;
 };
 
-void run_expert(const Call& c, int64_t e, const Inputs& x, float* y, int64_t ld_y, const int32_t* list, int64_t count,
-                const Rows& rows) {
+int64_t widest(const D2dmoeLayer& l) { return std::max(l.size, l.linear_rank); }
+
+ExpertCall expert_call(const Call& c, int64_t e, const Rows& rows, const int32_t* list, int64_t count, char* scratch) {
     const auto& l = c.layer;
     int64_t element = c.element(), up = l.d * l.size, down = l.size * l.d_out;
-    for (int64_t i = 0; i < count; i++) {
-        int64_t t = list ? list[i] : i;
-        rows.x[i] = x.row(t);
-        rows.y[i] = y + t * ld_y;
-    }
     ExpertCall call{};
-    call.d = l.d, call.d_out = l.d_out, call.x = rows.x, call.y = rows.y, call.count = count, call.scratch = rows.scratch;
+    call.d = l.d, call.d_out = l.d_out, call.list = list, call.count = count, call.scratch = scratch;
+    call.widest = widest(l);
+    call.x = rows.x.start, call.ld_x = rows.x.stride, call.y = rows.y, call.ld_y = rows.ld_y;
     if (e == l.experts) {  // the linear term is one more expert that every token runs
         call.up = l.linear_in, call.down = l.linear_out, call.size = l.linear_rank, call.activation = IDENTITY;
     } else {
@@ -216,7 +218,20 @@ void run_expert(const Call& c, int64_t e, const Inputs& x, float* y, int64_t ld_
         call.constant = offset(l.constants, e * l.d_out, element);
         call.size = l.size, call.activation = l.activation;
     }
-    (l.bf16 ? c.kernels.expert_bf16 : c.kernels.expert_f32)(call);
+    return call;
+}
+
+// Experts `first` to `last` on `tokens`. Those of the router run for their lists (as of make_lists), where there are any.
+void run_experts(const Call& c, int64_t first, int64_t last, const Rows& rows, int64_t tokens, const int32_t* lists,
+                 int64_t stride, const int32_t* counts, ExpertCall* calls, char* scratch) {
+    int64_t n = 0;
+    for (int64_t e = first; e < last; e++) {
+        bool listed = lists && e < c.layer.experts;
+        int64_t count = listed ? counts[e] : tokens;
+        if (count) calls[n++] = expert_call(c, e, rows, listed ? lists + e * stride : nullptr, count, scratch);
+    }
+    if (c.layer.bf16 && c.kernels.experts_bf16) return c.kernels.experts_bf16(calls, n, tokens);
+    for (int64_t i = 0; i < n; i++) (c.layer.bf16 ? c.kernels.expert_bf16 : c.kernels.expert_f32)(calls[i]);
 }
 
 void start_row(const Call& c, float* y) {
@@ -235,8 +250,13 @@ void write_row(const Call& c, const float* from, int64_t t) {
         std::memcpy(to, from, size_t(c.layer.d_out) * 4);
 }
 
-int64_t widest(const D2dmoeLayer& l) { return std::max(l.size, l.linear_rank); }
 int64_t experts_in_all(const D2dmoeLayer& l) { return l.experts + (l.linear_in && l.tau > 0); }
+
+int64_t scratch_for(const Call& c, int64_t tokens) {
+    int64_t one = expert_scratch(tokens, widest(c.layer));
+    if (!c.layer.bf16 || !c.kernels.experts_scratch) return one;
+    return std::max(one, c.kernels.experts_scratch(tokens, c.layer.d, widest(c.layer), c.layer.d_out));
+}
 
 // ---- few tokens
 
@@ -259,16 +279,15 @@ struct FewShared {
 struct FewOwn {
     const Call* call;
     int32_t *lists, *counts;
-    Rows rows;
-    char* scratch;
+    ExpertCall* calls;
+    char *room, *scratch;
     void take(Pieces& p) {
         const auto& l = call->layer;
         int64_t n = call->tokens;
         lists = p.take<int32_t>(l.experts * n);
         counts = p.take<int32_t>(l.experts + 1);
-        rows.x = p.take<const void*>(n);
-        rows.y = p.take<float*>(n);
-        rows.scratch = p.take<char>(expert_scratch(n, widest(l)));
+        calls = p.take<ExpertCall>(l.experts + 1);
+        room = p.take<char>(scratch_for(*call, n));
         scratch = p.take<char>(l.experts * 8);
     }
 };
@@ -299,7 +318,7 @@ void few_body(void* context, int id, int team) {
     const Call& c = *s.call;
     const auto& l = c.layer;
     int64_t n = c.tokens, ld_y = c.padded_out();
-    FewOwn own = lay_out(own_buffer, FewOwn{&c, nullptr, nullptr, {}, nullptr});
+    FewOwn own = lay_out(own_buffer, FewOwn{&c, {}, {}, {}, {}, {}});
     if (c.widened()) {
         auto [first, last] = share(n, id, team);
         inputs_of(c, first, last - first, s.wide + first * l.d);
@@ -325,9 +344,7 @@ void few_body(void* context, int id, int team) {
     float* y = s.partial + id * n * ld_y;
     for (int64_t t = 0; t < n; t++) id == 0 ? start_row(c, y + t * ld_y) : (void)std::memset(y + t * ld_y, 0, size_t(ld_y) * 4);
     auto [first, last] = share_experts(own.counts, experts_in_all(l), id, team);
-    for (int64_t e = first; e < last; e++)
-        if (own.counts[e])
-            run_expert(c, e, x, y, ld_y, run && e < l.experts ? own.lists + e * n : nullptr, own.counts[e], own.rows);
+    run_experts(c, first, last, {x, y, ld_y}, n, run ? own.lists : nullptr, n, own.counts, own.calls, own.room);
     s.barrier->wait();
     auto [first_token, last_token] = share(n, id, team);
     if (n == 1) {
@@ -369,8 +386,8 @@ struct ManyOwn {
     float *hidden, *scores, *wide, *sums;
     uint8_t* run;
     int32_t *lists, *counts;
-    Rows rows;
-    char* scratch;
+    ExpertCall* calls;
+    char *room, *scratch;
     void take(Pieces& p) {
         const auto& l = call->layer;
         hidden = p.take<float>(call->routed() ? tile * l.router_width : 0);
@@ -380,9 +397,8 @@ struct ManyOwn {
         sums = p.take<float>(call->in_place() ? 0 : tile * call->padded_out());
         lists = p.take<int32_t>(l.experts * tile);
         counts = p.take<int32_t>(l.experts);
-        rows.x = p.take<const void*>(tile);
-        rows.y = p.take<float*>(tile);
-        rows.scratch = p.take<char>(expert_scratch(tile, widest(l)));
+        calls = p.take<ExpertCall>(l.experts + 1);
+        room = p.take<char>(scratch_for(*call, tile));
         scratch = p.take<char>(l.experts * 8);
     }
 };
@@ -406,17 +422,14 @@ void run_tile(const Call& c, int64_t first, int64_t n, ManyOwn& own) {
     int64_t ld_y = c.padded_out();
     float* y = c.in_place() ? reinterpret_cast<float*>(c.y) + first * l.d_out : own.sums;
     for (int64_t t = 0; t < n; t++) start_row(c, y + t * ld_y);
-    for (int64_t e = 0; e < experts_in_all(l); e++) {
-        bool listed = run && e < l.experts;
-        int64_t count = listed ? own.counts[e] : n;
-        if (count) run_expert(c, e, x, y, ld_y, listed ? own.lists + e * own.tile : nullptr, count, own.rows);
-    }
+    run_experts(c, 0, experts_in_all(l), {x, y, ld_y}, n, run ? own.lists : nullptr, own.tile, own.counts, own.calls,
+                own.room);
     for (int64_t t = 0; t < n; t++) write_row(c, y + t * ld_y, first + t);
 }
 
 void many_body(void* context, int, int) {
     auto& s = *static_cast<ManyShared*>(context);
-    ManyOwn own = lay_out(own_buffer, ManyOwn{s.call, s.tile, {}, {}, {}, {}, {}, {}, {}, {}, {}});
+    ManyOwn own = lay_out(own_buffer, ManyOwn{s.call, s.tile, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}});
     int64_t tiles = (s.call->tokens + s.tile - 1) / s.tile;
     for (int64_t i; (i = s.next.fetch_add(1)) < tiles;) {
         int64_t first = s.call->tokens * i / tiles, last = s.call->tokens * (i + 1) / tiles;

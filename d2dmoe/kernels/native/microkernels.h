@@ -297,8 +297,12 @@ void expert(const ExpertCall& c) {
     bf16* narrowed = narrow ? take<bf16>(scratch, n * padded) : nullptr;
     float** rows = take<float*>(scratch, n);
     const X** inputs = take<const X*>(scratch, n);
-    const X* const* x = reinterpret_cast<const X* const*>(c.x);
-
+    float** outputs = take<float*>(scratch, n);
+    const X** x = take<const X*>(scratch, n);
+    for (int64_t t = 0; t < n; t++) {
+        x[t] = reinterpret_cast<const X*>(c.x + c.token(t) * c.ld_x);
+        outputs[t] = c.y + c.token(t) * c.ld_y;
+    }
     for (int64_t t = 0; t < n; t++) rows[t] = hidden + t * padded;
     product<X, W, false>(x, n, static_cast<const W*>(c.up), c.d, c.size, nullptr, rows);
     if (c.gate) {
@@ -323,7 +327,8 @@ void expert(const ExpertCall& c) {
             inputs[t] = reinterpret_cast<const X*>(hidden + t * padded);
         }
     }
-    product<X, W, true>(inputs, n, static_cast<const W*>(c.down), c.size, c.d_out, static_cast<const W*>(c.constant), c.y);
+    product<X, W, true>(inputs, n, static_cast<const W*>(c.down), c.size, c.d_out, static_cast<const W*>(c.constant),
+                     outputs);
 }
 
 // ---- router: many dot products along contiguous rows
@@ -477,6 +482,7 @@ inline void widen(const bf16* x, int64_t n, float* out) {
 
 }  // namespace D2DMOE_ISA
 
+#if !defined(D2DMOE_OWN_TABLE)
 #define D2DMOE_TABLE_NAME_(isa) kernels_##isa
 #define D2DMOE_TABLE_NAME(isa) D2DMOE_TABLE_NAME_(isa)
 #define D2DMOE_STRING_(isa) #isa
@@ -496,6 +502,8 @@ const Kernels D2DMOE_TABLE_NAME(D2DMOE_ISA) = {
     sizeof(Wide) == 2,
     D2DMOE_FP32((isa::expert<float, float>)),
     isa::expert<Wide, bf16>,
+    nullptr,
+    nullptr,
     D2DMOE_FP32((isa::dots<float, float>)),
     [](const void* x, int64_t ld_x, int64_t tokens, const bf16* w, int64_t rows, int64_t depth, float* out, int64_t ld_out,
        bool relu) { isa::dots(static_cast<const Wide*>(x), ld_x, tokens, w, rows, depth, out, ld_out, relu); },
@@ -504,5 +512,6 @@ const Kernels D2DMOE_TABLE_NAME(D2DMOE_ISA) = {
     isa::narrow,
     isa::widen,
 };
+#endif
 
 }  // namespace d2dmoe

@@ -1,0 +1,286 @@
+// As isa_avx512bf16.cpp, and tiles of 16 x 16 sums for experts that enough tokens run.
+//
+// A tile product takes rows of 32 bf16 from the left, and from the right 16 rows of 16 pairs: weights (k, n) become
+// (k / 2, n, 2). They are interleaved here, once per expert and call, which costs a few percent of reading them.
+//
+// Experts are taken in groups: first the hidden values of a whole group, then its outputs, block of columns after block
+// of columns, so that neither leaves the second cache.
+#define D2DMOE_ISA amx
+#define D2DMOE_LANES 16
+#define D2DMOE_32_REGISTERS
+#define D2DMOE_BF16_PAIRS
+#define D2DMOE_OWN_TABLE
+#include "microkernels.h"
+
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace d2dmoe {
+namespace amx {
+namespace {
+
+constexpr int64_t SIDE = 16, DEPTH = 32, BLOCK = 2 * SIDE;
+constexpr int64_t LINE = 64;                       // bytes: one row of a tile
+constexpr int64_t TILE = SIDE * LINE + LINE;       // from tile to tile of weights: an odd number of lines
+constexpr int64_t FEWEST = 8;                      // tokens of an expert that pay for filling tiles
+constexpr int64_t HIDDEN = 512 * 1024, OUTPUT = 768 * 1024;  // bytes kept in the second cache
+
+int64_t tiles(int64_t n, int64_t of) { return (n + of - 1) / of; }
+// Bytes from row to row of left operands: whole tiles, and an odd number of lines so that rows fall into different sets.
+int64_t row_bytes(int64_t depth) { return (tiles(depth, DEPTH) | 1) * LINE; }
+int64_t hidden_bytes(int64_t count, int64_t size) { return round_up(count, BLOCK) * row_bytes(size); }
+
+struct alignas(64) TileShapes {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// (depth, width) weights, rows `stride` apart, to tiles: k fastest, zeros where they reach beyond.
+void interleave(const bf16* w, int64_t stride, int64_t depth, int64_t width, char* out) {
+    alignas(64) uint16_t low[32], high[32];
+    for (int i = 0; i < 16; i++) {
+        low[2 * i] = uint16_t(i), low[2 * i + 1] = uint16_t(32 + i);
+        high[2 * i] = uint16_t(16 + i), high[2 * i + 1] = uint16_t(48 + i);
+    }
+    const __m512i low_half = _mm512_load_si512(low), high_half = _mm512_load_si512(high);
+    int64_t deep = tiles(depth, DEPTH), next = deep * TILE;
+    for (int64_t k = 0; k < deep * DEPTH; k += 2) {
+        char* to = out + k / DEPTH * TILE + k % DEPTH / 2 * LINE;
+        const bf16* row = w + k * stride;
+        for (int64_t n = 0; n < width; n += 32, to += 2 * next) {
+            __mmask32 mask = width - n >= 32 ? ~0u : (1u << (width - n)) - 1;
+            __m512i first = _mm512_maskz_loadu_epi16(k < depth ? mask : 0, row + n);
+            __m512i second = _mm512_maskz_loadu_epi16(k + 1 < depth ? mask : 0, row + stride + n);
+            _mm512_store_si512(to, _mm512_permutex2var_epi16(first, low_half, second));
+            if (width - n > 16) _mm512_store_si512(to + next, _mm512_permutex2var_epi16(first, high_half, second));
+        }
+    }
+}
+
+// The sums of M x N tiles in tiles 0 to 3: `a` rows `stride` bytes apart, `b` as of `interleave`.
+template <int M, int N>
+inline void multiply(const char* a, int64_t stride, const char* b, int64_t deep) {
+    asm volatile("" ::: "memory");  // the compiler does not know that tile loads read memory
+    const char* b2 = b + deep * TILE;
+    for (int64_t k = 0; k < deep; k++) {
+        _tile_loadd(4, a + k * LINE, stride);
+        _tile_loadd(6, b + k * TILE, LINE);
+        _tile_dpbf16ps(0, 4, 6);
+        if (N > 1) {
+            _tile_loadd(7, b2 + k * TILE, LINE);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (M > 1) {
+            _tile_loadd(5, a + SIDE * stride + k * LINE, stride);
+            _tile_dpbf16ps(2, 5, 6);
+            if (N > 1) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+}
+
+inline void no_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+template <int M, int N>
+inline void store_sums(float* to, int64_t stride) {
+    _tile_stored(0, to, stride * 4);
+    if (N > 1) _tile_stored(1, to + SIDE, stride * 4);
+    if (M > 1) _tile_stored(2, to + SIDE * stride, stride * 4);
+    if (M > 1 && N > 1) _tile_stored(3, to + SIDE * stride + SIDE, stride * 4);
+}
+
+// BLOCK x BLOCK sums, or fewer where there are fewer rows or columns.
+inline void block(const char* a, int64_t stride, const char* b, int64_t deep, int64_t rows, int64_t cols, float* sums) {
+    no_sums();
+    if (rows > SIDE) {
+        if (cols > SIDE) {
+            multiply<2, 2>(a, stride, b, deep);
+            store_sums<2, 2>(sums, BLOCK);
+        } else {
+            multiply<2, 1>(a, stride, b, deep);
+            store_sums<2, 1>(sums, BLOCK);
+        }
+    } else if (cols > SIDE) {
+        multiply<1, 2>(a, stride, b, deep);
+        store_sums<1, 2>(sums, BLOCK);
+    } else {
+        multiply<1, 1>(a, stride, b, deep);
+        store_sums<1, 1>(sums, BLOCK);
+    }
+}
+
+struct Room {
+    char *rows, *up, *gate, *down, *hidden;
+    float *sums, *gates;
+};
+
+Room rooms(char* scratch, int64_t d, int64_t size, int64_t d_out) {
+    Room r;
+    r.sums = take<float>(scratch, 2 * BLOCK * BLOCK);
+    r.gates = take<float>(scratch, BLOCK * BLOCK);
+    r.rows = take<char>(scratch, BLOCK * row_bytes(d));
+    r.up = take<char>(scratch, tiles(d, DEPTH) * tiles(size, SIDE) * TILE);
+    r.gate = take<char>(scratch, tiles(d, DEPTH) * tiles(size, SIDE) * TILE);
+    r.down = take<char>(scratch, tiles(size, DEPTH) * tiles(d_out, SIDE) * TILE);
+    r.hidden = scratch;
+    return r;
+}
+
+int64_t experts_scratch(int64_t tokens, int64_t d, int64_t size, int64_t d_out) {
+    char* start = reinterpret_cast<char*>(LINE);  // only distances count
+    return rooms(start, d, size, d_out).hidden - start + std::max(HIDDEN, hidden_bytes(tokens, size));
+}
+
+// Rows of the tokens `first` to `first + rows` of an expert, one after the other.
+void gather(const ExpertCall& c, int64_t first, int64_t rows, char* to) {
+    int64_t stride = row_bytes(c.d), whole = tiles(c.d, DEPTH) * LINE;
+    for (int64_t t = 0; t < rows; t++) {
+        const char* from = c.x + c.token(first + t) * c.ld_x;
+        char* row = to + t * stride;
+        int64_t i = 0;
+        for (; i + LINE <= c.d * 2; i += LINE) _mm512_store_si512(row + i, _mm512_loadu_si512(from + i));
+        if (i < whole) _mm512_store_si512(row + i, _mm512_maskz_loadu_epi16((1u << (c.d - i / 2)) - 1, from + i));
+    }
+}
+
+// Hidden values of one expert in bf16, as left operands of the down product.
+void hidden_of(const ExpertCall& c, const Room& room, char* hidden) {
+    const bf16 *up_bias = static_cast<const bf16*>(c.up_bias), *gate_bias = static_cast<const bf16*>(c.gate_bias);
+    int64_t deep = tiles(c.d, DEPTH), to = row_bytes(c.size);
+    interleave(static_cast<const bf16*>(c.up), c.size, c.d, c.size, room.up);
+    if (c.gate) interleave(static_cast<const bf16*>(c.gate), c.size, c.d, c.size, room.gate);
+    for (int64_t t = 0; t < c.count; t += BLOCK) {
+        int64_t rows = std::min(c.count - t, BLOCK), stride = row_bytes(c.d);
+        const char* a = room.rows;
+        if (!c.list && c.d % DEPTH == 0 && rows % SIDE == 0)
+            a = c.x + t * c.ld_x, stride = c.ld_x;
+        else
+            gather(c, t, rows, room.rows);
+        for (int64_t n = 0; n < c.size; n += BLOCK) {
+            int64_t cols = std::min(c.size - n, BLOCK);
+            block(a, stride, room.up + n / SIDE * deep * TILE, deep, rows, cols, room.sums);
+            if (c.gate) block(a, stride, room.gate + n / SIDE * deep * TILE, deep, rows, cols, room.gates);
+            vf add[2] = {}, add_gate[2] = {};
+            for (int v = 0; v < 2; v++) {
+                if (up_bias) add[v] = load_some(up_bias + n + v * LANES, cols - v * LANES);
+                if (gate_bias) add_gate[v] = load_some(gate_bias + n + v * LANES, cols - v * LANES);
+            }
+            for (int64_t r = 0; r < rows; r++) {
+                vf h[2] = {};
+                for (int v = 0; v < 2; v++) {
+                    if (v * SIDE >= cols) break;
+                    h[v] = load(room.sums + r * BLOCK + v * LANES) + add[v];
+                    if (c.gate)
+                        h[v] *= activate(load(room.gates + r * BLOCK + v * LANES) + add_gate[v], c.activation);
+                    else
+                        h[v] = activate(h[v], c.activation);
+                }
+                _mm512_store_si512(hidden + (t + r) * to + n / SIDE * 32,
+                                   (__m512i)_mm512_cvtne2ps_pbh((__m512)h[1], (__m512)h[0]));
+            }
+        }
+    }
+}
+
+// Adds columns `first` to `last` of one expert's output.
+void outputs_of(const ExpertCall& c, const Room& room, const char* hidden, int64_t first, int64_t last) {
+    int64_t deep = tiles(c.size, DEPTH), stride = row_bytes(c.size);
+    interleave(static_cast<const bf16*>(c.down) + first, c.d_out, c.size, last - first, room.down);
+    const bf16* constant = static_cast<const bf16*>(c.constant);
+    float* sums = room.sums;
+    for (int64_t t = 0; t < c.count; t += BLOCK) {
+        int64_t rows = std::min(c.count - t, BLOCK);
+        for (int64_t n = first; n < last; n += BLOCK) {
+            int64_t cols = std::min(last - n, BLOCK);
+            sums = sums == room.sums ? room.sums + BLOCK * BLOCK : room.sums;  // two in turn: the next need not wait
+            block(hidden + t * stride, stride, room.down + (n - first) / SIDE * deep * TILE, deep, rows, cols, sums);
+            vf less[2] = {};
+            for (int v = 0; v < 2 && constant; v++) less[v] = load_some(constant + n + v * LANES, cols - v * LANES);
+            for (int64_t r = 0; r < rows; r++) {
+                float* y = c.y + c.token(t + r) * c.ld_y + n;
+                store(y, load(y) + (load(sums + r * BLOCK) - less[0]));
+                if (cols > SIDE) store(y + LANES, load(y + LANES) + (load(sums + r * BLOCK + LANES) - less[1]));
+            }
+        }
+    }
+}
+
+void experts(const ExpertCall* calls, int64_t n, int64_t tokens) {
+    int64_t many = 0;
+    for (int64_t i = 0; i < n; i++) {
+        if (calls[i].count < FEWEST)
+            kernels_avx512bf16.expert_bf16(calls[i]);
+        else
+            many++;
+    }
+    if (!many) return;
+    const TileShapes shapes;
+    _tile_loadconfig(&shapes);
+    for (int64_t first = 0, last = 0; first < n; first = last) {
+        int64_t used = 0, d_out = calls[first].d_out;
+        Room room{};
+        for (; last < n; last++) {
+            const ExpertCall& c = calls[last];
+            if (c.count < FEWEST) continue;
+            int64_t bytes = hidden_bytes(c.count, c.size);
+            if (used && used + bytes > HIDDEN) break;
+            room = rooms(c.scratch, c.d, c.widest, d_out);
+            hidden_of(c, room, room.hidden + used);
+            used += bytes;
+        }
+        int64_t width = std::max<int64_t>(BLOCK, OUTPUT / (tokens * 4) / BLOCK * BLOCK);
+        for (int64_t column = 0; column < d_out; column += width) {
+            const char* hidden = room.hidden;
+            for (int64_t i = first; i < last; i++) {
+                if (calls[i].count < FEWEST) continue;
+                outputs_of(calls[i], room, hidden, column, std::min(column + width, d_out));
+                hidden += hidden_bytes(calls[i].count, calls[i].size);
+            }
+        }
+    }
+    _tile_release();
+}
+
+void dots_bf16(const void* x, int64_t ld_x, int64_t tokens, const bf16* w, int64_t rows, int64_t depth, float* out,
+               int64_t ld_out, bool relu) {
+    kernels_avx512bf16.dots_bf16(x, ld_x, tokens, w, rows, depth, out, ld_out, relu);
+}
+
+void dots_mixed(const float* x, int64_t ld_x, int64_t tokens, const bf16* w, int64_t rows, int64_t depth, float* out,
+                int64_t ld_out, bool relu) {
+    kernels_avx512bf16.dots_mixed(x, ld_x, tokens, w, rows, depth, out, ld_out, relu);
+}
+
+}  // namespace
+}  // namespace amx
+
+bool amx_usable() {
+    static const bool usable = [] {
+        unsigned a, b, c, d = 0;
+        constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
+        constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (AMX_BF16 | AMX_TILE)) != (AMX_BF16 | AMX_TILE)) return false;
+#if defined(__linux__)
+        return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+        return false;
+#endif
+    }();
+    return usable;
+}
+
+extern const Kernels kernels_amx;
+const Kernels kernels_amx = {
+    "amx",        16,         true,        nullptr, nullptr, amx::experts, amx::experts_scratch, nullptr,
+    amx::dots_bf16, amx::dots_mixed, amx::choose, amx::narrow, amx::widen,
+};
+
+}  // namespace d2dmoe
