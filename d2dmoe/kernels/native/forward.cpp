@@ -130,6 +130,8 @@ struct Call {
     bool everything() const { return !run && layer.tau <= 0; }
     bool widened() const { return layer.bf16 && !kernels.bf16_inputs; }
     int64_t element() const { return layer.bf16 ? 2 : 4; }
+    // All experts of a tile of tokens in one go; that keeps its own order of things in the caches.
+    bool by_experts() const { return layer.bf16 && kernels.experts_bf16; }
     int64_t padded_out() const { return round_up(layer.d_out, kernels.lanes); }
     // Tokens can be added up where they belong if they are fp32 and whole vectors.
     bool in_place() const { return !layer.bf16 && layer.d_out % kernels.lanes == 0; }
@@ -230,7 +232,7 @@ void run_experts(const Call& c, int64_t first, int64_t last, const Rows& rows, i
         int64_t count = listed ? counts[e] : tokens;
         if (count) calls[n++] = expert_call(c, e, rows, listed ? lists + e * stride : nullptr, count, scratch);
     }
-    if (c.layer.bf16 && c.kernels.experts_bf16) return c.kernels.experts_bf16(calls, n, tokens);
+    if (c.by_experts()) return c.kernels.experts_bf16(calls, n, tokens);
     for (int64_t i = 0; i < n; i++) (c.layer.bf16 ? c.kernels.expert_bf16 : c.kernels.expert_f32)(calls[i]);
 }
 
@@ -254,8 +256,7 @@ int64_t experts_in_all(const D2dmoeLayer& l) { return l.experts + (l.linear_in &
 
 int64_t scratch_for(const Call& c, int64_t tokens) {
     int64_t one = expert_scratch(tokens, widest(c.layer));
-    if (!c.layer.bf16 || !c.kernels.experts_scratch) return one;
-    return std::max(one, c.kernels.experts_scratch(tokens, c.layer.d, widest(c.layer), c.layer.d_out));
+    return !c.by_experts() ? one : std::max(one, c.kernels.experts_scratch(tokens, c.layer.d, widest(c.layer), c.layer.d_out));
 }
 
 // ---- few tokens
@@ -380,6 +381,9 @@ void few_enter(void* context, int id, int team) {
 
 // ---- many tokens
 
+// From list to list: an odd number of cache lines, so that the ends of all lists find room in the first cache.
+int64_t list_stride(int64_t tokens) { return (round_up(tokens, 16) / 16 | 1) * 16; }
+
 struct ManyOwn {
     const Call* call;
     int64_t tile;
@@ -395,7 +399,7 @@ struct ManyOwn {
         run = p.take<uint8_t>(call->routed() ? tile * l.experts : 0);
         wide = p.take<float>(call->widened() ? tile * l.d : 0);
         sums = p.take<float>(call->in_place() ? 0 : tile * call->padded_out());
-        lists = p.take<int32_t>(l.experts * tile);
+        lists = p.take<int32_t>(l.experts * list_stride(tile));
         counts = p.take<int32_t>(l.experts);
         calls = p.take<ExpertCall>(l.experts + 1);
         room = p.take<char>(scratch_for(*call, tile));
@@ -418,11 +422,11 @@ void run_tile(const Call& c, int64_t first, int64_t n, ManyOwn& own) {
         score_and_choose(c, own.hidden, n, own.scores, own.run, own.scratch);
         run = own.run;
     }
-    if (run) make_lists(c, run, n, own.lists, own.tile, own.counts);
+    if (run) make_lists(c, run, n, own.lists, list_stride(own.tile), own.counts);
     int64_t ld_y = c.padded_out();
     float* y = c.in_place() ? reinterpret_cast<float*>(c.y) + first * l.d_out : own.sums;
     for (int64_t t = 0; t < n; t++) start_row(c, y + t * ld_y);
-    run_experts(c, 0, experts_in_all(l), {x, y, ld_y}, n, run ? own.lists : nullptr, own.tile, own.counts, own.calls,
+    run_experts(c, 0, experts_in_all(l), {x, y, ld_y}, n, run ? own.lists : nullptr, list_stride(own.tile), own.counts, own.calls,
                 own.room);
     for (int64_t t = 0; t < n; t++) write_row(c, y + t * ld_y, first + t);
 }
@@ -446,7 +450,7 @@ int64_t tile_size(const Call& c) {
     const char* forced = std::getenv("D2DMOE_TILE");
     int64_t bytes = c.layer.d * (c.widened() ? 4 : c.element()) + c.layer.d_out * 4;
     int64_t weights = c.layer.experts * c.layer.size * (c.layer.d * (c.layer.gate_weight ? 2 : 1) + c.layer.d_out);
-    bool fit = weights * c.element() <= LAST_CACHE;
+    bool fit = weights * c.element() <= LAST_CACHE && !c.by_experts();
     int64_t most = forced ? std::atoll(forced) : fit ? std::clamp<int64_t>(SECOND_CACHE / bytes, 128, 256) : 512;
     int64_t rounds = (c.tokens + most * c.team - 1) / (most * c.team);
     return (c.tokens + rounds * c.team - 1) / (rounds * c.team);

@@ -249,9 +249,68 @@ void experts(const ExpertCall* calls, int64_t n, int64_t tokens) {
     _tile_release();
 }
 
+// ---- router
+
+constexpr int64_t CHUNK = 16;  // tiles of depth taken at once
+
+// Rows of weights, `depth` apart, as right operands: 16 rows to the 16 columns of a tile, k fastest.
+void turn(const bf16* w, int64_t depth, int64_t rows, int64_t deep, char* out) {
+    for (int64_t r = 0; r < rows; r += SIDE) {
+        __m512i from = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                          _mm512_set1_epi32(int32_t(depth) * 2));
+        for (int64_t k = 0; k < deep; k++, out += TILE)
+            for (int64_t i = 0; i < SIDE; i++)
+                _mm512_store_si512(out + i * LINE, _mm512_i32gather_epi32(from, w + r * depth + k * DEPTH + 2 * i, 1));
+    }
+}
+
+template <int M, int N>
+void add_products(const char* a, int64_t stride, const char* b, int64_t deep, bool first, float* out, int64_t ld_out) {
+    no_sums();
+    if (!first) {
+        asm volatile("" ::: "memory");
+        _tile_loadd(0, out, ld_out * 4);
+        if (N > 1) _tile_loadd(1, out + SIDE, ld_out * 4);
+        if (M > 1) _tile_loadd(2, out + SIDE * ld_out, ld_out * 4);
+        if (M > 1 && N > 1) _tile_loadd(3, out + SIDE * ld_out + SIDE, ld_out * 4);
+    }
+    multiply<M, N>(a, stride, b, deep);
+    store_sums<M, N>(out, ld_out);
+}
+
+// Whole tiles here, what is left over by single products.
 void dots_bf16(const void* x, int64_t ld_x, int64_t tokens, const bf16* w, int64_t rows, int64_t depth, float* out,
                int64_t ld_out, bool relu) {
-    kernels_avx512bf16.dots_bf16(x, ld_x, tokens, w, rows, depth, out, ld_out, relu);
+    const char* start = static_cast<const char*>(x);
+    auto rest = [&](int64_t token, int64_t count, int64_t row, int64_t n) {
+        if (count && n)
+            kernels_avx512bf16.dots_bf16(start + token * ld_x * 2, ld_x, count, w + row * depth, n, depth,
+                                         out + token * ld_out + row, ld_out, relu);
+    };
+    int64_t whole_tokens = depth % DEPTH ? 0 : tokens / SIDE * SIDE, whole_rows = rows / SIDE * SIDE;
+    if (!whole_tokens || !whole_rows || depth > 1 << 24) return rest(0, tokens, 0, rows);
+    rest(whole_tokens, tokens - whole_tokens, 0, rows);
+    rest(0, whole_tokens, whole_rows, rows - whole_rows);
+    alignas(64) char turned[2 * CHUNK * TILE];
+    const TileShapes shapes;
+    _tile_loadconfig(&shapes);
+    for (int64_t r = 0; r < whole_rows; r += BLOCK)
+        for (int64_t k = 0; k < depth; k += CHUNK * DEPTH) {
+            int64_t deep = std::min(CHUNK, (depth - k) / DEPTH), cols = std::min(whole_rows - r, BLOCK);
+            turn(w + r * depth + k, depth, cols, deep, turned);
+            for (int64_t t = 0; t < whole_tokens; t += BLOCK) {
+                auto add = whole_tokens - t > SIDE ? cols > SIDE ? add_products<2, 2> : add_products<2, 1>
+                           : cols > SIDE           ? add_products<1, 2>
+                                                   : add_products<1, 1>;
+                add(start + (t * ld_x + k) * 2, ld_x * 2, turned, deep, k == 0, out + t * ld_out + r, ld_out);
+            }
+        }
+    _tile_release();
+    for (int64_t t = 0; t < whole_tokens; t++)
+        for (int64_t r = 0; r < whole_rows; r += LANES) {
+            float* value = out + t * ld_out + r;
+            store(value, relu ? activate(load(value), RELU) : (vf)((vi)load(value) & 0x7fffffff));
+        }
 }
 
 void dots_mixed(const float* x, int64_t ld_x, int64_t tokens, const bf16* w, int64_t rows, int64_t depth, float* out,

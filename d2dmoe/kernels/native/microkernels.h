@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "kernels.h"
-#if defined(D2DMOE_BF16_PAIRS)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -35,9 +35,13 @@ inline vf load_some(const T* p, int64_t valid) {
 }
 
 inline float total(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float sum = 0;
     for (int64_t i = 0; i < LANES; i++) sum += v[i];
     return sum;
+#endif
 }
 
 inline vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
