@@ -13,6 +13,8 @@
 #include "microkernels.h"
 
 #include <cpuid.h>
+
+#include <vector>
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -24,7 +26,7 @@ namespace {
 
 constexpr int64_t SIDE = 16, DEPTH = 32, BLOCK = 2 * SIDE;
 constexpr int64_t LINE = 64;                       // bytes: one row of a tile
-constexpr int64_t TILE = SIDE * LINE + LINE;       // from tile to tile of weights: an odd number of lines
+constexpr int64_t TILE = SIDE * LINE, PAIR = 2 * TILE;
 constexpr int64_t FEWEST = 8;                      // tokens of an expert that pay for filling tiles
 constexpr int64_t HIDDEN = 512 * 1024, OUTPUT = 768 * 1024;  // bytes kept in the second cache
 
@@ -39,39 +41,50 @@ struct alignas(64) TileShapes {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// (depth, width) weights, rows `stride` apart, to tiles: k fastest, zeros where they reach beyond.
-void interleave(const bf16* w, int64_t stride, int64_t depth, int64_t width, char* out) {
+// Right operands: for every BLOCK columns the pairs of tiles from the first rows of weights to the last, `next` bytes from
+// one BLOCK to the next. Zeros where tiles reach beyond the weights.
+struct Right {
+    const char* start;
+    int64_t next, deep;
+    const char* block(int64_t column) const { return start + column / BLOCK * next; }
+};
+
+// The line of scratch in between keeps the blocks out of each other's cache sets.
+int64_t right_bytes(int64_t depth, int64_t width) { return tiles(width, BLOCK) * (tiles(depth, DEPTH) * PAIR + LINE); }
+
+// (depth, width) weights, rows `stride` apart.
+Right interleave(const bf16* w, int64_t stride, int64_t depth, int64_t width, char* out) {
     alignas(64) uint16_t low[32], high[32];
     for (int i = 0; i < 16; i++) {
         low[2 * i] = uint16_t(i), low[2 * i + 1] = uint16_t(32 + i);
         high[2 * i] = uint16_t(16 + i), high[2 * i + 1] = uint16_t(48 + i);
     }
     const __m512i low_half = _mm512_load_si512(low), high_half = _mm512_load_si512(high);
-    int64_t deep = tiles(depth, DEPTH), next = deep * TILE;
+    int64_t deep = tiles(depth, DEPTH), next = deep * PAIR + LINE;
     for (int64_t k = 0; k < deep * DEPTH; k += 2) {
-        char* to = out + k / DEPTH * TILE + k % DEPTH / 2 * LINE;
+        char* to = out + k / DEPTH * PAIR + k % DEPTH / 2 * LINE;
         const bf16* row = w + k * stride;
-        for (int64_t n = 0; n < width; n += 32, to += 2 * next) {
+        for (int64_t n = 0; n < width; n += 32, to += next) {
             __mmask32 mask = width - n >= 32 ? ~0u : (1u << (width - n)) - 1;
             __m512i first = _mm512_maskz_loadu_epi16(k < depth ? mask : 0, row + n);
             __m512i second = _mm512_maskz_loadu_epi16(k + 1 < depth ? mask : 0, row + stride + n);
             _mm512_store_si512(to, _mm512_permutex2var_epi16(first, low_half, second));
-            if (width - n > 16) _mm512_store_si512(to + next, _mm512_permutex2var_epi16(first, high_half, second));
+            _mm512_store_si512(to + TILE, _mm512_permutex2var_epi16(first, high_half, second));
         }
     }
+    return {out, next, deep};
 }
 
 // The sums of M x N tiles in tiles 0 to 3: `a` rows `stride` bytes apart, `b` as of `interleave`.
 template <int M, int N>
 inline void multiply(const char* a, int64_t stride, const char* b, int64_t deep) {
     asm volatile("" ::: "memory");  // the compiler does not know that tile loads read memory
-    const char* b2 = b + deep * TILE;
     for (int64_t k = 0; k < deep; k++) {
         _tile_loadd(4, a + k * LINE, stride);
-        _tile_loadd(6, b + k * TILE, LINE);
+        _tile_loadd(6, b + k * PAIR, LINE);
         _tile_dpbf16ps(0, 4, 6);
         if (N > 1) {
-            _tile_loadd(7, b2 + k * TILE, LINE);
+            _tile_loadd(7, b + k * PAIR + TILE, LINE);
             _tile_dpbf16ps(1, 4, 7);
         }
         if (M > 1) {
@@ -127,9 +140,9 @@ Room rooms(char* scratch, int64_t d, int64_t size, int64_t d_out) {
     r.sums = take<float>(scratch, 2 * BLOCK * BLOCK);
     r.gates = take<float>(scratch, BLOCK * BLOCK);
     r.rows = take<char>(scratch, BLOCK * row_bytes(d));
-    r.up = take<char>(scratch, tiles(d, DEPTH) * tiles(size, SIDE) * TILE);
-    r.gate = take<char>(scratch, tiles(d, DEPTH) * tiles(size, SIDE) * TILE);
-    r.down = take<char>(scratch, tiles(size, DEPTH) * tiles(d_out, SIDE) * TILE);
+    r.up = take<char>(scratch, right_bytes(d, size));
+    r.gate = take<char>(scratch, right_bytes(d, size));
+    r.down = take<char>(scratch, right_bytes(size, d_out));
     r.hidden = scratch;
     return r;
 }
@@ -154,9 +167,13 @@ void gather(const ExpertCall& c, int64_t first, int64_t rows, char* to) {
 // Hidden values of one expert in bf16, as left operands of the down product.
 void hidden_of(const ExpertCall& c, const Room& room, char* hidden) {
     const bf16 *up_bias = static_cast<const bf16*>(c.up_bias), *gate_bias = static_cast<const bf16*>(c.gate_bias);
-    int64_t deep = tiles(c.d, DEPTH), to = row_bytes(c.size);
-    interleave(static_cast<const bf16*>(c.up), c.size, c.d, c.size, room.up);
-    if (c.gate) interleave(static_cast<const bf16*>(c.gate), c.size, c.d, c.size, room.gate);
+    int64_t to = row_bytes(c.size);
+#ifdef PACKED
+    Right up{(const char*)c.up, c.d/32*PAIR, c.d/32}, gate = up;
+#else
+    Right up = interleave(static_cast<const bf16*>(c.up), c.size, c.d, c.size, room.up), gate{};
+    if (c.gate) gate = interleave(static_cast<const bf16*>(c.gate), c.size, c.d, c.size, room.gate);
+#endif
     for (int64_t t = 0; t < c.count; t += BLOCK) {
         int64_t rows = std::min(c.count - t, BLOCK), stride = row_bytes(c.d);
         const char* a = room.rows;
@@ -166,8 +183,8 @@ void hidden_of(const ExpertCall& c, const Room& room, char* hidden) {
             gather(c, t, rows, room.rows);
         for (int64_t n = 0; n < c.size; n += BLOCK) {
             int64_t cols = std::min(c.size - n, BLOCK);
-            block(a, stride, room.up + n / SIDE * deep * TILE, deep, rows, cols, room.sums);
-            if (c.gate) block(a, stride, room.gate + n / SIDE * deep * TILE, deep, rows, cols, room.gates);
+            block(a, stride, up.block(n), up.deep, rows, cols, room.sums);
+            if (c.gate) block(a, stride, gate.block(n), gate.deep, rows, cols, room.gates);
             vf add[2] = {}, add_gate[2] = {};
             for (int v = 0; v < 2; v++) {
                 if (up_bias) add[v] = load_some(up_bias + n + v * LANES, cols - v * LANES);
@@ -190,59 +207,69 @@ void hidden_of(const ExpertCall& c, const Room& room, char* hidden) {
     }
 }
 
+// Adds BLOCK columns of sums to the rows of the output.
+inline void add_sums(const float* sums, float* const* y, int64_t rows, int64_t column, bool two, vf less, vf less2) {
+    for (int64_t r = 0; r < rows; r++) {
+        float* to = y[r] + column;
+        store(to, load(to) + (load(sums + r * BLOCK) - less));
+        if (two) store(to + LANES, load(to + LANES) + (load(sums + r * BLOCK + LANES) - less2));
+    }
+}
+
 // Adds columns `first` to `last` of one expert's output.
 void outputs_of(const ExpertCall& c, const Room& room, const char* hidden, int64_t first, int64_t last) {
-    int64_t deep = tiles(c.size, DEPTH), stride = row_bytes(c.size);
-    interleave(static_cast<const bf16*>(c.down) + first, c.d_out, c.size, last - first, room.down);
+    int64_t stride = row_bytes(c.size);
+#ifdef PACKED
+    Right down{(const char*)c.down + first/32*(c.size/32*PAIR), c.size/32*PAIR, c.size/32};
+#else
+    Right down = interleave(static_cast<const bf16*>(c.down) + first, c.d_out, c.size, last - first, room.down);
+#endif
     const bf16* constant = static_cast<const bf16*>(c.constant);
-    float* sums = room.sums;
+    float* y[BLOCK];
     for (int64_t t = 0; t < c.count; t += BLOCK) {
         int64_t rows = std::min(c.count - t, BLOCK);
-        for (int64_t n = first; n < last; n += BLOCK) {
-            int64_t cols = std::min(last - n, BLOCK);
-            sums = sums == room.sums ? room.sums + BLOCK * BLOCK : room.sums;  // two in turn: the next need not wait
-            block(hidden + t * stride, stride, room.down + (n - first) / SIDE * deep * TILE, deep, rows, cols, sums);
-            vf less[2] = {};
-            for (int v = 0; v < 2 && constant; v++) less[v] = load_some(constant + n + v * LANES, cols - v * LANES);
-            for (int64_t r = 0; r < rows; r++) {
-                float* y = c.y + c.token(t + r) * c.ld_y + n;
-                store(y, load(y) + (load(sums + r * BLOCK) - less[0]));
-                if (cols > SIDE) store(y + LANES, load(y + LANES) + (load(sums + r * BLOCK + LANES) - less[1]));
-            }
+        for (int64_t r = 0; r < rows; r++) y[r] = c.y + c.token(t + r) * c.ld_y;
+        float *sums = room.sums, *before = room.sums + BLOCK * BLOCK;
+        // Sums are added while the next tiles are being multiplied.
+        for (int64_t n = first; n < last + BLOCK; n += BLOCK, std::swap(sums, before)) {
+            if (n < last)
+                block(hidden + t * stride, stride, down.block(n - first), down.deep, rows, last - n, sums);
+            if (n == first) continue;
+            int64_t column = n - BLOCK, cols = last - column;
+            vf less = constant ? load_some(constant + column, cols) : vf{};
+            vf less2 = constant && cols > SIDE ? load_some(constant + column + LANES, cols - LANES) : vf{};
+            add_sums(before, y, rows, column, cols > SIDE, less, less2);
         }
     }
 }
 
 void experts(const ExpertCall* calls, int64_t n, int64_t tokens) {
-    int64_t many = 0;
+    std::vector<const ExpertCall*> many;
     for (int64_t i = 0; i < n; i++) {
         if (calls[i].count < FEWEST)
             kernels_avx512bf16.expert_bf16(calls[i]);
         else
-            many++;
+            many.push_back(calls + i);
     }
-    if (!many) return;
+    if (many.empty()) return;
     const TileShapes shapes;
     _tile_loadconfig(&shapes);
-    for (int64_t first = 0, last = 0; first < n; first = last) {
-        int64_t used = 0, d_out = calls[first].d_out;
-        Room room{};
-        for (; last < n; last++) {
-            const ExpertCall& c = calls[last];
-            if (c.count < FEWEST) continue;
-            int64_t bytes = hidden_bytes(c.count, c.size);
+    const ExpertCall &any = *many[0];
+    int64_t d_out = any.d_out, width = std::max<int64_t>(BLOCK, OUTPUT / (tokens * 4) / BLOCK * BLOCK);
+    const Room room = rooms(any.scratch, any.d, any.widest, d_out);
+    for (size_t first = 0, last = 0; first < many.size(); first = last) {
+        int64_t used = 0;
+        for (; last < many.size(); last++) {
+            int64_t bytes = hidden_bytes(many[last]->count, many[last]->size);
             if (used && used + bytes > HIDDEN) break;
-            room = rooms(c.scratch, c.d, c.widest, d_out);
-            hidden_of(c, room, room.hidden + used);
+            hidden_of(*many[last], room, room.hidden + used);
             used += bytes;
         }
-        int64_t width = std::max<int64_t>(BLOCK, OUTPUT / (tokens * 4) / BLOCK * BLOCK);
         for (int64_t column = 0; column < d_out; column += width) {
             const char* hidden = room.hidden;
-            for (int64_t i = first; i < last; i++) {
-                if (calls[i].count < FEWEST) continue;
-                outputs_of(calls[i], room, hidden, column, std::min(column + width, d_out));
-                hidden += hidden_bytes(calls[i].count, calls[i].size);
+            for (size_t i = first; i < last; i++) {
+                outputs_of(*many[i], room, hidden, column, std::min(column + width, d_out));
+                hidden += hidden_bytes(many[i]->count, many[i]->size);
             }
         }
     }
@@ -253,15 +280,15 @@ void experts(const ExpertCall* calls, int64_t n, int64_t tokens) {
 
 constexpr int64_t CHUNK = 16;  // tiles of depth taken at once
 
-// Rows of weights, `depth` apart, as right operands: 16 rows to the 16 columns of a tile, k fastest.
+// Up to BLOCK rows of weights, `depth` apart, as columns of right operands.
 void turn(const bf16* w, int64_t depth, int64_t rows, int64_t deep, char* out) {
-    for (int64_t r = 0; r < rows; r += SIDE) {
-        __m512i from = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                          _mm512_set1_epi32(int32_t(depth) * 2));
-        for (int64_t k = 0; k < deep; k++, out += TILE)
+    const __m512i from = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                            _mm512_set1_epi32(int32_t(depth) * 2));
+    for (int64_t r = 0; r < rows; r += SIDE)
+        for (int64_t k = 0; k < deep; k++)
             for (int64_t i = 0; i < SIDE; i++)
-                _mm512_store_si512(out + i * LINE, _mm512_i32gather_epi32(from, w + r * depth + k * DEPTH + 2 * i, 1));
-    }
+                _mm512_store_si512(out + k * PAIR + r / SIDE * TILE + i * LINE,
+                                   _mm512_i32gather_epi32(from, w + r * depth + k * DEPTH + 2 * i, 1));
 }
 
 template <int M, int N>
@@ -291,7 +318,7 @@ void dots_bf16(const void* x, int64_t ld_x, int64_t tokens, const bf16* w, int64
     if (!whole_tokens || !whole_rows || depth > 1 << 24) return rest(0, tokens, 0, rows);
     rest(whole_tokens, tokens - whole_tokens, 0, rows);
     rest(0, whole_tokens, whole_rows, rows - whole_rows);
-    alignas(64) char turned[2 * CHUNK * TILE];
+    alignas(64) char turned[CHUNK * PAIR];
     const TileShapes shapes;
     _tile_loadconfig(&shapes);
     for (int64_t r = 0; r < whole_rows; r += BLOCK)
