@@ -174,7 +174,7 @@ class DynamicFFN(nn.Module):
         sources = (*own.values(), *router.values())
         key = (stand_in, settings, *((t.data_ptr(), _version(t)) for t in sources if t is not None))
         if self._plan is None or self._plan[0] != key:
-            self._plan = (key, Plan(self._kernel_tensors(stand_in), self.activation, *settings))
+            self._plan = (key, Plan(self._kernel_tensors(stand_in), self.activation, *settings, tiles=True))
         return self._plan[1](x, run)
 
     def _kernel_tensors(self, stand_in: int | None) -> dict[str, torch.Tensor | None]:

@@ -32,11 +32,12 @@ struct D2dmoeLayer {
     const void *constants;                                              // (experts, d_out)
     const float* base;                                                  // (d_out,): what a token gets without any expert
     const void *linear_in, *linear_out;                                 // (d, rank), (rank, d_out)
+    const void *up_tiles, *gate_tiles, *down_tiles;                     // as of in_tiles in native.py
 };
 
 }
 
-EXPORT int d2dmoe_abi() { return 1; }
+EXPORT int d2dmoe_abi() { return 2; }
 
 namespace {
 
@@ -217,6 +218,10 @@ ExpertCall expert_call(const Call& c, int64_t e, const Rows& rows, const int32_t
         call.up = offset(l.up, e * up, element), call.up_bias = offset(l.up_bias, e * l.size, element);
         call.gate = offset(l.gate_weight, e * up, element), call.gate_bias = offset(l.gate_bias, e * l.size, element);
         call.down = offset(l.down, e * down, element);
+        int64_t tiles = round_up(l.size, 32);
+        call.up_tiles = offset(l.up_tiles, e * tiles * round_up(l.d, 32), 2);
+        call.gate_tiles = offset(l.gate_tiles, e * tiles * round_up(l.d, 32), 2);
+        call.down_tiles = offset(l.down_tiles, e * tiles * round_up(l.d_out, 32), 2);
         call.constant = offset(l.constants, e * l.d_out, element);
         call.size = l.size, call.activation = l.activation;
     }
@@ -462,6 +467,7 @@ EXPORT int d2dmoe_kernels() { return KERNELS; }
 EXPORT const char* d2dmoe_kernels_name(int number) { return all_kernels[number]->name; }
 EXPORT int d2dmoe_kernels_supported(int number) { return supported(number); }
 EXPORT int d2dmoe_kernels_bf16(int number) { return all_kernels[number]->bf16_inputs; }
+EXPORT int d2dmoe_kernels_tiles(int number) { return all_kernels[number]->experts_bf16 != nullptr; }
 
 EXPORT void d2dmoe_use_openmp(void* parallel, void* thread_number, void* team_size) {
     use_openmp(parallel, thread_number, team_size);

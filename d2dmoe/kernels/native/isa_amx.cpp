@@ -1,7 +1,8 @@
 // As isa_avx512bf16.cpp, and tiles of 16 x 16 sums for experts that enough tokens run.
 //
 // A tile product takes rows of 32 bf16 from the left, and from the right 16 rows of 16 pairs: weights (k, n) become
-// (k / 2, n, 2). They are interleaved here, once per expert and call, which costs a few percent of reading them.
+// (k / 2, n, 2). A plan keeps them like that (native.py, `in_tiles`); where it does not, they are interleaved here, once per
+// expert and call.
 //
 // Experts are taken in groups: first the hidden values of a whole group, then its outputs, block of columns after block
 // of columns, so that neither leaves the second cache.
@@ -28,7 +29,7 @@ constexpr int64_t SIDE = 16, DEPTH = 32, BLOCK = 2 * SIDE;
 constexpr int64_t LINE = 64;                       // bytes: one row of a tile
 constexpr int64_t TILE = SIDE * LINE, PAIR = 2 * TILE;
 constexpr int64_t FEWEST = 8;                      // tokens of an expert that pay for filling tiles
-constexpr int64_t HIDDEN = 512 * 1024, OUTPUT = 768 * 1024;  // bytes kept in the second cache
+constexpr int64_t HIDDEN = 512 * 1024, OUTPUT = 256 * 1024;  // bytes kept in the second cache
 
 int64_t tiles(int64_t n, int64_t of) { return (n + of - 1) / of; }
 // Bytes from row to row of left operands: whole tiles, and an odd number of lines so that rows fall into different sets.
@@ -73,6 +74,13 @@ Right interleave(const bf16* w, int64_t stride, int64_t depth, int64_t width, ch
         }
     }
     return {out, next, deep};
+}
+
+// Columns from `first` on (a multiple of BLOCK) as they are stored in tiles, or put there now.
+Right right(const void* w, const void* stored, int64_t stride, int64_t first, int64_t depth, int64_t width, char* scratch) {
+    if (!stored) return interleave(static_cast<const bf16*>(w) + first, stride, depth, width, scratch);
+    int64_t deep = tiles(depth, DEPTH);
+    return {static_cast<const char*>(stored) + first / BLOCK * deep * PAIR, deep * PAIR, deep};
 }
 
 // The sums of M x N tiles in tiles 0 to 3: `a` rows `stride` bytes apart, `b` as of `interleave`.
@@ -168,12 +176,8 @@ void gather(const ExpertCall& c, int64_t first, int64_t rows, char* to) {
 void hidden_of(const ExpertCall& c, const Room& room, char* hidden) {
     const bf16 *up_bias = static_cast<const bf16*>(c.up_bias), *gate_bias = static_cast<const bf16*>(c.gate_bias);
     int64_t to = row_bytes(c.size);
-#ifdef PACKED
-    Right up{(const char*)c.up, c.d/32*PAIR, c.d/32}, gate = up;
-#else
-    Right up = interleave(static_cast<const bf16*>(c.up), c.size, c.d, c.size, room.up), gate{};
-    if (c.gate) gate = interleave(static_cast<const bf16*>(c.gate), c.size, c.d, c.size, room.gate);
-#endif
+    Right up = right(c.up, c.up_tiles, c.size, 0, c.d, c.size, room.up), gate{};
+    if (c.gate) gate = right(c.gate, c.gate_tiles, c.size, 0, c.d, c.size, room.gate);
     for (int64_t t = 0; t < c.count; t += BLOCK) {
         int64_t rows = std::min(c.count - t, BLOCK), stride = row_bytes(c.d);
         const char* a = room.rows;
@@ -219,11 +223,7 @@ inline void add_sums(const float* sums, float* const* y, int64_t rows, int64_t c
 // Adds columns `first` to `last` of one expert's output.
 void outputs_of(const ExpertCall& c, const Room& room, const char* hidden, int64_t first, int64_t last) {
     int64_t stride = row_bytes(c.size);
-#ifdef PACKED
-    Right down{(const char*)c.down + first/32*(c.size/32*PAIR), c.size/32*PAIR, c.size/32};
-#else
-    Right down = interleave(static_cast<const bf16*>(c.down) + first, c.d_out, c.size, last - first, room.down);
-#endif
+    Right down = right(c.down, c.down_tiles, c.d_out, first, c.size, last - first, room.down);
     const bf16* constant = static_cast<const bf16*>(c.constant);
     float* y[BLOCK];
     for (int64_t t = 0; t < c.count; t += BLOCK) {
@@ -365,8 +365,8 @@ bool amx_usable() {
 
 extern const Kernels kernels_amx;
 const Kernels kernels_amx = {
-    "amx",        16,         true,        nullptr, nullptr, amx::experts, amx::experts_scratch, nullptr,
-    amx::dots_bf16, amx::dots_mixed, amx::choose, amx::narrow, amx::widen,
+    "amx", 16, true, nullptr, nullptr, amx::experts, amx::experts_scratch, nullptr, amx::dots_bf16, amx::dots_mixed,
+    amx::choose, amx::narrow, amx::widen,
 };
 
 }  // namespace d2dmoe

@@ -14,6 +14,7 @@ enum Gate : int32_t { GATE_MAX, GATE_SHARE, GATE_TOPK, GATE_TOPP, GATE_ABSOLUTE 
 // One expert and the tokens it runs for. Weights are (d, size) and (size, d_out), each one contiguous piece.
 struct ExpertCall {
     const void *up, *up_bias, *gate, *gate_bias, *down;
+    const void *up_tiles, *gate_tiles, *down_tiles;  // the same weights once more for experts_bf16, or null
     const void* constant;  // (d_out,), taken off the output, or null
     int64_t d, size, d_out;
     int64_t widest;        // the largest size among the layer's experts
