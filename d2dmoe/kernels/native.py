@@ -136,12 +136,10 @@ class Plan:
         kernels: int | None = None,
         tiles: bool = False,
     ):
-        """See `operator.reference`.
+        """See `operator.reference`; `kernels` forces an instruction set.
 
-        Args:
-            kernels: Forces an instruction set.
-            tiles: May the plan keep bf16 weights a second time, in tiles, where the instruction set gains by that? Worth
-                it for a plan that is used again.
+        With `tiles` the plan may keep bf16 weights a second time, in tiles, where the instruction set gains by that. It
+        pays for a plan that is used again.
         """
         up = tensors["up_weight"]
         tensors = {name: None if t is None else t.to(up.dtype).contiguous() for name, t in tensors.items()}

@@ -276,6 +276,13 @@ void experts(const ExpertCall* calls, int64_t n, int64_t tokens) {
     _tile_release();
 }
 
+void narrow_pairs(const float* x, int64_t n, bf16* out) {
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        _mm512_storeu_si512(out + i, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + i + 16), _mm512_loadu_ps(x + i)));
+    narrow(x + i, n - i, out + i);
+}
+
 // ---- router
 
 constexpr int64_t CHUNK = 16;  // tiles of depth taken at once
@@ -366,7 +373,7 @@ bool amx_usable() {
 extern const Kernels kernels_amx;
 const Kernels kernels_amx = {
     "amx", 16, true, nullptr, nullptr, amx::experts, amx::experts_scratch, nullptr, amx::dots_bf16, amx::dots_mixed,
-    amx::choose, amx::narrow, amx::widen,
+    amx::choose, amx::narrow_pairs, amx::widen,
 };
 
 }  // namespace d2dmoe
