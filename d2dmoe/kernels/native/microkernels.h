@@ -104,6 +104,25 @@ inline vf activate(vf z, int32_t kind) {
 
 // ---- matrix products
 
+// The end of a tile: KU partial sums of ROWS tokens and COLS vectors each.
+template <class W, int KU, int ROWS, int COLS, bool ADD>
+__attribute__((always_inline)) inline void write_sums(vf (&sum)[KU][ROWS][COLS], int64_t valid, const W* minus,
+                                                      float* const* out, int64_t at) {
+#pragma GCC unroll 16
+    for (int t = 0; t < ROWS; t++) {
+        float* y = out[t] + at;
+#pragma GCC unroll 8
+        for (int v = 0; v < COLS; v++) {
+            vf result = sum[0][t][v];
+#pragma GCC unroll 4
+            for (int u = 1; u < KU; u++) result += sum[u][t][v];
+            if (ADD) result += load(y + v * LANES);
+            if (minus) result -= load_some(minus + v * LANES, valid - v * LANES);
+            store(y + v * LANES, result);
+        }
+    }
+}
+
 // out[t][v] (+)= sum over k of x[t][k] w[k * stride + v], for ROWS tokens and COLS vectors. In rows from `safe` on, a
 // whole vector would reach beyond the weights; `valid` floats may be read there. KU rows of w are in flight at once.
 template <class W, int ROWS, int COLS, bool ADD>
@@ -136,19 +155,7 @@ void tile(const float* const* x, const W* w, int64_t stride, int64_t depth, int6
             for (int t = 0; t < ROWS; t++) sum[0][t][v] += row[t][k] * weights;
         }
     }
-#pragma GCC unroll 16
-    for (int t = 0; t < ROWS; t++) {
-        float* y = out[t] + at;
-#pragma GCC unroll 8
-        for (int v = 0; v < COLS; v++) {
-            vf result = sum[0][t][v];
-#pragma GCC unroll 4
-            for (int u = 1; u < KU; u++) result += sum[u][t][v];
-            if (ADD) result += load(y + v * LANES);
-            if (minus) result -= load_some(minus + v * LANES, valid - v * LANES);
-            store(y + v * LANES, result);
-        }
-    }
+    write_sums<W, KU, ROWS, COLS, ADD>(sum, valid, minus, out, at);
 }
 
 #if defined(D2DMOE_BF16_PAIRS)
@@ -205,19 +212,7 @@ void tile(const bf16* const* x, const W* w, int64_t stride, int64_t depth, int64
             }
         }
     }
-#pragma GCC unroll 16
-    for (int t = 0; t < ROWS; t++) {
-        float* y = out[t] + at;
-#pragma GCC unroll 8
-        for (int v = 0; v < COLS; v++) {
-            vf result = sum[0][t][v];
-#pragma GCC unroll 4
-            for (int u = 1; u < KU; u++) result += sum[u][t][v];
-            if (ADD) result += load(y + v * LANES);
-            if (minus) result -= load_some(minus + v * LANES, valid - v * LANES);
-            store(y + v * LANES, result);
-        }
-    }
+    write_sums<W, KU, ROWS, COLS, ADD>(sum, valid, minus, out, at);
 }
 #endif
 
