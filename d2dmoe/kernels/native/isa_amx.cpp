@@ -83,9 +83,14 @@ Right right(const void* w, const void* stored, int64_t stride, int64_t first, in
     return {static_cast<const char*>(stored) + first / BLOCK * deep * PAIR, deep * PAIR, deep};
 }
 
-// The sums of M x N tiles in tiles 0 to 3: `a` rows `stride` bytes apart, `b` as of `interleave`.
-template <int M, int N>
-inline void multiply(const char* a, int64_t stride, const char* b, int64_t deep) {
+struct Nothing {
+    void operator()(int64_t, int64_t) const {}
+};
+
+// The sums of M x N tiles in tiles 0 to 3: `a` rows `stride` bytes apart, `b` as of `interleave`. `meanwhile` is called with
+// every step and the number of steps: vectors can work while tiles multiply.
+template <int M, int N, class Meanwhile>
+inline void multiply(const char* a, int64_t stride, const char* b, int64_t deep, const Meanwhile& meanwhile) {
     asm volatile("" ::: "memory");  // the compiler does not know that tile loads read memory
     for (int64_t k = 0; k < deep; k++) {
         _tile_loadd(4, a + k * LINE, stride);
@@ -100,6 +105,7 @@ inline void multiply(const char* a, int64_t stride, const char* b, int64_t deep)
             _tile_dpbf16ps(2, 5, 6);
             if (N > 1) _tile_dpbf16ps(3, 5, 7);
         }
+        meanwhile(k, deep);
     }
 }
 
@@ -119,21 +125,23 @@ inline void store_sums(float* to, int64_t stride) {
 }
 
 // BLOCK x BLOCK sums, or fewer where there are fewer rows or columns.
-inline void block(const char* a, int64_t stride, const char* b, int64_t deep, int64_t rows, int64_t cols, float* sums) {
+template <class Meanwhile = Nothing>
+inline void block(const char* a, int64_t stride, const char* b, int64_t deep, int64_t rows, int64_t cols, float* sums,
+                  const Meanwhile& meanwhile = {}) {
     no_sums();
     if (rows > SIDE) {
         if (cols > SIDE) {
-            multiply<2, 2>(a, stride, b, deep);
+            multiply<2, 2>(a, stride, b, deep, meanwhile);
             store_sums<2, 2>(sums, BLOCK);
         } else {
-            multiply<2, 1>(a, stride, b, deep);
+            multiply<2, 1>(a, stride, b, deep, meanwhile);
             store_sums<2, 1>(sums, BLOCK);
         }
     } else if (cols > SIDE) {
-        multiply<1, 2>(a, stride, b, deep);
+        multiply<1, 2>(a, stride, b, deep, meanwhile);
         store_sums<1, 2>(sums, BLOCK);
     } else {
-        multiply<1, 1>(a, stride, b, deep);
+        multiply<1, 1>(a, stride, b, deep, meanwhile);
         store_sums<1, 1>(sums, BLOCK);
     }
 }
@@ -146,8 +154,8 @@ struct Room {
 Room rooms(char* scratch, int64_t d, int64_t size, int64_t d_out) {
     Room r;
     r.sums = take<float>(scratch, 2 * BLOCK * BLOCK);
-    r.gates = take<float>(scratch, BLOCK * BLOCK);
-    r.rows = take<char>(scratch, BLOCK * row_bytes(d));
+    r.gates = take<float>(scratch, 2 * BLOCK * BLOCK);
+    r.rows = take<char>(scratch, 2 * BLOCK * row_bytes(d));
     r.up = take<char>(scratch, right_bytes(d, size));
     r.gate = take<char>(scratch, right_bytes(d, size));
     r.down = take<char>(scratch, right_bytes(size, d_out));
@@ -160,10 +168,10 @@ int64_t experts_scratch(int64_t tokens, int64_t d, int64_t size, int64_t d_out) 
     return rooms(start, d, size, d_out).hidden - start + std::max(HIDDEN, hidden_bytes(tokens, size));
 }
 
-// Rows of the tokens `first` to `first + rows` of an expert, one after the other.
-void gather(const ExpertCall& c, int64_t first, int64_t rows, char* to) {
+// Rows of the tokens from `first` on of an expert, one after the other: the rows `begin` to `end`.
+void gather(const ExpertCall& c, int64_t first, int64_t begin, int64_t end, char* to) {
     int64_t stride = row_bytes(c.d), whole = tiles(c.d, DEPTH) * LINE;
-    for (int64_t t = 0; t < rows; t++) {
+    for (int64_t t = begin; t < end; t++) {
         const char* from = c.x + c.token(first + t) * c.ld_x;
         char* row = to + t * stride;
         int64_t i = 0;
@@ -172,43 +180,65 @@ void gather(const ExpertCall& c, int64_t first, int64_t rows, char* to) {
     }
 }
 
-// Hidden values of one expert in bf16, as left operands of the down product.
+// A block of hidden values that waits for bias and activation.
+struct Waiting {
+    const float *sums, *gates;
+    vf add[2], add_gate[2];
+    int64_t rows, cols, stride;
+    char* to;
+};
+
+inline void finish(const Waiting& w, int32_t activation, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+        vf h[2] = {};
+        for (int v = 0; v < 2; v++) {
+            if (v * SIDE >= w.cols) break;
+            h[v] = load(w.sums + r * BLOCK + v * LANES) + w.add[v];
+            if (w.gates)
+                h[v] *= activate(load(w.gates + r * BLOCK + v * LANES) + w.add_gate[v], activation);
+            else
+                h[v] = activate(h[v], activation);
+        }
+        _mm512_store_si512(w.to + r * w.stride, (__m512i)_mm512_cvtne2ps_pbh((__m512)h[1], (__m512)h[0]));
+    }
+}
+
+// Hidden values of one expert in bf16, as left operands of the down product. While a block is multiplied, the one before
+// gets its activation and the rows of the next are gathered.
 void hidden_of(const ExpertCall& c, const Room& room, char* hidden) {
     const bf16 *up_bias = static_cast<const bf16*>(c.up_bias), *gate_bias = static_cast<const bf16*>(c.gate_bias);
     int64_t to = row_bytes(c.size);
     Right up = right(c.up, c.up_tiles, c.size, 0, c.d, c.size, room.up), gate{};
     if (c.gate) gate = right(c.gate, c.gate_tiles, c.size, 0, c.d, c.size, room.gate);
+    auto in_place = [&](int64_t t) { return !c.list && c.d % DEPTH == 0 && std::min(c.count - t, BLOCK) % SIDE == 0; };
+    auto gathered = [&](int64_t t) { return room.rows + t / BLOCK % 2 * BLOCK * row_bytes(c.d); };
+    Waiting before{};
+    if (!in_place(0)) gather(c, 0, 0, std::min(c.count, BLOCK), gathered(0));
+    float *sums = room.sums, *other = room.sums + BLOCK * BLOCK;
+    float *gates = room.gates, *other_gates = room.gates + BLOCK * BLOCK;
     for (int64_t t = 0; t < c.count; t += BLOCK) {
-        int64_t rows = std::min(c.count - t, BLOCK), stride = row_bytes(c.d);
-        const char* a = room.rows;
-        if (!c.list && c.d % DEPTH == 0 && rows % SIDE == 0)
-            a = c.x + t * c.ld_x, stride = c.ld_x;
-        else
-            gather(c, t, rows, room.rows);
+        int64_t rows = std::min(c.count - t, BLOCK), next = std::min(c.count - t - BLOCK, BLOCK);
+        const char* a = in_place(t) ? c.x + t * c.ld_x : gathered(t);
+        int64_t stride = in_place(t) ? c.ld_x : row_bytes(c.d);
         for (int64_t n = 0; n < c.size; n += BLOCK) {
             int64_t cols = std::min(c.size - n, BLOCK);
-            block(a, stride, up.block(n), up.deep, rows, cols, room.sums);
-            if (c.gate) block(a, stride, gate.block(n), gate.deep, rows, cols, room.gates);
-            vf add[2] = {}, add_gate[2] = {};
+            bool ahead = n + BLOCK >= c.size && next > 0 && !in_place(t + BLOCK);
+            auto meanwhile = [&](int64_t k, int64_t deep) {
+                finish(before, c.activation, before.rows * k / deep, before.rows * (k + 1) / deep);
+                if (ahead) gather(c, t + BLOCK, next * k / deep, next * (k + 1) / deep, gathered(t + BLOCK));
+            };
+            block(a, stride, up.block(n), up.deep, rows, cols, sums, meanwhile);
+            if (c.gate) block(a, stride, gate.block(n), gate.deep, rows, cols, gates);
+            before = {sums, c.gate ? gates : nullptr, {}, {}, rows, cols, to, hidden + t * to + n / SIDE * 32};
             for (int v = 0; v < 2; v++) {
-                if (up_bias) add[v] = load_some(up_bias + n + v * LANES, cols - v * LANES);
-                if (gate_bias) add_gate[v] = load_some(gate_bias + n + v * LANES, cols - v * LANES);
+                if (up_bias) before.add[v] = load_some(up_bias + n + v * LANES, cols - v * LANES);
+                if (gate_bias) before.add_gate[v] = load_some(gate_bias + n + v * LANES, cols - v * LANES);
             }
-            for (int64_t r = 0; r < rows; r++) {
-                vf h[2] = {};
-                for (int v = 0; v < 2; v++) {
-                    if (v * SIDE >= cols) break;
-                    h[v] = load(room.sums + r * BLOCK + v * LANES) + add[v];
-                    if (c.gate)
-                        h[v] *= activate(load(room.gates + r * BLOCK + v * LANES) + add_gate[v], c.activation);
-                    else
-                        h[v] = activate(h[v], c.activation);
-                }
-                _mm512_store_si512(hidden + (t + r) * to + n / SIDE * 32,
-                                   (__m512i)_mm512_cvtne2ps_pbh((__m512)h[1], (__m512)h[0]));
-            }
+            std::swap(sums, other);
+            std::swap(gates, other_gates);
         }
     }
+    finish(before, c.activation, 0, before.rows);
 }
 
 // Adds BLOCK columns of sums to the rows of the output.
@@ -308,7 +338,7 @@ void add_products(const char* a, int64_t stride, const char* b, int64_t deep, bo
         if (M > 1) _tile_loadd(2, out + SIDE * ld_out, ld_out * 4);
         if (M > 1 && N > 1) _tile_loadd(3, out + SIDE * ld_out + SIDE, ld_out * 4);
     }
-    multiply<M, N>(a, stride, b, deep);
+    multiply<M, N>(a, stride, b, deep, Nothing{});
     store_sums<M, N>(out, ld_out);
 }
 
