@@ -22,6 +22,7 @@ FLAGS = {
     "isa_avx2": ["-mavx2", "-mfma"],
     "isa_avx512": AVX512,
     "isa_avx512bf16": [*AVX512, "-mavx512bf16"],
+    "isa_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 COMMON = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-pthread"]
 

@@ -13,6 +13,7 @@ from .config import Block, D2DMoEConfig, can_split, router_width
 from .kernels import (
     TENSORS,
     Plan,
+    Tiles,
     activation_name,
     automatic,
     bucket,
@@ -20,7 +21,8 @@ from .kernels import (
     dynamic_ffn,
     fastest,
     hidden_activations,
-)  # fmt: skip
+    identity,
+)
 from .routing import Router, expert_norms, select, straight_through
 
 
@@ -120,16 +122,17 @@ class DynamicFFN(nn.Module):
         self.gate_state = GateState()
         self.merged = self.keep_dense = False
         self._ways: dict[tuple, str] = {}
+        self._tiles: Tiles = {}
         self.observer: Callable | None = None
 
     def __getstate__(self) -> dict:
         """Copies make their own."""
-        return {**self.__dict__, "_plan": None, "_folded": None, "_everything": None, "_dense": None}
+        return {**self.__dict__, "_plan": None, "_folded": None, "_everything": None, "_dense": None, "_tiles": {}}
 
     def forget(self) -> None:
         """Drop what was made from the parameters to be at hand."""
         self._plan = self._folded = self._everything = self._dense = None
-        self._ways.clear()
+        self._ways, self._tiles = {}, {}
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """The block's output for hidden states ``(…, d_model)``, given as the first argument whatever its name."""
@@ -192,13 +195,20 @@ class DynamicFFN(nn.Module):
             tensors = self._kernel_tensors(stand_in)
             return torch.ops.d2dmoe.dynamic_ffn(x, run, *(tensors[n] for n in TENSORS), self.activation, *settings)
         own, router = self._parameters, self.router._parameters
-        versions = tuple((t.data_ptr(), _version(t)) for t in (*own.values(), *router.values()) if t is not None)
+        versions = tuple(identity(t) for t in (*own.values(), *router.values()) if t is not None)
         key = (stand_in, settings, *versions)
         if self._plan is None or self._plan[0] != key:
-            self._plan = (key, Plan(self._kernel_tensors(stand_in), self.activation, *settings))
+            tensors = self._kernel_tensors(stand_in)
+            self._keep_tiles_of(tensors)
+            self._plan = (key, Plan(tensors, self.activation, *settings, tiles=self._tiles))
         if self.observer is not None or self.merged or not automatic() or not (state.tau > 0 or self.keep_dense):
             return self._plan[1](x, run)
         return self._by_fastest(x, versions)
+
+    def _keep_tiles_of(self, tensors: dict[str, torch.Tensor | None]) -> None:
+        """Let go of tiles of weights that are no longer used."""
+        used = {identity(t) for t in (*tensors.values(), self.down_weight) if t is not None}
+        self._tiles = {key: tiled for key, tiled in self._tiles.items() if key in used}
 
     def _place(self, tokens: int) -> tuple:
         """What a decision about the fastest way holds for."""
@@ -225,7 +235,8 @@ class DynamicFFN(nn.Module):
         ways: dict[str, Callable] = {"sparse": self._plan[1]}
         if self.gate_state.tau > 0:
             if self._everything is None or self._everything[0] != versions:
-                plan = Plan(self._kernel_tensors(None), self.activation, self.gate_state.name, 0.0)
+                tensors = self._kernel_tensors(None)
+                plan = Plan(tensors, self.activation, self.gate_state.name, 0.0, tiles=self._tiles)
                 self._everything = (versions, plan)
             ways["packed"] = self._everything[1]
         if self.keep_dense:
@@ -288,7 +299,7 @@ class DynamicFFN(nn.Module):
         if torch.compiler.is_compiling():  # cannot ask for versions: takes what an earlier call has folded
             ready = self._folded is not None and self._folded[0][0] == number
             return self._folded[1] if ready else self.down_weight + self.delta_in[number] @ self.delta_out[number]
-        key = (number, *((t.data_ptr(), _version(t)) for t in sources))
+        key = (number, *(identity(t) for t in sources))
         if self._folded is None or self._folded[0] != key:
             self._folded = (key, self.down_weight + self.delta_in[number] @ self.delta_out[number])
         return self._folded[1]
@@ -302,11 +313,6 @@ class DynamicFFN(nn.Module):
         """Shown by `print(model)`."""
         b = self.block
         return f"{b.kind}, {b.activation}, {b.d_model}->{b.width}, experts={b.experts} of {b.size}"
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """Counts changes in place; tensors made in inference mode do not."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def pack(weight: torch.Tensor, experts: int, layout: str) -> torch.Tensor:

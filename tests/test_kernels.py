@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from d2dmoe.bench import make_pair
 from d2dmoe.config import Block
 from d2dmoe.experts import DynamicFFN, GateState
 from d2dmoe.kernels import activation_name, backends, native, use_backend
@@ -88,10 +89,10 @@ def check(y: torch.Tensor, arguments: dict, name: str = "y") -> None:
         assert_close(y.double(), expected, rtol=1.3e-6, atol=1e-5, msg=lambda m: f"{name}: {m}")
 
 
-def by_native(arguments: dict, isa: int | None = None) -> torch.Tensor:
+def by_native(arguments: dict, isa: int | None = None, *, tiles: bool = False) -> torch.Tensor:
     """Straight through the library, into memory full of NaN."""
     tensors = {name: arguments[name] for name in TENSORS}
-    plan = native.Plan(tensors, *(arguments[name] for name in ARGUMENTS[13:]), kernels=isa)
+    plan = native.Plan(tensors, *(arguments[name] for name in ARGUMENTS[13:]), kernels=isa, tiles={} if tiles else None)
     empty = torch.empty
     torch.empty = lambda *a, **k: (
         torch.full(*a[:1], float("nan"), **k) if k["dtype"].is_floating_point else empty(*a, **k)
@@ -120,7 +121,7 @@ def test_odd_shapes(isa, dtype, data):
         rank=data.draw(st.integers(0, 5)), activation=data.draw(st.sampled_from(sorted(ACTIVATIONS))),
         dtype=DTYPES[dtype], seed=data.draw(st.integers(0, 9)),
     )  # fmt: skip
-    check(by_native(arguments, isa), arguments, f"{shape}")
+    check(by_native(arguments, isa, tiles=data.draw(st.booleans())), arguments, f"{shape}")
 
 
 @needs_native
@@ -131,7 +132,78 @@ def test_fast_shapes(isa, tokens, glu):
     for dtype in DTYPES.values():
         if usable(isa, dtype):
             arguments = problem(tokens, 64, 32, 6, 128, glu=glu, dtype=dtype)
-            check(by_native(arguments, isa), arguments, str(dtype))
+            for tiles in (False, True):
+                check(by_native(arguments, isa, tiles=tiles), arguments, f"{dtype}, tiles={tiles}")
+
+
+@needs_native
+@ISAS
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("shape", [(300, 256, 96, 12, 1056), (600, 64, 40, 30, 72)], ids=str)
+def test_groups_of_experts_and_blocks_of_columns(isa, tiles, shape):
+    """More than the buffers of the AMX kernels hold at once; some experts with hardly a token."""
+    arguments = problem(*shape, glu=True, dtype=torch.bfloat16)
+    arguments["run"][:, 1::3] &= torch.rand(shape[0], len(arguments["run"][0, 1::3])) < 0.02
+    check(by_native(arguments, isa, tiles=tiles), arguments)
+    everything = {"run": None, "tau": 0.0, "constants": None, "linear_in": None, "linear_out": None}
+    check(by_native(arguments | everything, isa, tiles=tiles), arguments | everything, "everything")
+
+
+@needs_native
+@ISAS
+@pytest.mark.parametrize("tokens", [16, 63, 100])
+@pytest.mark.parametrize(("d", "width"), [(64, 16), (544, 40), (1056, 70)])
+def test_router_in_bf16(isa, tokens, d, width):
+    """Wide enough for whole tiles, deeper than one chunk of them."""
+    arguments = problem(tokens, d, 8, 12, 16, glu=False, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(1)
+    arguments |= {
+        "router_hidden": torch.randn((width, d), generator=generator).bfloat16(),
+        "router_score": torch.randn((12, width), generator=generator).bfloat16(), "gate": "topk", "tau": 0.6,
+    }  # fmt: skip
+    hidden = torch.relu(arguments["x"].double() @ arguments["router_hidden"].double().T)
+    scores = (hidden @ arguments["router_score"].double().T).abs()
+    clear = (scores.sort().values.diff() > 1e-5 * scores.amax(1, True)).all(1)
+    assert clear.float().mean() > 0.9
+    y = by_native(arguments | {"run": None}, isa)
+    chosen = {"x": arguments["x"][clear], "run": select(scores, "topk", 0.6)[clear]}
+    check(y[clear], arguments | chosen)
+
+
+@needs_native
+def test_tiles_are_kept_for_many_tokens_and_counted():
+    numbers = [n for n, _ in kernels() if LIBRARY.d2dmoe_kernels_tiles(n)]
+    if not numbers:
+        pytest.skip("no AMX here")
+    few, many = (problem(n, 40, 24, 5, 50, glu=True, dtype=torch.bfloat16) for n in (3, 70))
+    plan = native.Plan({n: few[n] for n in TENSORS}, *(few[n] for n in ARGUMENTS[13:]), kernels=numbers[0], tiles={})
+    check(plan(few["x"], few["run"]), few)
+    assert plan.extra_bytes == 0
+    check(plan(many["x"], many["run"]), few | {"x": many["x"], "run": many["run"]})
+    assert plan.extra_bytes == 2 * 5 * 32 * (64 + 64 + 64)
+    check(plan(few["x"], few["run"]), few)
+
+
+@needs_native
+@torch.no_grad()
+def test_plans_of_a_layer_share_tiles_and_old_ones_go():
+    if not any(LIBRARY.d2dmoe_kernels_tiles(n) for n, _ in kernels()):
+        pytest.skip("no AMX here")
+    _, layer = make_pair(32, 64, 4, False, None, torch.bfloat16)
+    x = torch.randn(64, 32).bfloat16()
+    layer.gate_state = GateState("topk", 0.5)
+    layer(x)
+    held = {key: tiled.data_ptr() for key, (_, tiled) in layer._tiles.items()}
+    assert len(held) == 2  # up and down
+    layer.gate_state = GateState("topk", 0.25)
+    layer(x)
+    assert {key: tiled.data_ptr() for key, (_, tiled) in layer._tiles.items()} == held
+    layer.up_weight.mul_(2)
+    y = layer(x)
+    assert len(layer._tiles) == 2
+    assert layer._tiles.keys() != held.keys()
+    layer.forget()
+    assert torch.equal(layer(x), y)
 
 
 @needs_native
@@ -269,10 +341,12 @@ def test_after_fork():
     few = problem(3, 64, 32, 8, 64, glu=False)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    expected, expected_few = by_native(arguments), by_native(few)  # the team exists now
+    bf16 = {k: v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in arguments.items()}
+    problems = (arguments, few, bf16)
+    expected = [by_native(p) for p in problems]  # the team exists now
     child = os.fork()
     if child == 0:
-        same = torch.equal(by_native(arguments), expected) and torch.equal(by_native(few), expected_few)
+        same = all(torch.equal(by_native(p), y) for p, y in zip(problems, expected, strict=True))
         os._exit(0 if same else 1)
     torch.set_num_threads(before)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

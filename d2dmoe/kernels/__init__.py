@@ -10,7 +10,7 @@ import torch
 
 from . import native
 from .dispatch import automatic, bucket, dispatching, fastest
-from .native import Plan
+from .native import Plan, Tiles, identity
 from .operator import TENSORS, activation_name
 from .reference import dynamic_ffn, hidden_activations
 
@@ -59,6 +59,6 @@ def backends() -> list[tuple[str, bool, str]]:
 
 
 __all__ = [
-    "TENSORS", "Plan", "activation_name", "automatic", "backends", "bucket", "chosen", "dispatching", "dynamic_ffn",
-    "fastest", "hidden_activations", "native", "use_backend",
+    "TENSORS", "Plan", "Tiles", "activation_name", "automatic", "backends", "bucket", "chosen", "dispatching",
+    "dynamic_ffn", "fastest", "hidden_activations", "identity", "native", "use_backend",
 ]  # fmt: skip

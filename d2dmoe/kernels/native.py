@@ -13,11 +13,12 @@ import torch
 
 from ..routing import topk_priority
 
-ABI = 1
+ABI = 2
 LIBRARY = Path(os.environ.get("D2DMOE_LIBRARY") or Path(__file__).with_name("libd2dmoe.so"))
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "silu": 4}
 GATES = {"max": 0, "share": 1, "topk": 2, "topp": 3, "absolute": 4}
 DTYPES = (torch.float32, torch.bfloat16)
+TILES_FROM = 32  # tokens of a call for which weights are put into tiles: with fewer, few experts have enough of them
 FEW = 64  # up to so many tokens the experts are shared out over the threads, above it the tokens
 
 _NUMBERS = ("bf16", "activation", "gate", "kernels")
@@ -27,6 +28,7 @@ _TENSORS = {  # field of the struct -> argument of the operator
     "gate_weight": "gate_weight", "gate_bias": "gate_bias", "down": "down_weight", "constants": "constants",
     "base": "base", "linear_in": "linear_in", "linear_out": "linear_out",
 }  # fmt: skip
+_TILED = {"up_tiles": "up_weight", "gate_tiles": "gate_weight", "down_tiles": "down_weight"}
 
 
 class _Layer(ctypes.Structure):
@@ -37,7 +39,7 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _SIZES),
         ("tau", ctypes.c_float),
         ("few", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in _TENSORS),
+        *((name, ctypes.c_void_p) for name in (*_TENSORS, *_TILED)),
     )
 
 
@@ -102,10 +104,33 @@ def supports(x: torch.Tensor, activation: str | None, gate: str) -> bool:
     return x.device.type == "cpu" and x.dtype in DTYPES and activation in ACTIVATIONS and gate in GATES and LIVE
 
 
-class Plan:
-    """One layer at one setting of its gate, as the library wants it. Holds the tensors it points to."""
+def in_tiles(weight: torch.Tensor) -> torch.Tensor:
+    """``(experts, k, n)`` to what AMX multiplies from the right, ``(experts, n/32, k/32, 2, 16, 16, 2)``.
 
-    __slots__ = ("call", "d_out", "forward", "keep")
+    For every 32 columns and 32 rows two tiles of 16 columns, in which two rows at a time are interleaved. Zeros fill up
+    `k` and `n`.
+    """
+    experts, k, n = weight.shape
+    weight = torch.nn.functional.pad(weight, (0, -n % 32, 0, -k % 32))
+    return weight.view(experts, -(-k // 32), 16, 2, -(-n // 32), 2, 16).permute(0, 4, 1, 5, 2, 6, 3).contiguous()
+
+
+Tiles = dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]  # identity of a weight -> the weight, its tiles
+
+
+def identity(weight: torch.Tensor) -> tuple[int, int]:
+    """Where a tensor lies and how often it was changed there, which is not counted of one made in inference mode."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+class Plan:
+    """One layer at one setting of its gate, as the library wants it. Holds the tensors it points to.
+
+    Attributes:
+        extra_bytes: Memory of the weights that are kept a second time, for AMX; 0 until a call has enough tokens.
+    """
+
+    __slots__ = ("call", "d_out", "extra_bytes", "forward", "keep", "layer", "tiles")
 
     def __init__(
         self,
@@ -117,8 +142,13 @@ class Plan:
         max_experts: int = 0,
         shared: int = 0,
         kernels: int | None = None,
+        tiles: Tiles | None = None,
     ):
-        """See `operator.reference`; `kernels` forces an instruction set."""
+        """See `operator.reference`; `kernels` forces an instruction set.
+
+        With `tiles` the plan may keep bf16 weights a second time, in tiles, where the instruction set gains by that;
+        plans of one layer share them through it. It pays for a plan that is used again.
+        """
         up = tensors["up_weight"]
         tensors = {name: None if t is None else t.to(up.dtype).contiguous() for name, t in tensors.items()}
         up = tensors["up_weight"]
@@ -145,7 +175,9 @@ class Plan:
         for field, name in _TENSORS.items():
             tensor = self.keep[name]
             setattr(layer, field, None if tensor is None else tensor.data_ptr())
-        self.keep["layer"] = layer
+        self.layer, self.extra_bytes = layer, 0
+        wanted = tiles is not None and layer.bf16 and library()[0].d2dmoe_kernels_tiles(layer.kernels)
+        self.tiles = tiles if wanted else None
         self.call = ctypes.byref(layer)
         self.forward: Callable = library()[0].d2dmoe_forward
 
@@ -156,11 +188,24 @@ class Plan:
         if run is not None:
             run = run.contiguous()
         tokens = x.shape[0]
+        if self.tiles is not None and tokens >= TILES_FROM:
+            self._keep_tiles()
         y = torch.empty((tokens, self.d_out), dtype=x.dtype)
         mask = None if run is None else run.data_ptr()
         if self.forward(self.call, x.data_ptr(), x.stride(0), mask, tokens, y.data_ptr(), torch.get_num_threads()):
             raise MemoryError(f"no memory for {tokens} tokens")
         return y
+
+    def _keep_tiles(self) -> None:
+        tiles = self.tiles
+        for field, name in _TILED.items():
+            weight = self.keep[name]
+            if weight is not None and tiles is not None:  # another thread may be here as well, or have been
+                tiled = tiles.get(identity(weight)) or tiles.setdefault(identity(weight), (weight, in_tiles(weight)))
+                self.keep[field] = tiled[1]
+                setattr(self.layer, field, tiled[1].data_ptr())
+        self.extra_bytes = sum(self.keep[field].nbytes for field in _TILED if field in self.keep)
+        self.tiles = None
 
     def choose(self, scores: torch.Tensor) -> torch.Tensor:
         """The library's own gate on given scores ``(tokens, experts)``, as `routing.select`; for tests."""

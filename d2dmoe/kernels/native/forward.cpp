@@ -32,11 +32,12 @@ struct D2dmoeLayer {
     const void *constants;                                              // (experts, d_out)
     const float* base;                                                  // (d_out,): what a token gets without any expert
     const void *linear_in, *linear_out;                                 // (d, rank), (rank, d_out)
+    const void *up_tiles, *gate_tiles, *down_tiles;                     // as of in_tiles in native.py
 };
 
 }
 
-EXPORT int d2dmoe_abi() { return 1; }
+EXPORT int d2dmoe_abi() { return 2; }
 
 namespace {
 
@@ -46,6 +47,7 @@ const Kernels* const all_kernels[] = {
     &kernels_avx2,
     &kernels_avx512,
     &kernels_avx512bf16,
+    &kernels_amx,
 #endif
 };
 constexpr int KERNELS = sizeof(all_kernels) / sizeof(*all_kernels);
@@ -58,7 +60,9 @@ bool supported(int number) {
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (number == 1) return avx2;
     if (number == 2) return avx512;
-    if (number == 3) return avx512 && __builtin_cpu_supports("avx512bf16");
+    bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (number == 3) return avx512bf16;
+    if (number == 4) return avx512bf16 && amx_usable();
 #endif
     return number == 0;
 }
@@ -127,6 +131,8 @@ struct Call {
     bool everything() const { return !run && layer.tau <= 0; }
     bool widened() const { return layer.bf16 && !kernels.bf16_inputs; }
     int64_t element() const { return layer.bf16 ? 2 : 4; }
+    // All experts of a tile of tokens in one go; that keeps its own order of things in the caches.
+    bool by_experts() const { return layer.bf16 && kernels.experts_bf16; }
     int64_t padded_out() const { return round_up(layer.d_out, kernels.lanes); }
     // Tokens can be added up where they belong if they are fp32 and whole vectors.
     bool in_place() const { return !layer.bf16 && layer.d_out % kernels.lanes == 0; }
@@ -190,33 +196,49 @@ void make_lists(const Call& c, const uint8_t* run, int64_t tokens, int32_t* list
         }
 }
 
-struct Rows {  // pointers to the tokens of one expert
-    const void** x;
-    float** y;
-    char* scratch;
+// The rows of one tile of tokens, in and out.
+struct Rows {
+    Inputs x;
+    float* y;
+    int64_t ld_y;
 };
 
-void run_expert(const Call& c, int64_t e, const Inputs& x, float* y, int64_t ld_y, const int32_t* list, int64_t count,
-                const Rows& rows) {
+int64_t widest(const D2dmoeLayer& l) { return std::max(l.size, l.linear_rank); }
+
+ExpertCall expert_call(const Call& c, int64_t e, const Rows& rows, const int32_t* list, int64_t count, char* scratch) {
     const auto& l = c.layer;
     int64_t element = c.element(), up = l.d * l.size, down = l.size * l.d_out;
-    for (int64_t i = 0; i < count; i++) {
-        int64_t t = list ? list[i] : i;
-        rows.x[i] = x.row(t);
-        rows.y[i] = y + t * ld_y;
-    }
     ExpertCall call{};
-    call.d = l.d, call.d_out = l.d_out, call.x = rows.x, call.y = rows.y, call.count = count, call.scratch = rows.scratch;
+    call.d = l.d, call.d_out = l.d_out, call.list = list, call.count = count, call.scratch = scratch;
+    call.widest = widest(l);
+    call.x = rows.x.start, call.ld_x = rows.x.stride, call.y = rows.y, call.ld_y = rows.ld_y;
     if (e == l.experts) {  // the linear term is one more expert that every token runs
         call.up = l.linear_in, call.down = l.linear_out, call.size = l.linear_rank, call.activation = IDENTITY;
     } else {
         call.up = offset(l.up, e * up, element), call.up_bias = offset(l.up_bias, e * l.size, element);
         call.gate = offset(l.gate_weight, e * up, element), call.gate_bias = offset(l.gate_bias, e * l.size, element);
         call.down = offset(l.down, e * down, element);
+        int64_t tiles = round_up(l.size, 32);
+        call.up_tiles = offset(l.up_tiles, e * tiles * round_up(l.d, 32), 2);
+        call.gate_tiles = offset(l.gate_tiles, e * tiles * round_up(l.d, 32), 2);
+        call.down_tiles = offset(l.down_tiles, e * tiles * round_up(l.d_out, 32), 2);
         call.constant = offset(l.constants, e * l.d_out, element);
         call.size = l.size, call.activation = l.activation;
     }
-    (l.bf16 ? c.kernels.expert_bf16 : c.kernels.expert_f32)(call);
+    return call;
+}
+
+// Experts `first` to `last` on `tokens`. Those of the router run for their lists (as of make_lists), where there are any.
+void run_experts(const Call& c, int64_t first, int64_t last, const Rows& rows, int64_t tokens, const int32_t* lists,
+                 int64_t stride, const int32_t* counts, ExpertCall* calls, char* scratch) {
+    int64_t n = 0;
+    for (int64_t e = first; e < last; e++) {
+        bool listed = lists && e < c.layer.experts;
+        int64_t count = listed ? counts[e] : tokens;
+        if (count) calls[n++] = expert_call(c, e, rows, listed ? lists + e * stride : nullptr, count, scratch);
+    }
+    if (c.by_experts()) return c.kernels.experts_bf16(calls, n, tokens);
+    for (int64_t i = 0; i < n; i++) (c.layer.bf16 ? c.kernels.expert_bf16 : c.kernels.expert_f32)(calls[i]);
 }
 
 void start_row(const Call& c, float* y) {
@@ -235,8 +257,12 @@ void write_row(const Call& c, const float* from, int64_t t) {
         std::memcpy(to, from, size_t(c.layer.d_out) * 4);
 }
 
-int64_t widest(const D2dmoeLayer& l) { return std::max(l.size, l.linear_rank); }
 int64_t experts_in_all(const D2dmoeLayer& l) { return l.experts + (l.linear_in && l.tau > 0); }
+
+int64_t scratch_for(const Call& c, int64_t tokens) {
+    int64_t one = expert_scratch(tokens, widest(c.layer));
+    return !c.by_experts() ? one : std::max(one, c.kernels.experts_scratch(tokens, c.layer.d, widest(c.layer), c.layer.d_out));
+}
 
 // ---- few tokens
 
@@ -259,16 +285,15 @@ struct FewShared {
 struct FewOwn {
     const Call* call;
     int32_t *lists, *counts;
-    Rows rows;
-    char* scratch;
+    ExpertCall* calls;
+    char *room, *scratch;
     void take(Pieces& p) {
         const auto& l = call->layer;
         int64_t n = call->tokens;
         lists = p.take<int32_t>(l.experts * n);
         counts = p.take<int32_t>(l.experts + 1);
-        rows.x = p.take<const void*>(n);
-        rows.y = p.take<float*>(n);
-        rows.scratch = p.take<char>(expert_scratch(n, widest(l)));
+        calls = p.take<ExpertCall>(l.experts + 1);
+        room = p.take<char>(scratch_for(*call, n));
         scratch = p.take<char>(l.experts * 8);
     }
 };
@@ -299,7 +324,7 @@ void few_body(void* context, int id, int team) {
     const Call& c = *s.call;
     const auto& l = c.layer;
     int64_t n = c.tokens, ld_y = c.padded_out();
-    FewOwn own = lay_out(own_buffer, FewOwn{&c, nullptr, nullptr, {}, nullptr});
+    FewOwn own = lay_out(own_buffer, FewOwn{&c, {}, {}, {}, {}, {}});
     if (c.widened()) {
         auto [first, last] = share(n, id, team);
         inputs_of(c, first, last - first, s.wide + first * l.d);
@@ -325,9 +350,7 @@ void few_body(void* context, int id, int team) {
     float* y = s.partial + id * n * ld_y;
     for (int64_t t = 0; t < n; t++) id == 0 ? start_row(c, y + t * ld_y) : (void)std::memset(y + t * ld_y, 0, size_t(ld_y) * 4);
     auto [first, last] = share_experts(own.counts, experts_in_all(l), id, team);
-    for (int64_t e = first; e < last; e++)
-        if (own.counts[e])
-            run_expert(c, e, x, y, ld_y, run && e < l.experts ? own.lists + e * n : nullptr, own.counts[e], own.rows);
+    run_experts(c, first, last, {x, y, ld_y}, n, run ? own.lists : nullptr, n, own.counts, own.calls, own.room);
     s.barrier->wait();
     auto [first_token, last_token] = share(n, id, team);
     if (n == 1) {
@@ -363,14 +386,17 @@ void few_enter(void* context, int id, int team) {
 
 // ---- many tokens
 
+// From list to list: an odd number of cache lines, so that the ends of all lists find room in the first cache.
+int64_t list_stride(int64_t tokens) { return (round_up(tokens, 16) / 16 | 1) * 16; }
+
 struct ManyOwn {
     const Call* call;
     int64_t tile;
     float *hidden, *scores, *wide, *sums;
     uint8_t* run;
     int32_t *lists, *counts;
-    Rows rows;
-    char* scratch;
+    ExpertCall* calls;
+    char *room, *scratch;
     void take(Pieces& p) {
         const auto& l = call->layer;
         hidden = p.take<float>(call->routed() ? tile * l.router_width : 0);
@@ -378,11 +404,10 @@ struct ManyOwn {
         run = p.take<uint8_t>(call->routed() ? tile * l.experts : 0);
         wide = p.take<float>(call->widened() ? tile * l.d : 0);
         sums = p.take<float>(call->in_place() ? 0 : tile * call->padded_out());
-        lists = p.take<int32_t>(l.experts * tile);
+        lists = p.take<int32_t>(l.experts * list_stride(tile));
         counts = p.take<int32_t>(l.experts);
-        rows.x = p.take<const void*>(tile);
-        rows.y = p.take<float*>(tile);
-        rows.scratch = p.take<char>(expert_scratch(tile, widest(l)));
+        calls = p.take<ExpertCall>(l.experts + 1);
+        room = p.take<char>(scratch_for(*call, tile));
         scratch = p.take<char>(l.experts * 8);
     }
 };
@@ -402,21 +427,18 @@ void run_tile(const Call& c, int64_t first, int64_t n, ManyOwn& own) {
         score_and_choose(c, own.hidden, n, own.scores, own.run, own.scratch);
         run = own.run;
     }
-    if (run) make_lists(c, run, n, own.lists, own.tile, own.counts);
+    if (run) make_lists(c, run, n, own.lists, list_stride(own.tile), own.counts);
     int64_t ld_y = c.padded_out();
     float* y = c.in_place() ? reinterpret_cast<float*>(c.y) + first * l.d_out : own.sums;
     for (int64_t t = 0; t < n; t++) start_row(c, y + t * ld_y);
-    for (int64_t e = 0; e < experts_in_all(l); e++) {
-        bool listed = run && e < l.experts;
-        int64_t count = listed ? own.counts[e] : n;
-        if (count) run_expert(c, e, x, y, ld_y, listed ? own.lists + e * own.tile : nullptr, count, own.rows);
-    }
+    run_experts(c, 0, experts_in_all(l), {x, y, ld_y}, n, run ? own.lists : nullptr, list_stride(own.tile), own.counts, own.calls,
+                own.room);
     for (int64_t t = 0; t < n; t++) write_row(c, y + t * ld_y, first + t);
 }
 
 void many_body(void* context, int, int) {
     auto& s = *static_cast<ManyShared*>(context);
-    ManyOwn own = lay_out(own_buffer, ManyOwn{s.call, s.tile, {}, {}, {}, {}, {}, {}, {}, {}, {}});
+    ManyOwn own = lay_out(own_buffer, ManyOwn{s.call, s.tile, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}});
     int64_t tiles = (s.call->tokens + s.tile - 1) / s.tile;
     for (int64_t i; (i = s.next.fetch_add(1)) < tiles;) {
         int64_t first = s.call->tokens * i / tiles, last = s.call->tokens * (i + 1) / tiles;
@@ -433,7 +455,7 @@ int64_t tile_size(const Call& c) {
     const char* forced = std::getenv("D2DMOE_TILE");
     int64_t bytes = c.layer.d * (c.widened() ? 4 : c.element()) + c.layer.d_out * 4;
     int64_t weights = c.layer.experts * c.layer.size * (c.layer.d * (c.layer.gate_weight ? 2 : 1) + c.layer.d_out);
-    bool fit = weights * c.element() <= LAST_CACHE;
+    bool fit = weights * c.element() <= LAST_CACHE && !c.by_experts();
     int64_t most = forced ? std::atoll(forced) : fit ? std::clamp<int64_t>(SECOND_CACHE / bytes, 128, 256) : 512;
     int64_t rounds = (c.tokens + most * c.team - 1) / (most * c.team);
     return (c.tokens + rounds * c.team - 1) / (rounds * c.team);
@@ -445,6 +467,7 @@ EXPORT int d2dmoe_kernels() { return KERNELS; }
 EXPORT const char* d2dmoe_kernels_name(int number) { return all_kernels[number]->name; }
 EXPORT int d2dmoe_kernels_supported(int number) { return supported(number); }
 EXPORT int d2dmoe_kernels_bf16(int number) { return all_kernels[number]->bf16_inputs; }
+EXPORT int d2dmoe_kernels_tiles(int number) { return all_kernels[number]->experts_bf16 != nullptr; }
 
 EXPORT void d2dmoe_use_openmp(void* parallel, void* thread_number, void* team_size) {
     use_openmp(parallel, thread_number, team_size);

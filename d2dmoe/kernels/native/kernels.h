@@ -14,13 +14,19 @@ enum Gate : int32_t { GATE_MAX, GATE_SHARE, GATE_TOPK, GATE_TOPP, GATE_ABSOLUTE 
 // One expert and the tokens it runs for. Weights are (d, size) and (size, d_out), each one contiguous piece.
 struct ExpertCall {
     const void *up, *up_bias, *gate, *gate_bias, *down;
+    const void *up_tiles, *gate_tiles, *down_tiles;  // the same weights once more for experts_bf16, or null
     const void* constant;  // (d_out,), taken off the output, or null
     int64_t d, size, d_out;
+    int64_t widest;        // the largest size among the layer's experts
     int32_t activation;
-    const void* const* x;  // one row of d values per token
-    float* const* y;       // one row of d_out values per token, padded to whole vectors; added to
+    const char* x;         // rows of d values, ld_x bytes apart
+    int64_t ld_x;
+    float* y;              // rows of d_out values, padded to whole vectors, ld_y floats apart; added to
+    int64_t ld_y;
+    const int32_t* list;   // which rows of x and y, or null for the first `count`
     int64_t count;         // tokens
-    char* scratch;         // expert_scratch(count, size) bytes
+    char* scratch;         // expert_scratch(count, size) bytes, or experts_scratch() of the table
+    int64_t token(int64_t i) const { return list ? list[i] : i; }
 };
 
 struct GateCall {
@@ -37,6 +43,9 @@ struct Kernels {
     // Null where another table does fp32 as well.
     void (*expert_f32)(const ExpertCall&);
     void (*expert_bf16)(const ExpertCall&);
+    // Several experts on rows of the same `tokens`, for a table that gains by seeing them all; null elsewhere.
+    void (*experts_bf16)(const ExpertCall* calls, int64_t n, int64_t tokens);
+    int64_t (*experts_scratch)(int64_t tokens, int64_t d, int64_t size, int64_t d_out);
     // out[t * ld_out + r] = sum over k of x[t * ld_x + k] w[r * depth + k], then relu or abs
     void (*dots_f32)(const float* x, int64_t ld_x, int64_t tokens, const float* w, int64_t rows, int64_t depth, float* out,
                      int64_t ld_out, bool relu);
@@ -53,14 +62,15 @@ constexpr int64_t MAX_LANES = 16;
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// Two hidden rows (GLU), one of them again in bf16, and three pointers for every token.
+// Two hidden rows (GLU), one of them again in bf16, and four pointers for every token.
 inline int64_t expert_scratch(int64_t count, int64_t size) {
-    return count * (round_up(size, 2 * MAX_LANES) * 10 + 64) + 256;
+    return count * (round_up(size, 2 * MAX_LANES) * 10 + 64) + 512;
 }
 
 extern const Kernels kernels_portable;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16, kernels_amx;
+bool amx_usable();  // asks the system for the tiles, once
 #endif
 
 }  // namespace d2dmoe

@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "kernels.h"
-#if defined(D2DMOE_BF16_PAIRS)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -35,9 +35,13 @@ inline vf load_some(const T* p, int64_t valid) {
 }
 
 inline float total(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float sum = 0;
     for (int64_t i = 0; i < LANES; i++) sum += v[i];
     return sum;
+#endif
 }
 
 inline vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
@@ -100,6 +104,25 @@ inline vf activate(vf z, int32_t kind) {
 
 // ---- matrix products
 
+// The end of a tile: KU partial sums of ROWS tokens and COLS vectors each.
+template <class W, int KU, int ROWS, int COLS, bool ADD>
+__attribute__((always_inline)) inline void write_sums(vf (&sum)[KU][ROWS][COLS], int64_t valid, const W* minus,
+                                                      float* const* out, int64_t at) {
+#pragma GCC unroll 16
+    for (int t = 0; t < ROWS; t++) {
+        float* y = out[t] + at;
+#pragma GCC unroll 8
+        for (int v = 0; v < COLS; v++) {
+            vf result = sum[0][t][v];
+#pragma GCC unroll 4
+            for (int u = 1; u < KU; u++) result += sum[u][t][v];
+            if (ADD) result += load(y + v * LANES);
+            if (minus) result -= load_some(minus + v * LANES, valid - v * LANES);
+            store(y + v * LANES, result);
+        }
+    }
+}
+
 // out[t][v] (+)= sum over k of x[t][k] w[k * stride + v], for ROWS tokens and COLS vectors. In rows from `safe` on, a
 // whole vector would reach beyond the weights; `valid` floats may be read there. KU rows of w are in flight at once.
 template <class W, int ROWS, int COLS, bool ADD>
@@ -132,19 +155,7 @@ void tile(const float* const* x, const W* w, int64_t stride, int64_t depth, int6
             for (int t = 0; t < ROWS; t++) sum[0][t][v] += row[t][k] * weights;
         }
     }
-#pragma GCC unroll 16
-    for (int t = 0; t < ROWS; t++) {
-        float* y = out[t] + at;
-#pragma GCC unroll 8
-        for (int v = 0; v < COLS; v++) {
-            vf result = sum[0][t][v];
-#pragma GCC unroll 4
-            for (int u = 1; u < KU; u++) result += sum[u][t][v];
-            if (ADD) result += load(y + v * LANES);
-            if (minus) result -= load_some(minus + v * LANES, valid - v * LANES);
-            store(y + v * LANES, result);
-        }
-    }
+    write_sums<W, KU, ROWS, COLS, ADD>(sum, valid, minus, out, at);
 }
 
 #if defined(D2DMOE_BF16_PAIRS)
@@ -201,19 +212,7 @@ void tile(const bf16* const* x, const W* w, int64_t stride, int64_t depth, int64
             }
         }
     }
-#pragma GCC unroll 16
-    for (int t = 0; t < ROWS; t++) {
-        float* y = out[t] + at;
-#pragma GCC unroll 8
-        for (int v = 0; v < COLS; v++) {
-            vf result = sum[0][t][v];
-#pragma GCC unroll 4
-            for (int u = 1; u < KU; u++) result += sum[u][t][v];
-            if (ADD) result += load(y + v * LANES);
-            if (minus) result -= load_some(minus + v * LANES, valid - v * LANES);
-            store(y + v * LANES, result);
-        }
-    }
+    write_sums<W, KU, ROWS, COLS, ADD>(sum, valid, minus, out, at);
 }
 #endif
 
@@ -297,8 +296,12 @@ void expert(const ExpertCall& c) {
     bf16* narrowed = narrow ? take<bf16>(scratch, n * padded) : nullptr;
     float** rows = take<float*>(scratch, n);
     const X** inputs = take<const X*>(scratch, n);
-    const X* const* x = reinterpret_cast<const X* const*>(c.x);
-
+    float** outputs = take<float*>(scratch, n);
+    const X** x = take<const X*>(scratch, n);
+    for (int64_t t = 0; t < n; t++) {
+        x[t] = reinterpret_cast<const X*>(c.x + c.token(t) * c.ld_x);
+        outputs[t] = c.y + c.token(t) * c.ld_y;
+    }
     for (int64_t t = 0; t < n; t++) rows[t] = hidden + t * padded;
     product<X, W, false>(x, n, static_cast<const W*>(c.up), c.d, c.size, nullptr, rows);
     if (c.gate) {
@@ -323,7 +326,8 @@ void expert(const ExpertCall& c) {
             inputs[t] = reinterpret_cast<const X*>(hidden + t * padded);
         }
     }
-    product<X, W, true>(inputs, n, static_cast<const W*>(c.down), c.size, c.d_out, static_cast<const W*>(c.constant), c.y);
+    product<X, W, true>(inputs, n, static_cast<const W*>(c.down), c.size, c.d_out, static_cast<const W*>(c.constant),
+                     outputs);
 }
 
 // ---- router: many dot products along contiguous rows
@@ -477,6 +481,7 @@ inline void widen(const bf16* x, int64_t n, float* out) {
 
 }  // namespace D2DMOE_ISA
 
+#if !defined(D2DMOE_OWN_TABLE)
 #define D2DMOE_TABLE_NAME_(isa) kernels_##isa
 #define D2DMOE_TABLE_NAME(isa) D2DMOE_TABLE_NAME_(isa)
 #define D2DMOE_STRING_(isa) #isa
@@ -496,6 +501,8 @@ const Kernels D2DMOE_TABLE_NAME(D2DMOE_ISA) = {
     sizeof(Wide) == 2,
     D2DMOE_FP32((isa::expert<float, float>)),
     isa::expert<Wide, bf16>,
+    nullptr,
+    nullptr,
     D2DMOE_FP32((isa::dots<float, float>)),
     [](const void* x, int64_t ld_x, int64_t tokens, const bf16* w, int64_t rows, int64_t depth, float* out, int64_t ld_out,
        bool relu) { isa::dots(static_cast<const Wide*>(x), ld_x, tokens, w, rows, depth, out, ld_out, relu); },
@@ -504,5 +511,6 @@ const Kernels D2DMOE_TABLE_NAME(D2DMOE_ISA) = {
     isa::narrow,
     isa::widen,
 };
+#endif
 
 }  // namespace d2dmoe
