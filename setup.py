@@ -24,6 +24,7 @@ FLAGS = {
     "isa_avx512bf16": [*AVX512, "-mavx512bf16"],
     "isa_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
+LATE = ("isa_avx512bf16", "isa_amx")  # GCC has them from 10 and 11 on; done without where it does not
 COMMON = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-pthread"]
 
 
@@ -58,8 +59,10 @@ def compile_native(target: Path) -> None:
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     extra = shlex.split(os.environ.get("D2DMOE_CXXFLAGS", ""))
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    sources = [s for s in sorted(SOURCES.glob("*.cpp")) if x86 or s.stem not in FLAGS]
     with tempfile.TemporaryDirectory() as scratch:
+        known = [isa for isa in FLAGS if x86 and _understands(compiler, FLAGS[isa], Path(scratch))]
+        sources = [s for s in sorted(SOURCES.glob("*.cpp")) if s.stem in known or s.stem not in FLAGS]
+        extra += [f"-DD2DMOE_NO_{isa.removeprefix('isa_').upper()}" for isa in LATE if isa not in known]
 
         def compile_one(source: Path) -> str:
             out = str(Path(scratch, source.stem + ".o"))
@@ -72,6 +75,14 @@ def compile_native(target: Path) -> None:
         partial = target.with_suffix(".partial")
         _run([*compiler, "-shared", "-pthread", *extra, *objects, "-o", str(partial)])
         os.replace(partial, target)
+
+
+def _understands(compiler: list[str], flags: list[str], scratch: Path) -> bool:
+    """Whether this compiler is new enough for an instruction set."""
+    probe = scratch / "probe.cpp"
+    probe.write_text("")
+    command = [*compiler, *flags, "-c", str(probe), "-o", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def _run(command: list[str]) -> None:

@@ -46,8 +46,12 @@ const Kernels* const all_kernels[] = {
 #if defined(__x86_64__)
     &kernels_avx2,
     &kernels_avx512,
+#if !defined(D2DMOE_NO_AVX512BF16)
     &kernels_avx512bf16,
+#if !defined(D2DMOE_NO_AMX)
     &kernels_amx,
+#endif
+#endif
 #endif
 };
 constexpr int KERNELS = sizeof(all_kernels) / sizeof(*all_kernels);
@@ -62,7 +66,9 @@ bool supported(int number) {
     if (number == 2) return avx512;
     bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
     if (number == 3) return avx512bf16;
+#if !defined(D2DMOE_NO_AMX)
     if (number == 4) return avx512bf16 && amx_usable();
+#endif
 #endif
     return number == 0;
 }
