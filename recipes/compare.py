@@ -20,7 +20,7 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -35,7 +35,7 @@ from d2dmoe.config import ConvertConfig, UserError, resolve, targets
 from d2dmoe.convert import batches_for, convert_model
 from d2dmoe.evaluate import evaluate, prepare
 from d2dmoe.plan import make_plan
-from d2dmoe.report import envelope, table, write_json
+from d2dmoe.report import envelope, portable, table, write_json
 
 ACTIVE = [0.125, 0.25, 0.5, 0.75]
 ORACLE_AT = 0.5
@@ -57,6 +57,13 @@ class Run:
     def config(self) -> ConvertConfig:
         """The recipe, checked."""
         return resolve(ConvertConfig, {**self.recipe, "seed": self.seed})
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells its line in the log from others: every setting, and of paths their last part."""
+        settings = {key: portable(value) for key, value in asdict(self.config).items()}
+        names = {"model": self.model, "method": self.method, "seed": self.seed, "settings": settings}
+        return {**names, "eval_data": portable(self.eval_data), "eval_limit": self.eval_limit}
 
 
 def quality_loss(row: dict[str, Any]) -> float:
@@ -83,7 +90,7 @@ def convert_and_evaluate(run: Run) -> dict[str, Any]:
     settings = [{"active": target.value} for target in targets(config)]
     settings += [{**setting, "oracle": True} for setting in settings if setting["active"] == ORACLE_AT]
     rows = evaluate(model, subject.batches, settings, metric=subject.metric, tokenizer=subject.tokenizer)
-    return {**vars(run), "minutes": minutes, "rows": rows}
+    return {**run.identity, "minutes": minutes, "rows": rows}
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
@@ -256,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _done(run: Run, log: Path) -> dict[str, Any]:
     """The run's line, from the log or made now."""
-    wanted = json.loads(json.dumps(vars(run)))
+    wanted = json.loads(json.dumps(run.identity))
     entry = next((e for e in reversed(read_log(log)) if wanted.items() <= e.items()), None)
     if entry is None:
         entry = json.loads(json.dumps(convert_and_evaluate(run)))

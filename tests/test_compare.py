@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import yaml
 from cli_support import BERT, GPT2, WORDS, save_model, sentences
 from conftest import ROOT
+
+from d2dmoe.config import PRESETS
 
 SPEC = importlib.util.spec_from_file_location("recipe_compare", ROOT / "recipes" / "compare.py")
 recipe = importlib.util.module_from_spec(SPEC)
@@ -131,15 +134,27 @@ def test_a_changed_recipe_is_run_again(home, run, monkeypatch):
 
     def fake(wanted):
         asked.append(wanted)
-        return {**vars(wanted), "minutes": 1.0, "rows": entries(home / "log.jsonl")[0]["rows"]}
+        return {**wanted.identity, "minutes": 1.0, "rows": entries(home / "log.jsonl")[0]["rows"]}
 
     monkeypatch.setattr(recipe, "convert_and_evaluate", fake)
     monkeypatch.setattr(recipe, "append", lambda *_: None)
     content = yaml.safe_load((home / "q.yaml").read_text())
-    content["methods"]["mine"]["gate"] = "share"
+    content["methods"]["mine"]["gate"] = "max"
     (home / "changed.yaml").write_text(yaml.safe_dump(content))
     run("--config", home / "changed.yaml", "--only", "lm", "--seeds", "1")
-    assert [(r.model, r.method, r.seed, r.recipe["gate"]) for r in asked] == [("lm", "mine", 1, "share")]
+    assert [(r.model, r.method, r.seed, r.recipe["gate"]) for r in asked] == [("lm", "mine", 1, "max")]
+
+
+def test_a_changed_default_is_run_again_and_a_moved_folder_is_not(home, run, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(recipe, "convert_and_evaluate", lambda wanted: asked.append(wanted) or pytest.fail("ran"))
+    moved = tmp_path / "elsewhere" / "lm"
+    shutil.copytree(home / "lm", moved)
+    run("--only", "lm", "--folder", f"lm={moved}")
+    monkeypatch.setitem(PRESETS["default"], "split", "random")
+    with pytest.raises(pytest.fail.Exception):
+        run("--only", "lm")
+    assert [r.method for r in asked] == ["mine"]
 
 
 def test_a_model_can_have_a_method_its_own_way(home, monkeypatch):
@@ -153,7 +168,7 @@ def test_a_model_can_have_a_method_its_own_way(home, monkeypatch):
 
 def test_flags_describe_one_model(home, monkeypatch, capsys):
     done = entries(home / "log.jsonl")[0]
-    monkeypatch.setattr(recipe, "_done", lambda run, log: {**done, **vars(run)})
+    monkeypatch.setattr(recipe, "_done", lambda run, log: {**done, **run.identity})
     argv = ["--model", home / "lm", "--data", home / "seen.txt", "--eval-data", home / "unseen.txt", "--seeds", 0]
     assert recipe.main([str(a) for a in [*argv, "--active", "0.25,0.5", "--experts", 8]]) == 0
     out = capsys.readouterr().out
