@@ -37,7 +37,9 @@ def allocate(model: nn.Module, batches: Batches, config: D2DMoEConfig) -> Callab
         From an active fraction to that of every layer, their average being the fraction asked for.
     """
     costs = layer_costs(model, batches, config)
-    actives = [budget.active for budget in config.budgets]
+    measured = [budget.active for budget in config.budgets]
+    actives = sorted(set(measured))  # goals that are searched for start at the same fraction
+    costs = costs[:, [measured.index(active) for active in actives]]
     weights = [layer.block.width * layer.block.calls for layer in layers(model)]
     experts = [layer.block.experts for layer in layers(model)]
     return lambda active: share_out(active, actives, costs, experts, weights, config.shared_experts)

@@ -88,3 +88,13 @@ def test_the_layer_whose_output_matters_gets_more(gate):
         assert all(row[1] > row[0] for row in map(shares, (0.25, 0.4, 0.5)))
     if gate == "topk":  # thresholds of the other gates depend on how a layer's scores are spread
         assert config.budgets[0].taus[1] < config.budgets[0].taus[0]
+
+
+def test_budgets_that_start_alike_are_one_point():
+    model, config = converted(gate="topk")
+    batches = documents()
+    calibrate(model, batches, config, points(0.25, 0.5))
+    config.budgets[1].active, config.budgets[1].taus = 0.25, config.budgets[0].taus
+    shares = allocate(model, batches, config)
+    for active in (0.1, 0.25, 0.6):
+        assert sum(shares(active)) / len(config.blocks) == pytest.approx(active, abs=0.05)
