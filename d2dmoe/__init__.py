@@ -5,6 +5,7 @@ from .gating import set_gate
 from .kernels import dispatching
 from .loader import register
 from .memory import keep_dense, merge
+from .moe.fatrelu import register_fatrelu
 
 __version__ = "0.1.0"
 __all__ = [
@@ -12,3 +13,4 @@ __all__ = [
 ]  # fmt: skip
 
 register()
+register_fatrelu()

@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from .config import METRIC_NAMES, PRESETS, ConvertConfig, DataConfig, UserError, check_active, resolve
+from .sparsify.options import SparsifyConfig, further_options, resolve_sparsify
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code: 0 done, 1 failed, 2 usage."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, further = parser.parse_known_args(argv)
+    if further and not getattr(arguments, "takes_more", False):
+        parser.error(f"unrecognized arguments: {' '.join(further)}")
+    arguments.further = further
     if not getattr(arguments, "run", None):
         parser.print_help()
         return 2
@@ -34,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"d2dmoe: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("d2dmoe: interrupted" + "; --resume goes on" * (arguments.run is _convert), file=sys.stderr)
+        print("d2dmoe: interrupted" + "; --resume goes on" * (arguments.run in (_convert, _sparsify)), file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1
@@ -90,6 +94,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--recipe", metavar="YAML", help="file with any of these keys; flags win over it")
     sub.add_argument("--dry-run", action="store_true", help="print the plan from the config alone and stop")
     sub.add_argument("--resume", action="store_true", help="go on with an interrupted conversion")
+    sub.add_argument("--overwrite", action="store_true", help="replace a non-empty output folder")
+
+    sub = verb("sparsify", _sparsify, "fine-tune a dense model so that fewer of its neurons answer to a token")
+    sub.allow_abbrev = False
+    sub.set_defaults(takes_more=True)
+    sub.epilog = "Any field of transformers.TrainingArguments is a flag as well, for instance --learning-rate 1e-4, "
+    sub.epilog += "--max-steps 300, --gradient-accumulation-steps 4, --bf16, --eval-steps 50, --report-to tensorboard."
+    add_fields(sub, SparsifyConfig)
+    sub.add_argument("--recipe", metavar="YAML", help="file with any of these keys; flags win over it")
+    sub.add_argument("--resume", action="store_true", help="go on with an interrupted training")
     sub.add_argument("--overwrite", action="store_true", help="replace a non-empty output folder")
 
     sub = verb("eval", _eval, "quality, active fraction and FLOPs on held-out data")
@@ -220,6 +234,24 @@ def _convert(arguments: argparse.Namespace, command: list[str]) -> int:
     print(eval_table(results["rows"]))
     if arguments.json:
         write_json(arguments.json, results)
+    return 0
+
+
+def _sparsify(arguments: argparse.Namespace, command: list[str]) -> int:
+    flags = {**_given(arguments, SparsifyConfig), **further_options(arguments.further)}
+    config, training = resolve_sparsify(_recipe(arguments.recipe), flags)
+    from .report import write_json
+    from .sparsify.card import sparsity_table
+    from .sparsify.run import sparsify
+
+    results = sparsify(
+        config, training, resume=arguments.resume, overwrite=arguments.overwrite,
+        say=lambda text: print(text, file=sys.stderr, flush=True), command=["d2dmoe", *command],
+    )  # fmt: skip
+    if results:
+        print(sparsity_table(results["rows"]))
+        if arguments.json:
+            write_json(arguments.json, results)
     return 0
 
 

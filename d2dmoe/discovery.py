@@ -21,6 +21,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from .config import Block
+from .moe.fatrelu import fatrelu_names
 
 # One name per function: gelu_new, gelu_fast and gelu_accurate are gelu_pytorch_tanh; swish is silu.
 ACTIVATIONS = (
@@ -48,6 +49,7 @@ class Trace:
     linears: list[Call] = field(default_factory=list)
     modules: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)  # name -> [(first tensor in, output)]
     samples: int = 1
+    activations: tuple[str, ...] = ACTIVATIONS
 
 
 @dataclass
@@ -193,7 +195,8 @@ def _instrumented(model: nn.Module, trace: Trace) -> Iterator[None]:
 
 @torch.no_grad()
 def _trace(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Trace:
-    trace = Trace(samples=next(iter(inputs.values())).shape[0])
+    samples = next(iter(inputs.values())).shape[0]
+    trace = Trace(samples=samples, activations=(*ACTIVATIONS, *fatrelu_names(model)))
     training = model.training
     model.eval()
     with _instrumented(model, trace):
@@ -209,7 +212,8 @@ def _matches(trace: Trace) -> Iterator[tuple[Block, tuple[Call, ...]]]:
         near = [
             c for c in trace.linears[max(0, index - WINDOW) : index] if c.output.numel() in (u.numel(), 2 * u.numel())
         ]
-        match = _match_plain(u, near) or _match_fused(u, near) or _match_glu(u, near)
+        names = trace.activations
+        match = _match_plain(u, near, names) or _match_fused(u, near, names) or _match_glu(u, near, names)
         if match is None:
             continue
         activation, up, gate, fused = match
@@ -220,10 +224,12 @@ def _matches(trace: Trace) -> Iterator[tuple[Block, tuple[Call, ...]]]:
         yield block, (up, gate or up, down)
 
 
-def _fits(z: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | float = 1.0) -> str | None:
+def _fits(
+    z: torch.Tensor, target: torch.Tensor, names: tuple[str, ...], factor: torch.Tensor | float = 1.0
+) -> str | None:
     """Name of the activation with `act(z) * factor == target`: the one with the smallest error, if that is rounding."""
     best, name = TOLERANCE.get(target.dtype, 1e-2), None
-    for candidate in ACTIVATIONS:
+    for candidate in names:
         act = ACT2FN[candidate]
         if (act(z[:1]) * (factor[:1] if isinstance(factor, torch.Tensor) else factor) - target[:1]).abs().max() > 0.1:
             continue
@@ -233,28 +239,28 @@ def _fits(z: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | float = 
     return name
 
 
-def _match_plain(u, near):
+def _match_plain(u, near, names):
     for call in reversed(near):
-        if call.output.numel() == u.numel() and (name := _fits(call.output.reshape(u.shape), u)):
+        if call.output.numel() == u.numel() and (name := _fits(call.output.reshape(u.shape), u, names)):
             return name, call, None, ""
     return None
 
 
-def _match_fused(u, near):
+def _match_fused(u, near, names):
     for call in reversed(near):
         if call.output.shape[-1] == 2 * u.shape[-1] and call.output.numel() == 2 * u.numel():
             first, second = call.output.reshape(u.shape[0], -1).chunk(2, dim=-1)
             for gate, up, order in ((first, second, "gate_up"), (second, first, "up_gate")):
-                if name := _fits(gate, u, up):
+                if name := _fits(gate, u, names, up):
                     return name, call, call, order
     return None
 
 
-def _match_glu(u, near):
+def _match_glu(u, near, names):
     same = [c for c in near if c.output.numel() == u.numel() and c.output.shape[-1] == u.shape[-1]]
     for gate, up in itertools.permutations(same, 2):
         same_input = gate.input.data_ptr() == up.input.data_ptr() and gate.input.shape == up.input.shape
-        if same_input and (name := _fits(gate.output.reshape(u.shape), u, up.output.reshape(u.shape))):
+        if same_input and (name := _fits(gate.output.reshape(u.shape), u, names, up.output.reshape(u.shape))):
             return name, up, gate, ""
     return None
 
