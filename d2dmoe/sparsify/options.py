@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -96,7 +97,7 @@ def resolve_sparsify(*layers: dict[str, Any]) -> tuple[SparsifyConfig, dict[str,
     own = [{k: v for k, v in layer.items() if k in OWN} for layer in layers]
     training: dict[str, Any] = {}
     for layer in layers:
-        training.update({k: v for k, v in layer.items() if k not in OWN and k != "preset"})
+        training.update({k: _value(v) for k, v in layer.items() if k not in OWN and k != "preset"})
     for name in training:
         if name in RESERVED:
             instead = f"; use {RESERVED[name]}" if RESERVED[name] else ""
@@ -104,6 +105,14 @@ def resolve_sparsify(*layers: dict[str, Any]) -> tuple[SparsifyConfig, dict[str,
     config = resolve(SparsifyConfig, *own)
     check_sparsity(config)
     return config, training
+
+
+def _value(given: Any) -> Any:
+    """Numbers, lists and mappings that a flag gives as text, so that a recipe file and a flag say the same."""
+    if isinstance(given, str):
+        with suppress(ValueError):
+            return json.loads(given)
+    return given
 
 
 def further_options(words: list[str]) -> dict[str, Any]:
@@ -175,7 +184,7 @@ def training_arguments(training: dict[str, Any], config: SparsifyConfig, folder:
     }  # fmt: skip
     words = [
         word for name, value in given.items() if value is not None
-        for word in (f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value))
+        for word in (f"--{name}", json.dumps(value) if isinstance(value, dict | list) else str(value))
     ]  # fmt: skip
     try:
         (arguments,) = Parser(TrainingArguments).parse_args_into_dataclasses(words)

@@ -124,7 +124,9 @@ class SparsityCallback(TrainerCallback):
         return self.config.alpha * SCHEDULES[self.config.alpha_schedule](done)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, *args: Any) -> Any:
-        """The trainer's own, and the tokens in them on all processes."""
+        """The trainer's own, and the tokens in them on all processes; none once the last step is done."""
+        if self._finished():
+            return [], None
         samples, *rest = self._batches(epoch_iterator, num_batches, *args)
         self._total = None
         if samples and all(isinstance(batch, Mapping) for batch in samples):
@@ -253,6 +255,14 @@ class SparsityCallback(TrainerCallback):
                     f"lower the learning rate or alpha"
                 )
             self._sums[name] = self._sums[name] + value
+
+    def _finished(self) -> bool:
+        """Whether the training was resumed after its last step; a `Trainer` would take another one."""
+        return self.trainer.state.global_step >= self.trainer.state.max_steps
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop where nothing is left to do."""
+        control.should_training_stop = control.should_training_stop or self._finished()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count activations in the steps after which figures are logged."""
