@@ -8,27 +8,25 @@ from pathlib import Path
 
 import pytest
 from cli_support import names, run_killed, weights
+
 from sparsify.support import sparsify_argv
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # What is trained, and how. In the last, samples differ in length and the training is in its second epoch at step 8.
 RUNS = {
-    "full": ("gpt2", "text.txt"),
+    "full": ("gpt2", "text.txt", "--lr-scheduler-type", "constant"),  # a thirteenth step would show
     "lora": ("gpt2", "text.txt", "--lora-rank", 2, "--learning-rate", 0.03),
     "distilled": ("classifier", "rows.jsonl", "--distillation", 0.5, "--activation", "relu"),
     "masked": ("masked", "rows.jsonl", "--learning-rate", 0.003, "--alpha-schedule", "sine"),
 }
 # What has just been written when the kill comes. A state of which `optimizer.pt` is the newest file is half written.
 MOMENTS = {
-    "full": (
-        ".partial/recipe.json", ".partial/before.json", "checkpoint-4/complete", "checkpoint-8/optimizer.pt",
-        "checkpoint-12/optimizer.pt", "checkpoint-12/complete",
-    ),
-    "lora": ("checkpoint-4/complete", "checkpoint-8/optimizer.pt"),
+    "full": (".partial/before.json", "checkpoint-4/complete", "checkpoint-8/optimizer.pt", "checkpoint-12/complete"),
+    "lora": ("checkpoint-8/optimizer.pt",),
     "distilled": ("checkpoint-8/complete",),
-    "masked": ("checkpoint-8/complete", "checkpoint-12/complete"),
-}  # fmt: skip
+    "masked": ("checkpoint-8/complete",),
+}
 KILLS = [(run, moment) for run, moments in MOMENTS.items() for moment in moments]
 
 
@@ -104,8 +102,7 @@ def test_a_killed_training_is_resumed(
     assert weights(tmp_path / "out") == weights(whole[run])
     assert names(tmp_path / "out") == names(whole[run])
     ours, theirs = (json.loads((f / "results.json").read_text())["rows"] for f in (tmp_path / "out", whole[run]))
-    for a, b in zip(ours, theirs, strict=True):
-        assert {k: v for k, v in a.items()} == {k: v for k, v in b.items()}
+    assert ours == theirs
     assert done.out.count("\n") == 4
 
 
