@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
@@ -152,8 +153,10 @@ def check_sparsity(config: SparsityConfig) -> None:
         raise UserError("--activation fatrelu needs a --threshold above 0; a threshold of 0 is --activation relu")
     if getattr(config, "activation", "fatrelu") != "fatrelu" and config.threshold:
         raise UserError(f"--threshold {config.threshold:g} belongs to --activation fatrelu")
-    if getattr(config, "lora_rank", 0) == 0 and getattr(config, "lora_alpha", 0):
-        raise UserError(f"--lora-alpha {config.lora_alpha:g} needs --lora-rank")
+    if getattr(config, "lora_rank", 1) == 0:
+        for name, unset in (("lora_alpha", 0), ("lora_targets", "all-linear")):
+            if getattr(config, name) != unset:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} needs --lora-rank")
 
 
 def training_arguments(training: dict[str, Any], config: SparsifyConfig, folder: str) -> Any:
@@ -167,7 +170,9 @@ def training_arguments(training: dict[str, Any], config: SparsifyConfig, folder:
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> Any:
-            raise UserError(f"{message.replace('_', '-')}; the flags are those of transformers.TrainingArguments")
+            flag, colon, reason = re.sub(r"^argument (--\w+)(/--[\w-]+)?", r"\1", message).partition(":")
+            said = flag.replace("_", "-") + colon + reason.rstrip(".")
+            raise UserError(f"{said}; the flags are those of transformers.TrainingArguments")
 
     names = {f.name for f in fields(TrainingArguments)}
     for name in training:
@@ -189,7 +194,7 @@ def training_arguments(training: dict[str, Any], config: SparsifyConfig, folder:
     try:
         (arguments,) = Parser(TrainingArguments).parse_args_into_dataclasses(words)
     except (ValueError, ImportError, TypeError) as error:
-        raise UserError(f"{str(error).strip().splitlines()[0]} (from transformers.TrainingArguments)") from None
+        raise UserError(f"{' '.join(str(error).split())} (from transformers.TrainingArguments)") from None
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several GPUs are `accelerate launch`'s business, not DataParallel's
     return arguments

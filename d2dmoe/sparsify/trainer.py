@@ -171,7 +171,7 @@ class SparsityCallback(TrainerCallback):
             distance = self._distance(model, given, outputs, weights)
             figures["distillation_loss"] = distance.detach()
             loss = loss + factor * self.distillation * distance
-        self._keep(figures)
+        self._keep(figures, loss)
         return (loss, outputs) if return_outputs else loss
 
     def _asked(
@@ -246,14 +246,15 @@ class SparsityCallback(TrainerCallback):
         distance = divergence(outputs, reference, mask)
         return distance * weights[side].to(distance.dtype)
 
-    def _keep(self, figures: dict[str, torch.Tensor]) -> None:
-        for name, value in figures.items():
+    def _keep(self, figures: dict[str, torch.Tensor], loss: torch.Tensor) -> None:
+        terms = {"task_loss": "task loss", "sparsity_loss": "sparsity penalty", "distillation_loss": "distance"}
+        for name, value in [*figures.items(), ("sum", loss.detach())]:
             if not torch.isfinite(value):
-                term = {"task_loss": "task loss", "sparsity_loss": "sparsity penalty"}.get(name, "distance")
                 raise UserError(
-                    f"step {self.trainer.state.global_step + 1}: the {term} became {float(value)}; "
-                    f"lower the learning rate or alpha"
+                    f"step {self.trainer.state.global_step + 1}: the {terms.get(name, 'sum of all terms')} became "
+                    f"{float(value)}; lower the learning rate or alpha"
                 )
+        for name, value in figures.items():
             self._sums[name] = self._sums[name] + value
 
     def _finished(self) -> bool:
