@@ -196,7 +196,7 @@ def _instrumented(model: nn.Module, trace: Trace) -> Iterator[None]:
 @torch.no_grad()
 def _trace(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Trace:
     samples = next(iter(inputs.values())).shape[0]
-    trace = Trace(samples=samples, activations=(*ACTIVATIONS, *fatrelu_names(model)))
+    trace = Trace(samples=samples, activations=(*fatrelu_names(model), *ACTIVATIONS))
     training = model.training
     model.eval()
     with _instrumented(model, trace):
