@@ -159,6 +159,13 @@ def check_sparsity(config: SparsityConfig) -> None:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} needs --lora-rank")
 
 
+def on_cpu(config: SparsifyConfig) -> bool:
+    """Whether training runs on the CPU. Only where it is told so does accelerate let several processes share one."""
+    import torch
+
+    return config.device == "cpu" or not torch.cuda.is_available()
+
+
 def training_arguments(training: dict[str, Any], config: SparsifyConfig, folder: str) -> Any:
     """`transformers.TrainingArguments` from flags or recipe keys.
 
@@ -174,7 +181,7 @@ def training_arguments(training: dict[str, Any], config: SparsifyConfig, folder:
             said = flag.replace("_", "-") + colon + reason.rstrip(".")
             raise UserError(f"{said}; the flags are those of transformers.TrainingArguments")
 
-    names = {f.name for f in fields(TrainingArguments)}
+    names = {f.name: str(f.type) for f in fields(TrainingArguments)}
     for name in training:
         if name not in names:
             close = difflib.get_close_matches(name, [*names, *OWN], n=1)
@@ -185,12 +192,14 @@ def training_arguments(training: dict[str, Any], config: SparsifyConfig, folder:
         given.setdefault("eval_strategy", "steps")
     given |= {
         "output_dir": folder, "seed": config.seed, "per_device_train_batch_size": config.batch_size,
-        "remove_unused_columns": False, "use_cpu": config.device == "cpu",
+        "remove_unused_columns": False, "use_cpu": on_cpu(config),
     }  # fmt: skip
-    words = [
-        word for name, value in given.items() if value is not None
-        for word in (f"--{name}", json.dumps(value) if isinstance(value, dict | list) else str(value))
-    ]  # fmt: skip
+    words: list[str] = []
+    for name, value in given.items():
+        if value is not None:
+            text = json.dumps(value) if isinstance(value, dict | list) else str(value)
+            bare = value is True and "bool" not in names[name]  # `--fsdp`, or what lacks its value
+            words += [f"--{name}"] if bare else [f"--{name}", text]
     try:
         (arguments,) = Parser(TrainingArguments).parse_args_into_dataclasses(words)
     except (ValueError, ImportError, TypeError) as error:

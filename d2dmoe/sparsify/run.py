@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
+from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 from .. import hub
@@ -30,7 +31,7 @@ from ..training import accelerate_state_kept, pick_device
 from .activation import activation_name, swapped_config
 from .card import sparsified_card
 from .masks import token_masks
-from .options import SparsifyConfig, SparsityConfig, training_arguments
+from .options import SparsifyConfig, SparsityConfig, on_cpu, training_arguments
 from .states import Epochs, Marks, any_state, last_complete
 from .tasks import choose_task, collator
 from .terms import SparsityTerm
@@ -125,7 +126,7 @@ def sparsify(
     Raises:
         UserError: For anything the user can mend, before any long work starts.
     """
-    state = PartialState(cpu=config.device == "cpu")
+    state = PartialState(cpu=on_cpu(config))
     first = state.is_main_process
     say = say if first else lambda _: None
     device = state.device if state.num_processes > 1 else pick_device(config.device)
@@ -134,6 +135,7 @@ def sparsify(
     output = Path(os.path.abspath(named))
     work = output.with_name(output.name + ".partial")
     arguments = training_arguments(_fitting(training or {}, job), config, str(work / "training"))
+    _check_sharding(arguments, state)
     if first:
         keep = (config.model, config.data)
         prepare_folders(output, work, job, keep=keep, resume=resume, overwrite=overwrite)
@@ -160,6 +162,7 @@ def sparsify(
                 "d2dmoe": _version(), "machine": machine(), "seed": config.seed, "task": job.task,
                 "command": [portable(word) for word in command or ["d2dmoe", "sparsify", "--model", config.model]],
                 "minutes": round((time.time() - started) / 60, 2), "processes": state.num_processes,
+                "distributed": trainer.accelerator.distributed_type.value,
                 "rows": [{"model": "before", **before}, {"model": "after", **after}],
                 "log": [row for row in trainer.state.log_history if "loss" in row],
             }  # fmt: skip
@@ -167,6 +170,14 @@ def sparsify(
             say(f"saved {named}")
         state.wait_for_everyone()
     return results
+
+
+def _check_sharding(arguments: Any, state: PartialState) -> None:
+    """accelerate says nothing and trains copies of the model, or one, where it cannot shard it."""
+    wanted = arguments.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if wanted and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        where = "on the CPU" if state.device.type == "cpu" else "in one process"
+        raise UserError(f"--fsdp: a model is sharded over several GPUs, and this training is {where}; leave it out")
 
 
 def default_output(model: str) -> str:

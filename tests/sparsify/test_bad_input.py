@@ -68,7 +68,7 @@ CASES = {
     "not a truth value": ("gpt2", "text.txt", ["--bf16", "maybe"], 1, ("--bf16: ", "maybe", "true/false")),
     "not a number": ("gpt2", "text.txt", ["--learning-rate", "fast"], 1, ("d2dmoe: --learning-rate: ", "'fast'")),
     "not a strategy": ("gpt2", "text.txt", ["--save-strategy", "often"], 1, ("often", "steps", "epoch")),
-    "no value": ("gpt2", "text.txt", ["--learning-rate"], 1, ("d2dmoe: --learning-rate: ", "True")),
+    "no value": ("gpt2", "text.txt", ["--learning-rate"], 1, ("d2dmoe: --learning-rate: expected one argument",)),
     "threshold without fatrelu": (
         "gpt2", "text.txt", ["--threshold", 0.1], 1, ("--threshold 0.1 belongs to --activation fatrelu",),
     ),

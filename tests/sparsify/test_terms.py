@@ -110,7 +110,10 @@ def test_shares_are_counted_by_hand():
     term.counting = True
     with torch.no_grad(), term.collecting(token_masks(batch)):
         model(**batch)
+    with torch.no_grad():
+        model(**batch)  # an evaluation between two steps does not count
     for row, a in zip(term.shares, hidden, strict=True):
+        assert row[2] == batch["attention_mask"].sum()
         a = a[batch["attention_mask"].bool()]
         near = (a.abs() <= 0.01 * a.abs().amax(-1, keepdim=True)).float().mean()
         assert float(row[0] / row[2]) == pytest.approx(float((a != 0).float().mean()))
