@@ -89,18 +89,6 @@ def several(inputs: Path, name: str, how: tuple, runs: dict[str, tuple]) -> tupl
     return launch(folder, how, Path(__file__).with_name("several.py"), plan), folder
 
 
-@pytest.fixture(scope="module")
-def copies(inputs: Path) -> tuple[Result, Path]:
-    return several(inputs, "copies", COPIES, dict.fromkeys(("classifier", "lora", "distilled"), ()))
-
-
-@pytest.fixture(scope="module")
-def shards(inputs: Path) -> tuple[Result, Path]:
-    # By default accelerate wraps BERT's embeddings twice, and fails.
-    layers = ("--fsdp", "--fsdp-config", '{"transformer_layer_cls_to_wrap": ["BertLayer"]}')
-    return several(inputs, "shards", SHARDS, {"gpt2": (), "classifier": layers, "lora": ()})
-
-
 def check_equal(folder: Path, one: Path, start: Path) -> None:
     """The same weights, and the same figures of every step."""
     ours, theirs, before = (load_file(f / "model.safetensors") for f in (folder, one, start))
@@ -136,31 +124,36 @@ def test_the_command_in_two_processes(inputs: Path, one: dict[str, Path], tmp_pa
         assert result.err.count(said) == 1, result.err
 
 
-@pytest.mark.parametrize("run", ["classifier", "lora", "distilled"])
-def test_copies(run: str, inputs: Path, one: dict[str, Path], copies: tuple[Result, Path]) -> None:
-    result, folder = copies
-    check_equal(folder / run, one[run], inputs / RUNS[run][0])
+# One test for each launch: tests that shared one might run in different workers, and each would need its own.
+
+
+def test_copies(inputs: Path, one: dict[str, Path], capsys) -> None:
+    runs = dict.fromkeys(("classifier", "lora", "distilled"), ())
+    result, folder = several(inputs, "copies", COPIES, runs)
+    for run in runs:
+        check_equal(folder / run, one[run], inputs / RUNS[run][0])
+    check_interruptions(result, folder, inputs, capsys)
+
+
+def test_shards(inputs: Path, one: dict[str, Path], capsys) -> None:
+    # By default accelerate wraps BERT's embeddings twice, and fails.
+    layers = ("--fsdp", "--fsdp-config", '{"transformer_layer_cls_to_wrap": ["BertLayer"]}')
+    runs = {"gpt2": (), "classifier": layers, "lora": ()}
+    result, folder = several(inputs, "shards", SHARDS, runs)
+    for run in runs:
+        check_equal(folder / run, one[run], inputs / RUNS[run][0])
+        assert json.loads((folder / run / "results.json").read_text())["distributed"] == "FSDP"
+    check_interruptions(result, folder, inputs, capsys)
+
+
+def check_interruptions(result: Result, folder: Path, inputs: Path, capsys) -> None:
+    """The same weights, bit by bit; and another number of processes does not go on with what was left."""
     assert result.out.count("| before") == result.out.count("| after") == 5
-
-
-@pytest.mark.parametrize("run", ["gpt2", "classifier", "lora"])
-def test_shards(run: str, inputs: Path, one: dict[str, Path], shards: tuple[Result, Path]) -> None:
-    result, folder = shards
-    check_equal(folder / run, one[run], inputs / RUNS[run][0])
-    assert json.loads((folder / run / "results.json").read_text())["distributed"] == "FSDP"
-    assert result.out.count("| before") == result.out.count("| after") == 5
-
-
-@pytest.mark.parametrize("how", ["copies", "shards"])
-def test_an_interrupted_training_in_two_processes(how: str, inputs: Path, request, capsys) -> None:
-    _, folder = request.getfixturevalue(how)
     assert weights(folder / "resumed") == weights(folder / "interrupted")
-    assert names(folder) >= {"left.partial", "interrupted", "resumed"}
     assert not any((folder / name).exists() for name in ("left", "interrupted.partial", "resumed.partial"))
-    alone = argv(inputs, "interrupted", folder / "left", 2, "--resume")
-    result = run_in_process(capsys, *alone)
-    assert result.code == 1
-    assert "processes changed (2 then, 1 now)" in result.err
+    alone = run_in_process(capsys, *argv(inputs, "interrupted", folder / "left", 2, "--resume"))
+    assert alone.code == 1
+    assert "processes changed (2 then, 1 now)" in alone.err
 
 
 def test_sharding_where_accelerate_would_not_is_refused(inputs: Path, capsys, tmp_path: Path) -> None:
