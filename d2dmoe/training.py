@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import get_scheduler
 
-from .config import TrainingConfig, UserError
+from .config.options import TrainingConfig
+from .errors import UserError
 from .progress import progress
 
 Batch = Any
