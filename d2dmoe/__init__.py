@@ -2,6 +2,7 @@
 
 from .config import ConvertConfig, D2DMoEConfig, UserError
 from .kernels import dispatching
+from .moe.fatrelu import register_fatrelu
 from .moe.gating import set_gate
 from .moe.loader import register
 from .moe.memory import keep_dense, merge
@@ -12,3 +13,4 @@ __all__ = [
 ]  # fmt: skip
 
 register()
+register_fatrelu()

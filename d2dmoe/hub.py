@@ -175,18 +175,19 @@ def is_classifier(kind: type, config: Any) -> bool:
 
 
 def load_model(
-    name: str, config: Any, revision: str | None = None, dtype: torch.dtype = torch.float32
+    name: str, config: Any, revision: str | None = None, dtype: torch.dtype = torch.float32, *, changed: bool = False
 ) -> PreTrainedModel:
-    """The model with its weights, in evaluation mode.
+    """The model with its weights, in evaluation mode; `changed` if `config` is not the one that lies beside them.
 
     Raises:
         UserError: If the weights are missing, truncated or do not fit.
     """
     check_safetensors(name)
+    other = {"config": copy.deepcopy(config)} if changed else {}
     try:
         with hub_or_cache(name):
             model, info = model_class(config, name).from_pretrained(
-                name, revision=revision, dtype=dtype, output_loading_info=True, **SAFE, use_safetensors=True
+                name, revision=revision, dtype=dtype, output_loading_info=True, **SAFE, use_safetensors=True, **other
             )
     except UserError:
         raise

@@ -11,15 +11,18 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..version import __version__
-from . import bench, convert, env, evaluate, listing
+from . import bench, convert, env, evaluate, listing, sparsify
 
-VERBS = (convert, evaluate, bench, listing, env)
+VERBS = (convert, sparsify, evaluate, bench, listing, env)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code: 0 done, 1 failed, 2 usage."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, further = parser.parse_known_args(argv)
+    if further and not getattr(arguments, "takes_more", False):
+        parser.error(f"unrecognized arguments: {' '.join(further)}")
+    arguments.further = further
     if not getattr(arguments, "run", None):
         parser.print_help()
         return 2
@@ -34,7 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"d2dmoe: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("d2dmoe: interrupted" + "; --resume goes on" * (arguments.run is convert.run), file=sys.stderr)
+        print(
+            "d2dmoe: interrupted" + "; --resume goes on" * (arguments.run in (convert.run, sparsify.run)),
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:
         return 1

@@ -22,11 +22,6 @@ from ..config.record import Block
 from .inputs import dummy_inputs
 from .trace import Call, Trace, features, run_traced
 
-# One name per function: gelu_new, gelu_fast and gelu_accurate are gelu_pytorch_tanh; swish is silu.
-ACTIVATIONS = (
-    "relu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "silu", "relu2", "mish", "gelu_10", "laplace", "relu6",
-    "leaky_relu", "tanh", "sigmoid",
-)  # fmt: skip
 WINDOW = 8  # how many linear calls may lie between the two ends of a block
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5}
 
@@ -75,7 +70,8 @@ def _matches(trace: Trace) -> Iterator[tuple[Block, tuple[Call, ...]]]:
         near = [
             c for c in trace.linears[max(0, index - WINDOW) : index] if c.output.numel() in (u.numel(), 2 * u.numel())
         ]
-        match = _match_plain(u, near) or _match_fused(u, near) or _match_glu(u, near)
+        names = trace.activations
+        match = _match_plain(u, near, names) or _match_fused(u, near, names) or _match_glu(u, near, names)
         if match is None:
             continue
         activation, up, gate, fused = match
@@ -86,10 +82,12 @@ def _matches(trace: Trace) -> Iterator[tuple[Block, tuple[Call, ...]]]:
         yield block, (up, gate or up, down)
 
 
-def _fits(z: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | float = 1.0) -> str | None:
+def _fits(
+    z: torch.Tensor, target: torch.Tensor, names: tuple[str, ...], factor: torch.Tensor | float = 1.0
+) -> str | None:
     """Name of the activation with `act(z) * factor == target`: the one with the smallest error, if that is rounding."""
     best, name = TOLERANCE.get(target.dtype, 1e-2), None
-    for candidate in ACTIVATIONS:
+    for candidate in names:
         act = ACT2FN[candidate]
         if (act(z[:1]) * (factor[:1] if isinstance(factor, torch.Tensor) else factor) - target[:1]).abs().max() > 0.1:
             continue
@@ -99,28 +97,28 @@ def _fits(z: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | float = 
     return name
 
 
-def _match_plain(u, near):
+def _match_plain(u, near, names):
     for call in reversed(near):
-        if call.output.numel() == u.numel() and (name := _fits(call.output.reshape(u.shape), u)):
+        if call.output.numel() == u.numel() and (name := _fits(call.output.reshape(u.shape), u, names)):
             return name, call, None, ""
     return None
 
 
-def _match_fused(u, near):
+def _match_fused(u, near, names):
     for call in reversed(near):
         if call.output.shape[-1] == 2 * u.shape[-1] and call.output.numel() == 2 * u.numel():
             first, second = call.output.reshape(u.shape[0], -1).chunk(2, dim=-1)
             for gate, up, order in ((first, second, "gate_up"), (second, first, "up_gate")):
-                if name := _fits(gate, u, up):
+                if name := _fits(gate, u, names, up):
                     return name, call, call, order
     return None
 
 
-def _match_glu(u, near):
+def _match_glu(u, near, names):
     same = [c for c in near if c.output.numel() == u.numel() and c.output.shape[-1] == u.shape[-1]]
     for gate, up in itertools.permutations(same, 2):
         same_input = gate.input.data_ptr() == up.input.data_ptr() and gate.input.shape == up.input.shape
-        if same_input and (name := _fits(gate.output.reshape(u.shape), u, up.output.reshape(u.shape))):
+        if same_input and (name := _fits(gate.output.reshape(u.shape), u, names, up.output.reshape(u.shape))):
             return name, up, gate, ""
     return None
 

@@ -11,6 +11,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..moe.fatrelu import fatrelu_names
+
+# One name per function: gelu_new, gelu_fast and gelu_accurate are gelu_pytorch_tanh; swish is silu.
+ACTIVATIONS = (
+    "relu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "silu", "relu2", "mish", "gelu_10", "laplace", "relu6",
+    "leaky_relu", "tanh", "sigmoid",
+)  # fmt: skip
 NOISE_SCALE, NOISE_LIMIT = 1.5, 4.0
 
 
@@ -30,6 +37,7 @@ class Trace:
     linears: list[Call] = field(default_factory=list)
     modules: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)  # name -> [(first tensor in, output)]
     samples: int = 1
+    activations: tuple[str, ...] = ACTIVATIONS
 
 
 def features(linear: nn.Module) -> tuple[int, int]:
@@ -85,7 +93,8 @@ def _instrumented(model: nn.Module, trace: Trace) -> Iterator[None]:
 @torch.no_grad()
 def run_traced(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Trace:
     """Run the model once, its linear maps answering with noise, and record that."""
-    trace = Trace(samples=next(iter(inputs.values())).shape[0])
+    samples = next(iter(inputs.values())).shape[0]
+    trace = Trace(samples=samples, activations=(*ACTIVATIONS, *fatrelu_names(model)))
     training = model.training
     model.eval()
     with _instrumented(model, trace):

@@ -117,7 +117,7 @@ def prepare_folders(
                 f"{plan.disk_bytes / 1e9:.2f} GB; free some room or name a folder on another disk"
             )
         if (work / REPLACED).exists() and not output.exists():
-            os.replace(work / REPLACED, output)  # the process died between the two renames of `write_checkpoint`
+            os.replace(work / REPLACED, output)  # the process died between the two renames of `publish`
         if interrupted and not resume:
             shutil.rmtree(work)
         work.mkdir(parents=True, exist_ok=True)
@@ -194,10 +194,7 @@ def _short(value: Any) -> str:
 def write_checkpoint(
     output: Path, work: Path, model: PreTrainedModel, processor: Any, recipe: dict, results: dict, config: ConvertConfig
 ) -> None:
-    """Write everything under a temporary name, then rename it to the output folder.
-
-    A folder that is replaced waits in the working folder, which alone is deleted, until the new one is in its place.
-    """
+    """Write everything under a temporary name, then rename it to the output folder."""
     scratch, recipe = work / "checkpoint", {key: portable(value) for key, value in recipe.items()}
     shutil.rmtree(scratch, ignore_errors=True)
     model.save_pretrained(scratch, max_shard_size=config.max_shard_size)
@@ -206,6 +203,14 @@ def write_checkpoint(
     (scratch / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     (scratch / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (scratch / "README.md").write_text(model_card(model, recipe, results))
+    publish(scratch, output, work)
+
+
+def publish(scratch: Path, output: Path, work: Path) -> None:
+    """Rename a complete folder to the output folder, and delete the working folder.
+
+    A folder that is replaced waits in the working folder, which alone is deleted, until the new one is in its place.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     replaced = work / REPLACED
     if output.exists():

@@ -75,8 +75,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
+    bf16 = "bf16 autocast (default: where the processor multiplies bf16 itself)"
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help=bf16)
     arguments = parser.parse_args()
 
+    if arguments.bf16 is None:
+        arguments.bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
     started = time.time()
     source = arguments.model or packaged_minilm()
     tokenizer = AutoTokenizer.from_pretrained(source, model_max_length=512)
@@ -98,7 +102,7 @@ def main() -> None:
 
     config = TrainingConfig(
         steps=arguments.epochs * per_epoch, learning_rate=arguments.learning_rate, weight_decay=0.01,
-        adam_betas=(0.9, 0.999), schedule="linear", bf16=True, seed=arguments.seed, save_every=0,
+        adam_betas=(0.9, 0.999), schedule="linear", bf16=arguments.bf16, seed=arguments.seed, save_every=0,
     )  # fmt: skip
     log = train(model, batch_at, lambda model, batch: model(**batch).loss, config, name="emotion")
     model.save_pretrained(arguments.output_dir)

@@ -1,0 +1,80 @@
+"""The README of a sparsified checkpoint, and the tables of figures before and after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..report import auto_class, table
+
+CARD = """---
+{metadata}
+---
+
+# {name}
+
+`{base}` with sparser activations: fine-tuned with the `{regulariser}` regulariser, α {alpha:g}, activation
+`{activation}`, task `{task}`. It is a dense model like the one before{needs}, and made to be
+converted by [d2dmoe](https://arxiv.org/abs/2310.04361) {version}: `d2dmoe convert --model path/to/this/folder`.
+
+## Use
+
+```python
+{imports}from transformers import {auto}
+
+model = {auto}.from_pretrained("path/to/this/folder")
+```
+
+## Figures
+
+On the held-out part of `{data}`. `nonzero` is the share of hidden activations that are not zero, `near zero` the share
+that is at most 1 % of the token's largest one; means over {blocks} feed-forward blocks.
+
+{table}
+
+Command: `{command}`
+
+## Citation
+
+Szatkowski et al., *Exploiting Activation Sparsity with Dense to Dynamic-k Mixture-of-Experts Conversion*, NeurIPS 2024,
+arXiv 2310.04361.
+"""
+
+
+def sparsity_table(rows: list[dict[str, Any]]) -> str:
+    """Quality and sparsity, one row for each of `before` and `after`."""
+    shown = [row for row in rows if "metric" in row]
+    if not shown:
+        return "(no figures: --eval-tokens 0)"
+    name = shown[0]["metric"]["name"]
+    further = list(shown[0]["metrics"])
+    return table(
+        ["model", name, *further, "nonzero", "near zero", "tokens"],
+        [
+            [row["model"], f"{row['metric']['value']:.4f}", *(f"{row['metrics'][key]:.4f}" for key in further),
+             f"{row['nonzero']:.4f}", f"{row['near_zero']:.4f}", row["tokens"]]
+            for row in shown
+        ],
+    )  # fmt: skip
+
+
+def sparsified_card(kind: type, recipe: dict[str, Any], results: dict[str, Any]) -> str:
+    """The folder's README, with metadata that the hub accepts."""
+    base, data = str(recipe["model"]), str(recipe["data"])
+    local = Path(base).exists()
+    metadata = ModelCardData(
+        base_model=None if local else base, library_name="transformers", tags=["d2dmoe", "activation-sparsity"]
+    )
+    own = recipe["activation"] == "fatrelu"
+    text = CARD.format(
+        metadata=metadata.to_yaml(), name=Path(str(recipe["output_dir"])).name, base=Path(base).name if local else base,
+        regulariser=recipe["regulariser"], alpha=recipe["alpha"], activation=recipe["activation"],
+        task=results["task"], version=results["d2dmoe"], auto=auto_class(kind),
+        needs=", except that transformers refuses its activation unless d2dmoe is imported" if own else "",
+        imports="import d2dmoe  # registers the activation\n" if own else "",
+        data=Path(data).name if Path(data).exists() else data, table=sparsity_table(results["rows"]),
+        blocks=len(results["rows"][-1].get("blocks", [])) or "all", command=" ".join(results["command"]),
+    )  # fmt: skip
+    return str(ModelCard(text))
