@@ -8,6 +8,8 @@ from typing import Any
 
 from ..config.options import ConvertConfig
 from ..config.presets import PRESETS, resolve
+from ..errors import UserError
+from ..sparsify.options import further_options
 from .flags import add_fields, given, read_recipe
 from .output import emit
 
@@ -17,6 +19,8 @@ HELP = "convert a dense model into a checkpoint folder"
 
 def add_flags(sub: argparse.ArgumentParser) -> None:
     """The verb's own flags."""
+    sub.set_defaults(takes_more=True)
+    sub.allow_abbrev = False
     add_fields(sub, ConvertConfig)
     sub.add_argument("--recipe", metavar="YAML", help="file with any of these keys; flags win over it")
     sub.add_argument("--dry-run", action="store_true", help="print the plan from the config alone and stop")
@@ -26,7 +30,11 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, command: list[str]) -> int:
     """Run the verb; returns the exit code."""
-    config = resolve(ConvertConfig, read_recipe(arguments.recipe), given(arguments, ConvertConfig))
+    further = further_options(arguments.further)
+    if strange := [name for name in further if not name.startswith("sparsify_")]:
+        raise UserError(f"unknown option --{strange[0].replace('_', '-')}; see d2dmoe convert --help")
+    flags = {**given(arguments, ConvertConfig), **further}
+    config = resolve(ConvertConfig, read_recipe(arguments.recipe), flags)
     from .. import hub
     from ..pipeline.convert import convert
     from ..pipeline.plan import make_plan
@@ -35,6 +43,8 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
     if arguments.dry_run:
         model_config = hub.read_config(config.model, config.revision)
         plan = make_plan(model_config, config)
+        if config.sparsify != "skip":
+            print("before that: sparsify, whose training the plan below does not count", file=sys.stderr)
         emit(arguments, command, config.seed, [plan.summary()], _plan_text(plan, config))
         return 0
     results = convert(

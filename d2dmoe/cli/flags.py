@@ -16,6 +16,8 @@ def add_fields(parser: argparse.ArgumentParser, config_class: type) -> None:
     """One flag per field, without defaults, so that a flag that was not given does not override a recipe."""
     hints = typing.get_type_hints(config_class)
     for f in fields(config_class):
+        if f.metadata.get("hidden"):
+            continue
         default = f.default if f.default is not MISSING else f.default_factory()
         many, kind = f.metadata.get("many"), _plain(hints[f.name])
         shown = ",".join(map(str, default)) if many else default

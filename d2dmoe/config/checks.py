@@ -52,6 +52,9 @@ def check(config: Any) -> None:
     for factor in getattr(config, "speedup", None) or []:
         if not 1 < factor < 1000:
             raise UserError(f"--speedup {factor:g}: a speed-up over the dense model is above 1, for instance 1.5")
+    if getattr(config, "sparsify", "") == "skip" and config.sparsify_options:
+        first = next(iter(config.sparsify_options)).replace("_", "-")
+        raise UserError(f"--sparsify-{first} belongs to --sparsify; give it a regulariser, for instance hoyer")
     if getattr(config, "heal_tokens", 1) < 1:
         raise UserError("--heal-tokens 0: must be at least 1")
     if getattr(config, "heal", 0) and config.heal_parameters != "all" and config.stand_in == "zero":

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def knob(default: Any, help: str, **extra: Any) -> Any:
-    """A dataclass field with its help text. `extra`: `choices`, `short` (flag name override), `many` (a comma list)."""
+    """A dataclass field with its help text. `extra`: `choices`, `many` (a comma list), `hidden` (no flag)."""
     metadata = {"help": help, **extra}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -61,6 +61,9 @@ class TrainingConfig:
     save_every: int = knob(200, "steps between training states that --resume can continue from; 0 turns it off")
 
 
+REGULARISER_NAMES = ("hoyer", "l1", "clamped", "density", "none")
+
+
 @dataclass
 class ConvertConfig(DataConfig):
     """Everything `d2dmoe convert` can be told; the keys of a recipe."""
@@ -71,6 +74,13 @@ class ConvertConfig(DataConfig):
     preset: str = knob(
         "default", "starting point for the keys below", choices=("default", "paper", "moefication", "training-free")
     )
+    sparsify: str = knob(
+        "skip",
+        "first fine-tune with this sparsity regulariser; every flag of d2dmoe sparsify is one here with --sparsify- "
+        "before it, for instance --sparsify-max-steps 300",
+        choices=("skip", *REGULARISER_NAMES),
+    )
+    sparsify_options: dict[str, Any] = knob({}, "those further flags", hidden=True)
     experts: int = knob(0, "experts per block; 0 picks experts of about 32 neurons")
     expert_size: int = knob(0, "neurons per expert, instead of --experts, where widths differ between blocks")
     split: str = knob(

@@ -52,6 +52,8 @@ def resolve(config_class: type, *layers: dict[str, Any]) -> Any:
         UserError: If a key is unknown or a value is not allowed.
     """
     allowed = {f.name: f for f in fields(config_class)}
+    if "sparsify_options" in allowed:
+        layers = _sparsify_keys_gathered(layers, allowed)
     for layer in layers:
         for key in layer:
             if key not in allowed:
@@ -68,6 +70,21 @@ def resolve(config_class: type, *layers: dict[str, Any]) -> Any:
     config = config_class(**merged)
     check(config)
     return config
+
+
+def _sparsify_keys_gathered(layers: tuple[dict[str, Any], ...], allowed: Any) -> tuple[dict[str, Any], ...]:
+    """Keys such as `sparsify_alpha`, whose names and values another stage knows, as one mapping."""
+    gathered: dict[str, Any] = {}
+    rest = []
+    for layer in layers:
+        given = layer.get("sparsify_options") or {}
+        if not isinstance(given, dict):
+            raise UserError(f"sparsify_options {given}: must be a mapping of keys of d2dmoe sparsify")
+        gathered.update(given)
+        flat = {k for k in layer if k.startswith("sparsify_") and k not in allowed}
+        gathered.update({key.removeprefix("sparsify_"): layer[key] for key in flat})
+        rest.append({k: v for k, v in layer.items() if k not in flat and k != "sparsify_options"})
+    return (*rest, {"sparsify_options": gathered}) if gathered else tuple(rest)
 
 
 def _typed(key: str, value: Any, hint: Any) -> Any:

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from ..moe.loader import attach, cast
 from ..moe.packing import Neurons
 from ..progress import progress
 from ..report.machine import machine, portable
+from ..sparsify.options import SparsifyConfig, sparsify_stage, training_arguments
+from ..sparsify.run import Job, prepare, sparsify
 from ..stages.budgets.calibrate import calibrate, settle
 from ..stages.coactivation import activation_profiles
 from ..stages.heal import heal
@@ -83,7 +85,10 @@ def convert(
     named = config.output_dir or default_output(config.model)
     output = Path(os.path.abspath(named))
     work = output.with_name(output.name + ".partial")
-    model_config = hub.read_config(config.model, config.revision)
+    source, revision, model_config = config.model, config.revision, hub.read_config(config.model, config.revision)
+    sparsified = _sparsify_stage(config, work) if config.sparsify != "skip" else None
+    if sparsified:
+        model_config = sparsified.job.changed  # the activation may be another one
     plan = make_plan(model_config, config)
     processor = hub.load_processor(config.model, model_config, config.revision)
     calibration, held_out = batches_for(config, model_config, plan, processor)
@@ -95,7 +100,10 @@ def convert(
     with folder_errors(output, work):
         files = {"model": hub.fingerprint(config.model, model_config), "data": local_files(config.data)}
         check_recipe(work, recipe, files, resume)
-        model = hub.load_model(config.model, model_config, config.revision).to(device)
+        if sparsified:
+            figures = sparsified.run(resume, say)
+            source, revision, model_config = sparsified.folder, None, hub.read_config(sparsified.folder)
+        model = hub.load_model(source, model_config, revision).to(device)
         if asleep:
             say(f"left dense, because they do not run on this data: {', '.join(block.name for block in asleep)}")
         say(f"{len(plan.blocks)} blocks of {plan.blocks[0].experts} experts in {plan.model_class.__name__}")
@@ -103,7 +111,7 @@ def convert(
             say(f"padded with {padded} zero neurons in memory, because the experts do not divide the width")
         log = convert_model(
             model, config, calibration, blocks=plan.blocks, work=work, resume=resume, say=say,
-            dense=lambda: hub.load_model(config.model, model_config, config.revision).to(device),
+            dense=lambda: hub.load_model(source, model_config, revision).to(device),
         )  # fmt: skip
         cast(model, _output_dtype(config, model_config))  # the figures are those of the checkpoint
         rows = []
@@ -116,9 +124,42 @@ def convert(
             "seed": config.seed, "plan": plan.summary(), "minutes": round((time.time() - started) / 60, 2),
             "calibration_tokens": calibration.first(config.calibration_tokens).tokens, "router_log": log, "rows": rows,
         }  # fmt: skip
+        if sparsified:
+            results["sparsify"] = figures
         write_checkpoint(output, work, model, processor, recipe, results, config)
     say(f"saved {named}")
     return results
+
+
+@dataclass
+class _SparsifyStage:
+    """The first stage, in a folder of its own in the working folder."""
+
+    config: SparsifyConfig
+    training: dict[str, Any]
+    job: Job
+
+    @property
+    def folder(self) -> str:
+        """Where the sparsified dense model is, once it is complete."""
+        return self.config.output_dir
+
+    def run(self, resume: bool, say: Say) -> dict[str, Any]:
+        """Train, unless an earlier run got past this stage; returns what `sparsify` found."""
+        results = Path(self.folder, "results.json")
+        if not (resume and results.exists()):
+            interrupted = Path(f"{self.folder}.partial").exists()
+            sparsify(self.config, self.training, resume=resume and interrupted, overwrite=True, say=say)
+            release_memory()
+        return {k: v for k, v in json.loads(results.read_text()).items() if k in ("task", "minutes", "rows", "log")}
+
+
+def _sparsify_stage(config: ConvertConfig, work: Path) -> _SparsifyStage:
+    """Its options and data, checked before anything long begins."""
+    own, training = sparsify_stage(config, str(work / "sparsified"))
+    job = prepare(own)
+    training_arguments(training, own, str(work / "unused"))
+    return _SparsifyStage(own, training, job)
 
 
 def convert_model(

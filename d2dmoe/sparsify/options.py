@@ -11,9 +11,10 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..config import DataConfig, UserError, knob, resolve
+from ..config.options import REGULARISER_NAMES, ConvertConfig, DataConfig, knob
+from ..config.presets import resolve
+from ..errors import UserError
 
-REGULARISER_NAMES = ("hoyer", "l1", "clamped", "density", "none")
 SCHEDULE_NAMES = ("constant", "linear", "linear_warmup", "sine")
 TASK_NAMES = ("auto", "causal_lm", "masked_lm", "classification", "image_classification", "distillation")
 
@@ -104,6 +105,26 @@ def resolve_sparsify(*layers: dict[str, Any]) -> tuple[SparsifyConfig, dict[str,
     config = resolve(SparsifyConfig, *own)
     check_sparsity(config)
     return config, training
+
+
+SHARED = (
+    "model", "revision", "data", "text_column", "label_column", "sequences", "max_length", "batch_size", "seed",
+    "device", "eval_tokens", "max_shard_size",
+)  # fmt: skip
+
+
+def sparsify_stage(config: ConvertConfig, output_dir: str) -> tuple[SparsifyConfig, dict[str, Any]]:
+    """What `convert --sparsify` runs first: its own data and model, and the flags that begin with `--sparsify-`.
+
+    Raises:
+        UserError: As `resolve_sparsify`, or if a flag is not free here.
+    """
+    for name in config.sparsify_options:
+        if name in ("model", "output_dir", "revision", "regulariser"):
+            raise UserError(f"--sparsify-{name.replace('_', '-')}: follows from convert's own flags; leave it out")
+    shared = {name: getattr(config, name) for name in SHARED}
+    own = {"regulariser": config.sparsify, "output_dir": output_dir}
+    return resolve_sparsify(shared, config.sparsify_options, own)
 
 
 def further_options(words: list[str]) -> dict[str, Any]:
