@@ -28,9 +28,9 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
     """Run the verb; returns the exit code."""
     flags = {**given(arguments, SparsifyConfig), **further_options(arguments.further)}
     config, training = resolve_sparsify(read_recipe(arguments.recipe), flags)
+    from ..pipeline.sparsify import sparsify
     from ..report import write_json
     from ..sparsify.card import sparsity_table
-    from ..sparsify.run import sparsify
 
     results = sparsify(
         config, training, resume=arguments.resume, overwrite=arguments.overwrite,

@@ -32,7 +32,6 @@ from ..moe.packing import Neurons
 from ..progress import progress
 from ..report.machine import machine, portable
 from ..sparsify.options import SparsifyConfig, sparsify_stage, training_arguments
-from ..sparsify.run import Job, prepare, sparsify
 from ..stages.budgets.calibrate import calibrate, settle
 from ..stages.coactivation import activation_profiles
 from ..stages.heal import heal
@@ -42,6 +41,7 @@ from ..stages.split import split_neurons
 from ..training import has_state, pick_device
 from ..version import __version__
 from .plan import Plan, fit_to_data, make_plan
+from .sparsify import Job, prepare, sparsify
 from .verify import block_outputs, model_outputs, verify
 from .workdir import (
     check_recipe,

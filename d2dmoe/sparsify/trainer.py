@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from ..config import UserError
-from ..discovery import discover, skeleton
+from ..discovery.blocks import discover
+from ..discovery.skeleton import skeleton
+from ..errors import UserError
 from ..measure.observe import model_inputs
 from ..stages.heal import divergence
 from .masks import IGNORED, decoder_prefix, token_counts, token_masks

@@ -18,23 +18,25 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from .. import hub
-from ..config import Block, UserError
-from ..data import Batches, make_batches, read_documents
-from ..discovery import discover, skeleton
+from ..config.record import Block
+from ..data.batches import Batches, make_batches
+from ..data.documents import read_documents
+from ..discovery.blocks import discover
+from ..discovery.skeleton import skeleton
+from ..errors import UserError
+from ..files import write_text
 from ..measure.evaluate import evaluate
-from ..measure.observe import model_inputs, pieces, trunk_below
-from ..pipeline.workdir import check_recipe, folder_errors, local_files, prepare_folders, publish
 from ..progress import progress
-from ..report import machine, portable
+from ..report.machine import machine, portable
+from ..sparsify.activation import activation_name, swapped_config
+from ..sparsify.card import sparsified_card
+from ..sparsify.options import SparsifyConfig, training_arguments
+from ..sparsify.statistics import activation_shares
+from ..sparsify.tasks import choose_task, collator
+from ..sparsify.trainer import SparsifyTrainer
 from ..training import accelerate_state_kept, pick_device
 from ..version import __version__
-from .activation import activation_name, swapped_config
-from .card import sparsified_card
-from .masks import token_masks
-from .options import SparsifyConfig, SparsityConfig, training_arguments
-from .tasks import choose_task, collator
-from .terms import SparsityTerm
-from .trainer import SparsifyTrainer
+from .workdir import check_recipe, folder_errors, local_files, prepare_folders, publish
 
 Say = Callable[[str], None]
 COMPLETE = "complete"  # in a training state that was written to its end
@@ -183,9 +185,7 @@ def _before(
         return json.loads(file.read_text())
     model = hub.load_model(config.model, job.original, config.revision).to(device)
     found = figures(model, job, config)
-    scratch = file.with_suffix(".tmp")
-    scratch.write_text(json.dumps(found))
-    os.replace(scratch, file)
+    write_text(file, json.dumps(found))
     return found
 
 
@@ -198,37 +198,6 @@ def figures(model: PreTrainedModel, job: Job, config: SparsifyConfig) -> dict[st
     by_block = activation_shares(model, blocks, job.held_out, on=config.sparsify_on)
     mean = {name: sum(row[name] for row in by_block) / len(by_block) for name in ("nonzero", "near_zero")}
     return {"metric": row["metric"], "metrics": row["metrics"], "tokens": row["tokens"], **mean, "blocks": by_block}
-
-
-@torch.no_grad()
-def activation_shares(
-    model: PreTrainedModel, blocks: list[Block], batches: Batches, *, on: str = "activation"
-) -> list[dict[str, float]]:
-    """Shares of hidden activations that are not zero, and that are at most 1 % of the token's largest one.
-
-    Args:
-        model: Dense model, in evaluation mode.
-        blocks: Of that model.
-        batches: What it runs on; padding is left out.
-        on: For gated blocks, `activation` or `intermediate`.
-
-    Returns:
-        `{"block", "nonzero", "near_zero"}` for each block.
-    """
-    term = SparsityTerm(model, blocks, SparsityConfig(regulariser="none", sparsify_on=on))
-    body = trunk_below(model, [block.up for block in blocks])
-    term.counting = True
-    try:
-        for batch in progress(pieces(batches), desc="sparsity"):
-            with term.collecting(token_masks(batch)):
-                body(**model_inputs(body, batch))
-    finally:
-        term.remove()
-    shares = term.shares[:, :2] / term.shares[:, 2:].clamp_min(1)
-    return [
-        {"block": block.name, "nonzero": float(nonzero), "near_zero": float(near)}
-        for block, (nonzero, near) in zip(blocks, shares, strict=True)
-    ]
 
 
 def _trainer(
