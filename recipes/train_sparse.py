@@ -1,6 +1,6 @@
 """Run the trainings of a YAML file, one folder for each name and seed; what is there already is not made again.
 
-    python recipes/sparsify.py --config recipes/sparsity.yaml --seeds 0,1,2
+    python recipes/train_sparse.py --config recipes/sparsity.yaml --seeds 0,1,2
 
 `recipes/compare.py` with the same file then converts what this has trained and prints the table of quality.
 """
@@ -17,10 +17,10 @@ import transformers
 import yaml
 from compare import places
 
-from d2dmoe.config import UserError
+from d2dmoe.errors import UserError
+from d2dmoe.pipeline.sparsify import sparsify
 from d2dmoe.report import table
 from d2dmoe.sparsify.options import resolve_sparsify
-from d2dmoe.sparsify.run import sparsify
 
 
 def trainings(content: dict[str, Any], seeds: list[int], only: list[str] | None = None) -> list[tuple[str, int, dict]]:
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         only = arguments.only.split(",") if arguments.only else None
         print(summarise([run(*training) for training in trainings(content, seeds, only)]))
     except UserError as error:
-        print(f"sparsify.py: {error}", file=sys.stderr)
+        print(f"train_sparse.py: {error}", file=sys.stderr)
         return 1
     return 0
 
