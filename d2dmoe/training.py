@@ -12,13 +12,14 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import get_scheduler
@@ -43,6 +44,37 @@ def accelerate_state_kept() -> Iterator[None]:
         for state, values in zip(shared, before, strict=True):
             state.clear()
             state.update(values)
+
+
+def first_process() -> bool:
+    """Whether this process writes, prints and evaluates: the only one, or the first of those that were launched."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def wait_for_everyone() -> None:
+    """Until all launched processes have come here; nothing where there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def launched(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Connect the processes that `accelerate launch` or `torchrun` started, while the function runs."""
+
+    @wraps(function)
+    def connected(config: Any, *args: Any, **options: Any) -> Any:
+        with accelerate_state_kept():
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                PartialState(cpu=config.device == "cpu")
+            return function(config, *args, **options)
+
+    return connected
+
+
+def process_device(name: str) -> torch.device:
+    """The device of this process: its own among several, else that called `name`; see `pick_device`."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return PartialState().device
+    return pick_device(name)
 
 
 def pick_device(name: str) -> torch.device:
@@ -73,6 +105,7 @@ def train(
     resume: bool = False,
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     placed: bool = False,
+    in_turn: bool = False,
 ) -> list[dict[str, float]]:
     """Train the parameters of `model` that require gradients.
 
@@ -89,6 +122,7 @@ def train(
         resume: Continue from `state_dir` if it holds a state of this very config.
         evaluate: Called after the last step and at every saved state; its figures join the log row.
         placed: Model and batches are where they should be; accelerate decides otherwise.
+        in_turn: A step may leave some parameters out, which several processes have to be told.
 
     Returns:
         Log rows, `{"step", "loss", "learning_rate", …}`.
@@ -98,7 +132,8 @@ def train(
             became NaN or infinite.
     """
     # Autocast is ours, not the accelerator's: its precision holds for the whole process and patches the model for good.
-    accelerator = Accelerator(device_placement=not placed)
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if in_turn else []
+    accelerator = Accelerator(device_placement=not placed, kwargs_handlers=handlers)
     device = next(model.parameters()).device if placed else accelerator.device
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=tuple(config.adam_betas)

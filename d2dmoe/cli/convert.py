@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
     from ..pipeline.convert import convert
     from ..pipeline.plan import make_plan
     from ..report import eval_table, write_json
+    from ..training import first_process
 
     if arguments.dry_run:
         model_config = hub.read_config(config.model, config.revision)
@@ -47,13 +48,15 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
             print("before that: sparsify, whose training the plan below does not count", file=sys.stderr)
         emit(arguments, command, config.seed, [plan.summary()], _plan_text(plan, config))
         return 0
+    quiet = not first_process()
     results = convert(
         config, resume=arguments.resume, overwrite=arguments.overwrite,
-        say=lambda text: print(text, file=sys.stderr, flush=True), command=["d2dmoe", *command],
+        say=lambda text: quiet or print(text, file=sys.stderr, flush=True), command=["d2dmoe", *command],
     )  # fmt: skip
-    print(eval_table(results["rows"]))
-    if arguments.json:
-        write_json(arguments.json, results)
+    if results:
+        print(eval_table(results["rows"]))
+        if arguments.json:
+            write_json(arguments.json, results)
     return 0
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from ..stages.heal import heal
 from ..stages.routers.fit import fit_routers
 from ..stages.routers.training import train_routers
 from ..stages.split import split_neurons
-from ..training import has_state, pick_device
+from ..training import first_process, has_state, launched, process_device, wait_for_everyone
 from ..version import __version__
 from .plan import Plan, fit_to_data, make_plan
 from .sparsify import Job, prepare, sparsify
@@ -58,6 +59,7 @@ Say = Callable[[str], None]
 LEAST_UNSEEN = 4096  # tokens to measure a loss on
 
 
+@launched
 def convert(
     config: ConvertConfig,
     *,
@@ -76,12 +78,12 @@ def convert(
         command: What the user typed, for the record.
 
     Returns:
-        The contents of `results.json`.
+        The contents of `results.json`; in processes other than the first an empty mapping.
 
     Raises:
         UserError: For anything the user can mend, before any long work starts.
     """
-    device = pick_device(config.device)
+    device = process_device(config.device)
     named = config.output_dir or default_output(config.model)
     output = Path(os.path.abspath(named))
     work = output.with_name(output.name + ".partial")
@@ -94,12 +96,17 @@ def convert(
     calibration, held_out = batches_for(config, model_config, plan, processor)
     asleep = fit_to_data(plan, calibration[0], config.data)
     hub.check_safetensors(config.model)
-    prepare_folders(output, work, plan, keep=(config.model, config.data), resume=resume, overwrite=overwrite)
+    first = first_process()
+    if first:
+        prepare_folders(output, work, plan, keep=(config.model, config.data), resume=resume, overwrite=overwrite)
+    wait_for_everyone()
     recipe = {**asdict(config), "output_dir": named}
-    started = time.time()
-    with folder_errors(output, work):
-        files = {"model": hub.fingerprint(config.model, model_config), "data": local_files(config.data)}
-        check_recipe(work, recipe, files, resume)
+    started, results = time.time(), {}
+    with folder_errors(output, work) if first else nullcontext():
+        if first:
+            files = {"model": hub.fingerprint(config.model, model_config), "data": local_files(config.data)}
+            check_recipe(work, recipe, files, resume)
+        wait_for_everyone()
         if sparsified:
             figures = sparsified.run(resume, say)
             source, revision, model_config = sparsified.folder, None, hub.read_config(sparsified.folder)
@@ -114,21 +121,29 @@ def convert(
             dense=lambda: hub.load_model(source, model_config, revision).to(device),
         )  # fmt: skip
         cast(model, _output_dtype(config, model_config))  # the figures are those of the checkpoint
-        rows = []
-        if held_out is not None:
-            settings = [{"active": a} for a in sorted({*(b.active for b in stored_config(model).budgets), 1.0})]
-            rows = evaluate(model, held_out, settings, tokenizer=processor)
-        results = {
-            "d2dmoe": __version__, "machine": machine(),
-            "command": [portable(word) for word in command or ["d2dmoe", "convert", "--model", config.model]],
-            "seed": config.seed, "plan": plan.summary(), "minutes": round((time.time() - started) / 60, 2),
-            "calibration_tokens": calibration.first(config.calibration_tokens).tokens, "router_log": log, "rows": rows,
-        }  # fmt: skip
-        if sparsified:
-            results["sparsify"] = figures
-        write_checkpoint(output, work, model, processor, recipe, results, config)
-    say(f"saved {named}")
+        if first:
+            results = {
+                "d2dmoe": __version__, "machine": machine(),
+                "command": [portable(word) for word in command or ["d2dmoe", "convert", "--model", config.model]],
+                "seed": config.seed, "plan": plan.summary(), "minutes": 0.0,
+                "calibration_tokens": calibration.first(config.calibration_tokens).tokens, "router_log": log,
+                "rows": _figures(model, held_out, processor),
+            }  # fmt: skip
+            results["minutes"] = round((time.time() - started) / 60, 2)
+            if sparsified:
+                results["sparsify"] = figures
+            write_checkpoint(output, work, model, processor, recipe, results, config)
+            say(f"saved {named}")
+        wait_for_everyone()
     return results
+
+
+def _figures(model: PreTrainedModel, held_out: Batches | None, processor: Any) -> list[dict[str, Any]]:
+    """Rows of the stored budgets and of the dense model on held-out data; none without such data."""
+    if held_out is None:
+        return []
+    settings = [{"active": a} for a in sorted({*(b.active for b in stored_config(model).budgets), 1.0})]
+    return evaluate(model, held_out, settings, tokenizer=processor)
 
 
 @dataclass
@@ -149,6 +164,7 @@ class _SparsifyStage:
         results = Path(self.folder, "results.json")
         if not (resume and results.exists()):
             interrupted = Path(f"{self.folder}.partial").exists()
+            wait_for_everyone()
             sparsify(self.config, self.training, resume=resume and interrupted, overwrite=True, say=say)
             release_memory()
         return {k: v for k, v in json.loads(results.read_text()).items() if k in ("task", "minutes", "rows", "log")}
@@ -268,7 +284,7 @@ def _routers(
             fit_routers(model, batches.first(config.calibration_tokens), config)
         if config.router_fit != "closed-form":
             log.extend(train_routers(model, batches, config, state_dir=state_dir, resume=resume))
-        if work is not None:
+        if work is not None and first_process():
             write_text(work / "router-log.json", json.dumps(log))
         return {f"{i}.{k}": v for i, layer in enumerate(layers(model)) for k, v in layer.router.state_dict().items()}
 

@@ -24,6 +24,7 @@ from ..measure.observe import release_memory
 from ..moe.layer import layers
 from ..report.card import model_card
 from ..report.machine import portable
+from ..training import first_process, wait_for_everyone
 from .plan import Plan
 
 # Keys that may change between an interrupted run and the one that resumes it.
@@ -40,7 +41,7 @@ def fitted(
 
     def compute() -> dict[str, torch.Tensor]:
         fit()
-        if record is not None:
+        if record is not None and first_process():
             kept = {k: v for k, v in stored.to_dict().items() if k in ("budgets", "curve", "default_active")}
             write_text(record, json.dumps(kept))
         return {key: parameters[key].data for key in changed}
@@ -64,13 +65,17 @@ def stage(
     if work is None:
         return compute()
     file = work / f"{name}.safetensors"
-    if resume and file.exists():
+    known = resume and file.exists()
+    wait_for_everyone()  # nobody writes before everybody has looked
+    if known:
         return load_file(file)
     tensors = {k: v.detach().cpu().contiguous() for k, v in compute().items()}
     release_memory()
-    with replacing(file) as scratch:
-        save_file(tensors, scratch)
-    return tensors
+    if first_process():
+        with replacing(file) as scratch:
+            save_file(tensors, scratch)
+    wait_for_everyone()
+    return load_file(file) if not first_process() else tensors
 
 
 def default_output(model: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from ..config.options import ConvertConfig, TrainingConfig
@@ -83,7 +84,7 @@ def heal(
     with training_only(model, config.heal_parameters):
         return train(
             student, parts, lambda student, batch: student(batch), settings,
-            name="heal", state_dir=state_dir, resume=resume, placed=True,
+            name="heal", state_dir=state_dir, resume=resume, placed=True, in_turn=True,
         )  # fmt: skip
 
 
@@ -129,7 +130,8 @@ class Parts:
         if self._order[0] != epoch:
             self._order = (epoch, self.batches.shuffled(self.seed + epoch))
         chosen = self._order[1].items[place * self.rows : (place + 1) * self.rows]
-        return {**self.batches.collate(chosen), "number": number // self.per_step}
+        step = number // (self.per_step * PartialState().num_processes)
+        return {**self.batches.collate(chosen), "number": step}
 
 
 @contextmanager

@@ -228,7 +228,9 @@ def test_what_the_architecture_keeps_in_fp32_stays_so(name, tmp_path):
     inputs = dummy_inputs(dense)
     reference = type(dense).from_pretrained(tmp_path / "dense", dtype=torch.float16)
     with d2dmoe.set_gate(half, active=1):
-        assert_close(run(half, inputs), run(reference, inputs), rtol=1e-2, atol=1e-3)
+        ours, wanted = run(half, inputs).double(), run(reference, inputs).double()
+        # Not element by element: where a processor has no fp16 products, their sums round differently by the layout.
+        assert (ours - wanted).norm() <= 5e-3 * wanted.norm()
     with d2dmoe.set_gate(half, active=0.5):
         assert run(half, inputs).isfinite().all()
     half.save_pretrained(tmp_path / "half")
