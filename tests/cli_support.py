@@ -9,7 +9,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,7 +106,10 @@ def names(folder: Path) -> set[str]:
 
 
 def run_killed(jobs: Mapping[str, list[str]], cwd: Path) -> None:
-    """Run commands that are killed as soon as something whose path ends like the key has got its final name."""
+    """Run commands that are killed as soon as something whose path ends like the key has got its final name.
+
+    What torch pickles in the middle of a training state counts as well: `optimizer.pt`.
+    """
     result = run_python(__file__, json.dumps(jobs), cwd=cwd, timeout=240)
     assert result.code == 0, result.err
     assert json.loads(result.out.splitlines()[-1]) == dict.fromkeys(jobs, -signal.SIGKILL), result.err
@@ -117,14 +120,16 @@ def _killed(ending: str, argv: list[str]) -> int:
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    rename = os.replace
 
-    def replace(source: Path, target: Path) -> None:
-        rename(source, target)
-        if str(target).endswith(ending):
-            os.kill(os.getpid(), signal.SIGKILL)
+    def deadly(write: Callable) -> Callable:
+        def call(what: object, target: object, **more: object) -> None:
+            write(what, target, **more)
+            if str(target).endswith(ending):
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    os.replace = replace
+        return call
+
+    os.replace, torch.save = deadly(os.replace), deadly(torch.save)
     from d2dmoe.cli import main
 
     os._exit(main(argv))

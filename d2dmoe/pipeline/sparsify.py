@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 from .. import hub
 from ..config.record import Block
@@ -31,6 +31,7 @@ from ..report.machine import machine, portable
 from ..sparsify.activation import activation_name, swapped_config
 from ..sparsify.card import sparsified_card
 from ..sparsify.options import SparsifyConfig, training_arguments
+from ..sparsify.states import Epochs, Marks, any_state, last_complete
 from ..sparsify.statistics import activation_shares
 from ..sparsify.tasks import choose_task, collator
 from ..sparsify.trainer import SparsifyTrainer
@@ -39,7 +40,6 @@ from ..version import __version__
 from .workdir import check_recipe, folder_errors, local_files, prepare_folders, publish
 
 Say = Callable[[str], None]
-COMPLETE = "complete"  # in a training state that was written to its end
 
 
 @dataclass
@@ -84,9 +84,16 @@ def prepare(config: SparsifyConfig) -> Job:
         documents = read_documents(config.data, part, config.text_column, config.label_column)
         return make_batches(documents, processor, data, packed=hub.is_causal(kind), label2id=label2id)
 
-    train = make("calibration")
-    held_out = make("held_out").first(config.eval_tokens) if config.eval_tokens else None
+    train, held_out = make("calibration"), None
+    if config.eval_tokens:
+        try:
+            held_out = make("held_out").first(config.eval_tokens)
+        except UserError as error:
+            raise UserError(
+                f"{error} (this is the part held out for the figures; --eval-tokens 0 skips them)"
+            ) from None
     task = choose_task(config.task, kind, original, train, processor, config.data)
+    _with_adapters(skeleton(kind, changed), config)
     hub.check_safetensors(config.model)
     size = sum(p.numel() for p in bones.parameters())
     states = 2 + 1  # two training states and the result
@@ -123,6 +130,7 @@ def sparsify(
     """
     state = PartialState(cpu=config.device == "cpu")
     first = state.is_main_process
+    say = say if first else lambda _: None
     device = state.device if state.num_processes > 1 else pick_device(config.device)
     job = prepare(config)
     named = config.output_dir or default_output(config.model)
@@ -135,16 +143,16 @@ def sparsify(
     state.wait_for_everyone()
     recipe = {**asdict(config), "output_dir": named, **(training or {})}
     started = time.time()
-    with folder_errors(output, work) if first else nullcontext():
+    with folder_errors(output, work, any_state) if first else nullcontext():
         if first:
             files = {"model": hub.fingerprint(config.model, job.original), "data": local_files(config.data)}
-            check_recipe(work, recipe, files, resume)
+            check_recipe(work, recipe | {"processes": state.num_processes}, files, resume)
         state.wait_for_everyone()
         before = _before(job, config, work, resume, device, say) if first else {}
         state.wait_for_everyone()
         model = hub.load_model(config.model, job.changed, config.revision, changed=True)
         trainer = _trainer(model, job, config, arguments, compute_loss_func)
-        last = _last_complete(work / "training") if resume else None
+        last = last_complete(work / "training") if resume else None
         say(f"{job.task} on {len(job.train.items)} samples, {config.regulariser} α {config.alpha:g}")
         trainer.train(resume_from_checkpoint=last)
         model = _trained(trainer, job, config)
@@ -182,10 +190,12 @@ def _before(
     """Figures of the original model, kept for a resumed run."""
     file = work / "before.json"
     if resume and file.exists():
-        return json.loads(file.read_text())
+        kept = json.loads(file.read_text())
+        if kept["eval_tokens"] == config.eval_tokens:
+            return kept["figures"]
     model = hub.load_model(config.model, job.original, config.revision).to(device)
     found = figures(model, job, config)
-    write_text(file, json.dumps(found))
+    write_text(file, json.dumps({"eval_tokens": config.eval_tokens, "figures": found}))
     return found
 
 
@@ -207,12 +217,14 @@ def _trainer(
     teacher = hub.load_model(config.model, job.original, config.revision) if distils else None
     if teacher is not None:
         teacher.requires_grad_(False)
+    collate = collator(job.task, job.train, job.processor, config.seed)
+    set_seed(config.seed)  # adapters start at random
     trainer = SparsifyTrainer(
         model=_with_adapters(model, config), args=arguments, train_dataset=job.train.items,
         eval_dataset=job.held_out.items if job.held_out else None,
-        data_collator=collator(job.task, job.train, job.processor), compute_loss_func=loss,
-        callbacks=[_Marks(), _Bar()], sparsity=config, teacher=teacher, distillation=config.distillation or 1.0,
-        task=job.task != "distillation",
+        data_collator=collate, compute_loss_func=loss,
+        callbacks=[Marks(), Epochs(collate), _Bar()], sparsity=config, teacher=teacher,
+        distillation=config.distillation or 1.0, task=job.task != "distillation",
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # our own bar shows the figures
     return trainer
@@ -251,22 +263,6 @@ def _trained(trainer: SparsifyTrainer, job: Job, config: SparsifyConfig) -> PreT
         model = model.merge_and_unload()
     model.config.use_cache = job.original.to_dict().get("use_cache", True)
     return model.eval()
-
-
-def _last_complete(folder: Path) -> str | None:
-    """The newest training state that was written to its end; what is newer and half-written is deleted."""
-    states = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    while states and not (states[-1] / COMPLETE).exists():
-        shutil.rmtree(states.pop())
-    return str(states[-1]) if states else None
-
-
-class _Marks(TrainerCallback):
-    """Marks a training state once all of it is on disk."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
 class _Bar(TrainerCallback):

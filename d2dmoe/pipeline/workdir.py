@@ -145,8 +145,13 @@ def _cannot_write(output: Path, error: OSError) -> UserError:
 
 
 @contextmanager
-def folder_errors(output: Path, work: Path) -> Iterator[None]:
+def folder_errors(output: Path, work: Path, useful: Callable[[Path], bool] | None = None) -> Iterator[None]:
     """Trouble with the disk in the user's words; a working folder that nothing could go on from does not stay.
+
+    Args:
+        output: Where the checkpoint will be.
+        work: The working folder.
+        useful: Whether something could go on from that folder; by default, whether tensors lie in it.
 
     Raises:
         UserError: If the disk is full or cannot be written.
@@ -163,7 +168,7 @@ def folder_errors(output: Path, work: Path) -> Iterator[None]:
             raise _cannot_write(output, error) from None
         raise
     finally:
-        if work.is_dir() and not any(work.rglob("*.safetensors")):
+        if work.is_dir() and not (useful(work) if useful else any(work.rglob("*.safetensors"))):
             shutil.rmtree(work, ignore_errors=True)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -97,7 +99,7 @@ def resolve_sparsify(*layers: dict[str, Any]) -> tuple[SparsifyConfig, dict[str,
     own = [{k: v for k, v in layer.items() if k in OWN} for layer in layers]
     training: dict[str, Any] = {}
     for layer in layers:
-        training.update({k: v for k, v in layer.items() if k not in OWN and k != "preset"})
+        training.update({k: _value(v) for k, v in layer.items() if k not in OWN and k != "preset"})
     for name in training:
         if name in RESERVED:
             instead = f"; use {RESERVED[name]}" if RESERVED[name] else ""
@@ -105,6 +107,14 @@ def resolve_sparsify(*layers: dict[str, Any]) -> tuple[SparsifyConfig, dict[str,
     config = resolve(SparsifyConfig, *own)
     check_sparsity(config)
     return config, training
+
+
+def _value(given: Any) -> Any:
+    """Numbers, lists and mappings that a flag gives as text, so that a recipe file and a flag say the same."""
+    if isinstance(given, str):
+        with suppress(ValueError):
+            return json.loads(given)
+    return given
 
 
 SHARED = (
@@ -164,8 +174,10 @@ def check_sparsity(config: SparsityConfig) -> None:
         raise UserError("--activation fatrelu needs a --threshold above 0; a threshold of 0 is --activation relu")
     if getattr(config, "activation", "fatrelu") != "fatrelu" and config.threshold:
         raise UserError(f"--threshold {config.threshold:g} belongs to --activation fatrelu")
-    if getattr(config, "lora_rank", 0) == 0 and getattr(config, "lora_alpha", 0):
-        raise UserError(f"--lora-alpha {config.lora_alpha:g} needs --lora-rank")
+    if getattr(config, "lora_rank", 1) == 0:
+        for name, unset in (("lora_alpha", 0), ("lora_targets", "all-linear")):
+            if getattr(config, name) != unset:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} needs --lora-rank")
 
 
 def training_arguments(training: dict[str, Any], config: SparsifyConfig, folder: str) -> Any:
@@ -179,7 +191,9 @@ def training_arguments(training: dict[str, Any], config: SparsifyConfig, folder:
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> Any:
-            raise UserError(f"{message.replace('_', '-')}; the flags are those of transformers.TrainingArguments")
+            flag, colon, reason = re.sub(r"^argument (--\w+)(/--[\w-]+)?", r"\1", message).partition(":")
+            said = flag.replace("_", "-") + colon + reason.rstrip(".")
+            raise UserError(f"{said}; the flags are those of transformers.TrainingArguments")
 
     names = {f.name for f in fields(TrainingArguments)}
     for name in training:
@@ -196,12 +210,12 @@ def training_arguments(training: dict[str, Any], config: SparsifyConfig, folder:
     }  # fmt: skip
     words = [
         word for name, value in given.items() if value is not None
-        for word in (f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value))
+        for word in (f"--{name}", json.dumps(value) if isinstance(value, dict | list) else str(value))
     ]  # fmt: skip
     try:
         (arguments,) = Parser(TrainingArguments).parse_args_into_dataclasses(words)
     except (ValueError, ImportError, TypeError) as error:
-        raise UserError(f"{str(error).strip().splitlines()[0]} (from transformers.TrainingArguments)") from None
+        raise UserError(f"{' '.join(str(error).split())} (from transformers.TrainingArguments)") from None
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several GPUs are `accelerate launch`'s business, not DataParallel's
     return arguments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -47,13 +48,32 @@ def choose_task(wanted: str, kind: type, config: Any, batches: Batches, processo
     return task
 
 
-def collator(task: str, batches: Batches, processor: Any) -> Collator:
-    """Turns items of `batches` into the keyword arguments of a training step."""
-    if task == "masked_lm":
+class Masking:
+    """Batches for masked language models. What is masked follows from the epoch and the batch alone, so that a resumed
+    training masks what an uninterrupted one would have masked.
+
+    Attributes:
+        epoch: Set from outside; another one masks other tokens.
+    """
+
+    def __init__(self, tokenizer: Any, seed: int):
         from transformers import DataCollatorForLanguageModeling
 
-        mask = DataCollatorForLanguageModeling(processor, mlm=True, mlm_probability=0.15)
-        return lambda items: mask([{"input_ids": item["input_ids"]} for item in items])
+        self.mask = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=0.15)
+        self.seed, self.epoch = seed, 0
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Items with `input_ids` to `input_ids`, `attention_mask` and `labels`."""
+        rows = [{"input_ids": item["input_ids"]} for item in items]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(repr((self.seed, self.epoch, rows)).encode()))
+            return self.mask(rows)
+
+
+def collator(task: str, batches: Batches, processor: Any, seed: int = 0) -> Collator:
+    """Turns items of `batches` into the keyword arguments of a training step."""
+    if task == "masked_lm":
+        return Masking(processor, seed)
 
     def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = batches.collate(items)

@@ -125,7 +125,9 @@ class SparsityCallback(TrainerCallback):
         return self.config.alpha * SCHEDULES[self.config.alpha_schedule](done)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, *args: Any) -> Any:
-        """The trainer's own, and the tokens in them on all processes."""
+        """The trainer's own, and the tokens in them on all processes; none once the last step is done."""
+        if self._finished():
+            return [], None
         samples, *rest = self._batches(epoch_iterator, num_batches, *args)
         self._total = None
         if samples and all(isinstance(batch, Mapping) for batch in samples):
@@ -170,7 +172,7 @@ class SparsityCallback(TrainerCallback):
             distance = self._distance(model, given, outputs, weights)
             figures["distillation_loss"] = distance.detach()
             loss = loss + factor * self.distillation * distance
-        self._keep(figures)
+        self._keep(figures, loss)
         return (loss, outputs) if return_outputs else loss
 
     def _asked(
@@ -245,15 +247,24 @@ class SparsityCallback(TrainerCallback):
         distance = divergence(outputs, reference, mask)
         return distance * weights[side].to(distance.dtype)
 
-    def _keep(self, figures: dict[str, torch.Tensor]) -> None:
-        for name, value in figures.items():
+    def _keep(self, figures: dict[str, torch.Tensor], loss: torch.Tensor) -> None:
+        terms = {"task_loss": "task loss", "sparsity_loss": "sparsity penalty", "distillation_loss": "distance"}
+        for name, value in [*figures.items(), ("sum", loss.detach())]:
             if not torch.isfinite(value):
-                term = {"task_loss": "task loss", "sparsity_loss": "sparsity penalty"}.get(name, "distance")
                 raise UserError(
-                    f"step {self.trainer.state.global_step + 1}: the {term} became {float(value)}; "
-                    f"lower the learning rate or alpha"
+                    f"step {self.trainer.state.global_step + 1}: the {terms.get(name, 'sum of all terms')} became "
+                    f"{float(value)}; lower the learning rate or alpha"
                 )
+        for name, value in figures.items():
             self._sums[name] = self._sums[name] + value
+
+    def _finished(self) -> bool:
+        """Whether the training was resumed after its last step; a `Trainer` would take another one."""
+        return self.trainer.state.global_step >= self.trainer.state.max_steps
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop where nothing is left to do."""
+        control.should_training_stop = control.should_training_stop or self._finished()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count activations in the steps after which figures are logged."""

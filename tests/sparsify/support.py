@@ -84,3 +84,10 @@ def arguments(folder: Path, **more: Any) -> transformers.TrainingArguments:
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy."""
     return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def sparsify_argv(model: Path, data: Path, output: Path, *more: object, steps: int = 12) -> list[str]:
+    """Arguments of a training of a second, with a training state every four steps."""
+    argv = ["sparsify", "--model", model, "--data", data, "--output-dir", output, "--max-steps", steps]
+    argv += ["--save-steps", 4, "--batch-size", 4, "--max-length", 32, "--eval-tokens", 500, "--device", "cpu"]
+    return [str(a) for a in (*argv, *more)]
