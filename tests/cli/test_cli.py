@@ -377,7 +377,7 @@ def test_starting_again_keeps_the_replaced_folder_until_the_end(
 ) -> None:
     shutil.copytree(killed / str(list(MOMENTS).index("/replaced")), tmp_path, dirs_exist_ok=True)
     assert names(tmp_path) == {"taken.partial"}
-    monkeypatch.setattr("d2dmoe.pipeline.convert.train_routers", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("d2dmoe.pipeline.model.train_routers", lambda *_, **__: 1 / 0)
     d2dmoe(*convert_argv(home / "dense", home / "text.txt", tmp_path / "taken", "--overwrite"), code=1)
     assert (tmp_path / "taken" / "notes.txt").read_text() == "mine"
 
@@ -474,7 +474,7 @@ def test_other_files_are_not_resumed(kind: str, home: Path, d2dmoe, tmp_path: Pa
     shutil.copy(home / "text.txt", tmp_path)
     argv = convert_argv(tmp_path / "dense", tmp_path / "text.txt", tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("d2dmoe.pipeline.convert.train_routers", lambda *_, **__: 1 / 0)
+        patch.setattr("d2dmoe.pipeline.model.train_routers", lambda *_, **__: 1 / 0)
         d2dmoe(*argv, code=1)
     os.utime(tmp_path / ("dense/model.safetensors" if kind == "model" else "text.txt"), (1, 1))
     result = d2dmoe(*argv, "--resume", code=1)
@@ -495,7 +495,7 @@ def test_an_interrupt_tells_how_to_go_on(home: Path, d2dmoe, tmp_path: Path) -> 
 
     argv = convert_argv(home / "dense", home / "text.txt", tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("d2dmoe.pipeline.convert.calibrate", interrupt)
+        patch.setattr("d2dmoe.pipeline.model.calibrate", interrupt)
         result = d2dmoe(*argv, code=130)
     assert result.err.endswith("d2dmoe: interrupted; --resume goes on\n")
     d2dmoe(*argv, "--resume")

@@ -85,14 +85,14 @@ def test_an_exception_leaves_nothing_frozen(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_whole_model_is_compared(monkeypatch: pytest.MonkeyPatch):
     """A change outside the blocks, which each of them for itself does not show."""
-    from d2dmoe.pipeline import convert
+    from d2dmoe.pipeline import model as stages
 
     def clumsy(model, *arguments, **options):
         attach(model, *arguments, **options)
         model.lm_head.weight.data = model.lm_head.weight.data * 1.01
 
-    attach = convert.attach
-    monkeypatch.setattr(convert, "attach", clumsy)
+    attach = stages.attach
+    monkeypatch.setattr(stages, "attach", clumsy)
     with pytest.raises(UserError, match=r"the model's logits differ from the dense ones by 0\.01\d* relative"):
         convert_model(tiny("gpt2"), QUICK, token_batches())
 
