@@ -20,7 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code: 0 done, 1 failed, 2 usage."""
     parser = _parser()
     arguments, further = parser.parse_known_args(argv)
-    if further and not getattr(arguments, "takes_more", False):
+    prefix = getattr(arguments, "takes_more", None)  # of flags that the verb hands on to a library
+    if further and (prefix is None or not all(w.startswith(prefix) for w in further if w.startswith("--"))):
         parser.error(f"unrecognized arguments: {' '.join(further)}")
     arguments.further = further
     if not getattr(arguments, "run", None):

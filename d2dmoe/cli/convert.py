@@ -8,7 +8,6 @@ from typing import Any
 
 from ..config.options import ConvertConfig
 from ..config.presets import PRESETS, resolve
-from ..errors import UserError
 from ..sparsify.options import further_options
 from .flags import add_fields, given, read_recipe
 from .output import emit
@@ -19,7 +18,7 @@ HELP = "convert a dense model into a checkpoint folder"
 
 def add_flags(sub: argparse.ArgumentParser) -> None:
     """The verb's own flags."""
-    sub.set_defaults(takes_more=True)
+    sub.set_defaults(takes_more="--sparsify-")
     sub.allow_abbrev = False
     add_fields(sub, ConvertConfig)
     sub.add_argument("--recipe", metavar="YAML", help="file with any of these keys; flags win over it")
@@ -31,8 +30,6 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, command: list[str]) -> int:
     """Run the verb; returns the exit code."""
     further = further_options(arguments.further)
-    if strange := [name for name in further if not name.startswith("sparsify_")]:
-        raise UserError(f"unknown option --{strange[0].replace('_', '-')}; see d2dmoe convert --help")
     flags = {**given(arguments, ConvertConfig), **further}
     config = resolve(ConvertConfig, read_recipe(arguments.recipe), flags)
     from .. import hub

@@ -15,7 +15,7 @@ HELP = "fine-tune a dense model so that fewer of its neurons answer to a token"
 def add_flags(sub: argparse.ArgumentParser) -> None:
     """The verb's own flags."""
     sub.allow_abbrev = False
-    sub.set_defaults(takes_more=True)
+    sub.set_defaults(takes_more="--")
     sub.epilog = "Any field of transformers.TrainingArguments is a flag as well, for instance --learning-rate 1e-4, "
     sub.epilog += "--max-steps 300, --gradient-accumulation-steps 4, --bf16, --eval-steps 50, --report-to tensorboard."
     add_fields(sub, SparsifyConfig)

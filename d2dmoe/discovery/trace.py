@@ -94,7 +94,7 @@ def _instrumented(model: nn.Module, trace: Trace) -> Iterator[None]:
 def run_traced(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Trace:
     """Run the model once, its linear maps answering with noise, and record that."""
     samples = next(iter(inputs.values())).shape[0]
-    trace = Trace(samples=samples, activations=(*ACTIVATIONS, *fatrelu_names(model)))
+    trace = Trace(samples=samples, activations=(*fatrelu_names(model), *ACTIVATIONS))
     training = model.training
     model.eval()
     with _instrumented(model, trace):

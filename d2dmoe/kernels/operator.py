@@ -23,7 +23,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
     "silu": functional.silu,
 }
-PROBE = [i / 8 for i in range(-96, 97)] + [-60.0, -20.0, 20.0, 60.0]  # wide enough for clipped variants
+# Wide enough for clipped variants, and dense about zero for a ReLU with a small threshold.
+PROBE = [i / 8 for i in range(-96, 97)] + [-60.0, -20.0, 20.0, 60.0] + [s / 2**i for i in range(4, 18) for s in (1, -1)]
 
 
 @torch.no_grad()

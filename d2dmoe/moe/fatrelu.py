@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.activations import ACT2FN, ClassInstantier
@@ -30,6 +31,11 @@ class FATReLU(nn.Module):
         return f"threshold={self.threshold:g}"
 
 
+def fatrelu_name(threshold: float) -> str:
+    """The name that stands in a config, `fatrelu_0.05`; without an exponent, whose dash some configs split at."""
+    return f"fatrelu_{np.format_float_positional(threshold, trim='-')}"
+
+
 class _WithThresholds(ClassInstantier):
     """The activations of transformers, and `fatrelu_0.05` for any threshold."""
 
@@ -51,4 +57,4 @@ def register_fatrelu() -> None:
 
 def fatrelu_names(model: nn.Module) -> list[str]:
     """Names of the thresholds in use in a model."""
-    return sorted({f"fatrelu_{m.threshold:g}" for m in model.modules() if isinstance(m, FATReLU)})
+    return sorted({fatrelu_name(m.threshold) for m in model.modules() if isinstance(m, FATReLU)})

@@ -12,12 +12,12 @@ from transformers.activations import ACT2FN
 from ..discovery.blocks import discover
 from ..discovery.skeleton import skeleton
 from ..errors import UserError
-from ..moe.fatrelu import register_fatrelu
+from ..moe.fatrelu import fatrelu_name, register_fatrelu
 
 
 def activation_name(kind: str, threshold: float = 0.0) -> str:
     """The name that stands in a config: `relu`, or `fatrelu_0.05`."""
-    return f"fatrelu_{threshold:g}" if kind == "fatrelu" else kind
+    return fatrelu_name(threshold) if kind == "fatrelu" else kind
 
 
 def swapped_config(model_class: type[PreTrainedModel], config: Any, activation: str) -> Any:
@@ -94,10 +94,16 @@ def swap_activation(model: PreTrainedModel, activation: str) -> PreTrainedModel:
     from accelerate import init_empty_weights
 
     register_fatrelu()
+    config = swapped_config(type(model), model.config, activation)
+    config._attn_implementation = model.config._attn_implementation
     with init_empty_weights(include_buffers=False):
-        swapped = type(model)(swapped_config(type(model), model.config, activation))
+        swapped = type(model)(config)
     swapped.load_state_dict(model.state_dict(), assign=True, strict=False)
     swapped.tie_weights()
+    for name, parameter in model.named_parameters():
+        swapped.get_parameter(name).requires_grad_(parameter.requires_grad)
+    if getattr(model, "generation_config", None) is not None:
+        swapped.generation_config = copy.deepcopy(model.generation_config)
     for name, buffer in model.named_buffers():
         owner, _, leaf = name.rpartition(".")
         swapped.get_submodule(owner)._buffers[leaf] = buffer

@@ -551,9 +551,9 @@ import sys, time
 from pathlib import Path
 import d2dmoe.pipeline.plan
 from d2dmoe.cli import main
-started = time.time()
+started = time.process_time()  # not what others do to the machine meanwhile
 code = main(["convert", "--model", "llama", "--dry-run", "--json", "f.json"])
-print(time.time() - started)
+print(time.process_time() - started)
 status = Path("/proc/self/status").read_text()  # getrusage counts the memory of the process that forked this one
 print(next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024)
 sys.exit(code)
@@ -697,5 +697,5 @@ def test_help_names_every_flag_once(verb: str, d2dmoe) -> None:
     text = d2dmoe(verb, "--help").out
     assert "--json" in text
     if verb == "convert":
-        for name in vars(ConvertConfig()):
+        for name in set(vars(ConvertConfig())) - {"sparsify_options"}:  # any number of flags, --sparsify-…
             assert f"--{name.replace('_', '-')}" in text
