@@ -137,6 +137,8 @@ def sparsify(
     output = Path(os.path.abspath(named))
     work = output.with_name(output.name + ".partial")
     arguments = training_arguments(_fitting(training or {}, job), config, str(work / "training"))
+    if arguments.fsdp and not torch.cuda.is_available():
+        raise UserError("--fsdp: accelerate shards a model over GPUs only; without them leave it out, which is DDP")
     if first:
         keep = (config.model, config.data)
         prepare_folders(output, work, job, keep=keep, resume=resume, overwrite=overwrite)

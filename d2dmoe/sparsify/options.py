@@ -210,7 +210,8 @@ def training_arguments(training: dict[str, Any], config: SparsifyConfig, folder:
     }  # fmt: skip
     words = [
         word for name, value in given.items() if value is not None
-        for word in (f"--{name}", json.dumps(value) if isinstance(value, dict | list) else str(value))
+        for word in (f"--{name}", *([] if value is True else [json.dumps(value) if isinstance(value, dict | list)
+                                                               else str(value)]))
     ]  # fmt: skip
     try:
         (arguments,) = Parser(TrainingArguments).parse_args_into_dataclasses(words)

@@ -104,11 +104,11 @@ class SparsityTerm:
         if self._collecting and self.model.training and not torch.is_grad_enabled():
             self.blind = True
         training = torch.is_grad_enabled() and self.model.training and self.regulariser is not None
-        if not training and not (self._collecting or self.counting):
+        if not training and not self._collecting:
             return
         z = z if z.dtype in (torch.float32, torch.float64) else z.float()
         kept = rows_kept(self._masks[self._sides[index]], z.numel() // z.shape[-1])
-        if self.counting and (self._collecting or not training):
+        if self.counting and self._collecting:  # not in an evaluation between two steps
             self._count(index, z.detach(), up, kept)
         if training:  # also while a checkpointed layer runs again: the same operations, in the same order
             penalty = self._penalty(index, z, up, kept)
