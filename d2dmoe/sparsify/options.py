@@ -208,10 +208,10 @@ def training_arguments(training: dict[str, Any], config: SparsifyConfig, folder:
         "output_dir": folder, "seed": config.seed, "per_device_train_batch_size": config.batch_size,
         "remove_unused_columns": False, "use_cpu": config.device == "cpu",
     }  # fmt: skip
-    words = [
-        word for name, value in given.items() if value is not None
-        for word in (f"--{name}", *([] if value is True else [json.dumps(value) if isinstance(value, dict | list)
-                                                               else str(value)]))
+    words = ["--fsdp"] if given.get("fsdp") is True else []  # the one flag that takes no "True"
+    words += [
+        word for name, value in given.items() if value is not None and f"--{name}" not in words
+        for word in (f"--{name}", json.dumps(value) if isinstance(value, dict | list) else str(value))
     ]  # fmt: skip
     try:
         (arguments,) = Parser(TrainingArguments).parse_args_into_dataclasses(words)
