@@ -31,7 +31,7 @@ test-oldest: $(READY)  ## the loader against the oldest supported transformers
 	$(VENV)-oldest/bin/python -m pip install --quiet "transformers==5.17.0"
 	$(VENV)-oldest/bin/python -m pip install --quiet --no-deps -e .
 	$(VENV)-oldest/bin/python -m pytest -n auto --dist worksteal \
-		tests/test_loader.py tests/test_architectures.py tests/test_cli.py
+		tests/moe/test_loader.py tests/discovery/test_architectures.py tests/cli/test_cli.py
 
 native: $(READY)  ## build the CPU kernels again after a change, and say so if that fails
 	D2DMOE_NATIVE=1 $(BIN)/python setup.py -q build_ext --inplace
@@ -39,9 +39,9 @@ native: $(READY)  ## build the CPU kernels again after a change, and say so if t
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(READY)  ## the operator tests with the CPU kernels under AddressSanitizer and UBSan
 	D2DMOE_NATIVE=1 D2DMOE_CXXFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build_ext --build-lib build/sanitize
-	D2DMOE_LIBRARY=$(CURDIR)/build/sanitize/d2dmoe/kernels/libd2dmoe.so ASAN_OPTIONS=detect_leaks=0 \
+	D2DMOE_LIBRARY=$(CURDIR)/build/sanitize/d2dmoe/kernels/cpu/libd2dmoe.so ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-		$(BIN)/python -m pytest tests/test_kernels.py -k "not compiled and not registered"
+		$(BIN)/python -m pytest tests/kernels/test_operator.py -k "not compiled and not registered"
 
 lint: $(READY)
 	$(BIN)/ruff check .

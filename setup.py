@@ -16,7 +16,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = Path("d2dmoe", "kernels", "native")
+SOURCES = Path("d2dmoe", "kernels", "cpu")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"]
 FLAGS = {
     "isa_avx2": ["-mavx2", "-mfma"],
@@ -90,6 +90,6 @@ def _run(command: list[str]) -> None:
 
 
 setup(
-    ext_modules=[Extension("d2dmoe.kernels.libd2dmoe", sources=[], optional=True)],
+    ext_modules=[Extension("d2dmoe.kernels.cpu.libd2dmoe", sources=[], optional=True)],
     cmdclass={"build_ext": BuildNative},
 )

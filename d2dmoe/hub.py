@@ -18,7 +18,9 @@ import transformers
 from huggingface_hub import errors
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from .config import D2DMoEConfig, DataConfig, UserError
+from .config.options import DataConfig
+from .config.record import D2DMoEConfig
+from .errors import UserError
 
 Data = TypeVar("Data", bound=DataConfig)
 SAFE = {"trust_remote_code": False}  # a model's own code is never run, and not asked for

@@ -12,18 +12,20 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import get_scheduler
 
-from .config import TrainingConfig, UserError
+from .config.options import TrainingConfig
+from .errors import UserError
 from .progress import progress
 
 Batch = Any
@@ -42,6 +44,37 @@ def accelerate_state_kept() -> Iterator[None]:
         for state, values in zip(shared, before, strict=True):
             state.clear()
             state.update(values)
+
+
+def first_process() -> bool:
+    """Whether this process writes, prints and evaluates: the only one, or the first of those that were launched."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def wait_for_everyone() -> None:
+    """Until all launched processes have come here; nothing where there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def launched(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Connect the processes that `accelerate launch` or `torchrun` started, while the function runs."""
+
+    @wraps(function)
+    def connected(config: Any, *args: Any, **options: Any) -> Any:
+        with accelerate_state_kept():
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                PartialState(cpu=config.device == "cpu")
+            return function(config, *args, **options)
+
+    return connected
+
+
+def process_device(name: str) -> torch.device:
+    """The device of this process: its own among several, else that called `name`; see `pick_device`."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return PartialState().device
+    return pick_device(name)
 
 
 def pick_device(name: str) -> torch.device:
@@ -72,6 +105,7 @@ def train(
     resume: bool = False,
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     placed: bool = False,
+    in_turn: bool = False,
 ) -> list[dict[str, float]]:
     """Train the parameters of `model` that require gradients.
 
@@ -88,6 +122,7 @@ def train(
         resume: Continue from `state_dir` if it holds a state of this very config.
         evaluate: Called after the last step and at every saved state; its figures join the log row.
         placed: Model and batches are where they should be; accelerate decides otherwise.
+        in_turn: A step may leave some parameters out, which several processes have to be told.
 
     Returns:
         Log rows, `{"step", "loss", "learning_rate", …}`.
@@ -97,8 +132,50 @@ def train(
             became NaN or infinite.
     """
     # Autocast is ours, not the accelerator's: its precision holds for the whole process and patches the model for good.
-    accelerator = Accelerator(device_placement=not placed)
-    device = next(model.parameters()).device if placed else accelerator.device
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if in_turn else []
+    accelerator = Accelerator(device_placement=not placed, kwargs_handlers=handlers)
+    optimizer, scheduler = _optimiser(model, config)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    prepared.train()
+    first, log, running = accelerator.is_main_process, [], {}
+    if state_dir is not None and first:
+        _recover(state_dir) if resume else _remove(state_dir)
+    accelerator.wait_for_everyone()
+    first_step = 0
+    if state_dir is not None and resume and (state_dir / "state.json").exists():
+        first_step, log, running = _load_state(state_dir, model, optimizer, scheduler, config)
+    else:
+        torch.manual_seed(config.seed)
+    bar = progress(range(first_step, config.steps), total=config.steps, initial=first_step, desc=name)
+    for step in bar:
+        _add_gradients(accelerator, prepared, batch_at, loss_function, config, step, placed, running)
+        if config.clip:
+            accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
+        learning_rate = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        last = step + 1 == config.steps
+        if (step + 1) % config.log_every == 0 or last:
+            log.append(_row(name, step, running, config, learning_rate))
+            bar.set_postfix({k: f"{v:.4g}" for k, v in log[-1].items() if k != "step"}, refresh=False)
+        saving = state_dir is not None and config.save_every and (step + 1) % config.save_every == 0 and not last
+        if evaluate is not None and (saving or last):
+            prepared.eval()
+            if not log or log[-1]["step"] != step + 1:
+                log.append({"step": step + 1})
+            log[-1].update(evaluate(model))
+            prepared.train()
+        if saving and first:
+            _save_state(state_dir, model, optimizer, scheduler, config, step + 1, log, running)
+    prepared.eval()
+    if state_dir is not None and first:
+        _remove(state_dir)
+    return log
+
+
+def _optimiser(model: nn.Module, config: TrainingConfig) -> tuple[torch.optim.Optimizer, Any]:
+    """AdamW and the schedule of its learning rate."""
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=tuple(config.adam_betas)
     )
@@ -108,57 +185,40 @@ def train(
         num_warmup_steps=round(config.warmup_fraction * config.steps),
         num_training_steps=max(config.steps, 1),
     )
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    prepared.train()
-    log: list[dict[str, float]] = []
-    running: dict[str, float] = {}
-    first_step = 0
-    if state_dir is not None and accelerator.is_main_process:
-        _recover(state_dir) if resume else _remove(state_dir)
-    accelerator.wait_for_everyone()
-    if state_dir is not None and resume and (state_dir / "state.json").exists():
-        first_step, log, running = _load_state(state_dir, model, optimizer, scheduler, config)
-    else:
-        torch.manual_seed(config.seed)
-    bar = progress(range(first_step, config.steps), total=config.steps, initial=first_step, desc=name)
-    for step in bar:
-        for micro in range(config.accumulation):
-            number = (step * config.accumulation + micro) * accelerator.num_processes + accelerator.process_index
-            batch = batch_at(number) if placed else send_to_device(batch_at(number), device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                figures = loss_function(prepared, batch)
-            figures = figures if isinstance(figures, Mapping) else {"loss": figures}
-            accelerator.backward(figures["loss"] / config.accumulation)
-            for key, value in figures.items():
-                running[key] = running.get(key, 0.0) + float(value.detach()) / config.accumulation
-        if config.clip:
-            accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
-        learning_rate = scheduler.get_last_lr()[0]
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        last = step + 1 == config.steps
-        if (step + 1) % config.log_every == 0 or last:
-            count = (step % config.log_every) + 1
-            row = {"step": step + 1, **{k: v / count for k, v in running.items()}, "learning_rate": learning_rate}
-            running.clear()
-            if not torch.isfinite(torch.tensor(row["loss"])):
-                raise UserError(f"{name}: the loss became {row['loss']} by step {step + 1}; lower --learning-rate")
-            log.append(row)
-            bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "step"}, refresh=False)
-        saving = state_dir is not None and config.save_every and (step + 1) % config.save_every == 0 and not last
-        if evaluate is not None and (saving or last):
-            prepared.eval()
-            if not log or log[-1]["step"] != step + 1:
-                log.append({"step": step + 1})
-            log[-1].update(evaluate(model))
-            prepared.train()
-        if saving and accelerator.is_main_process:
-            _save_state(state_dir, model, optimizer, scheduler, config, step + 1, log, running)
-    prepared.eval()
-    if state_dir is not None and accelerator.is_main_process:
-        _remove(state_dir)
-    return log
+    return optimizer, scheduler
+
+
+def _add_gradients(
+    accelerator: Accelerator, prepared: nn.Module, batch_at: Callable[[int], Batch], loss_function: LossFunction,
+    config: TrainingConfig, step: int, placed: bool, running: dict[str, float],
+) -> None:  # fmt: skip
+    """Backward through the micro-batches of one optimiser step; their figures are added to `running`."""
+    device = next(prepared.parameters()).device if placed else accelerator.device
+    for micro in range(config.accumulation):
+        number = (step * config.accumulation + micro) * accelerator.num_processes + accelerator.process_index
+        batch = batch_at(number) if placed else send_to_device(batch_at(number), device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            figures = loss_function(prepared, batch)
+        figures = figures if isinstance(figures, Mapping) else {"loss": figures}
+        accelerator.backward(figures["loss"] / config.accumulation)
+        for key, value in figures.items():
+            running[key] = running.get(key, 0.0) + float(value.detach()) / config.accumulation
+
+
+def _row(
+    name: str, step: int, running: dict[str, float], config: TrainingConfig, learning_rate: float
+) -> dict[str, float]:
+    """Means since the last row, which `running` held the sums for and holds no longer.
+
+    Raises:
+        UserError: If the loss is not finite.
+    """
+    count = (step % config.log_every) + 1
+    row = {"step": step + 1, **{k: v / count for k, v in running.items()}, "learning_rate": learning_rate}
+    running.clear()
+    if not torch.isfinite(torch.tensor(row["loss"])):
+        raise UserError(f"{name}: the loss became {row['loss']} by step {step + 1}; lower --learning-rate")
+    return row
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -11,11 +11,11 @@ import copy
 import torch
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from d2dmoe.bench import COLUMNS, bench_model
 from d2dmoe.config import D2DMoEConfig
 from d2dmoe.discovery import discover
-from d2dmoe.experts import layers
-from d2dmoe.loader import attach
+from d2dmoe.measure.bench import COLUMNS, bench_model
+from d2dmoe.moe.layer import layers
+from d2dmoe.moe.loader import attach
 from d2dmoe.report import bench_table, envelope, write_json
 
 SHAPES = {  # class, config, neurons per expert, (sequences, tokens of each) to measure

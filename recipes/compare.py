@@ -32,9 +32,10 @@ import yaml
 from d2dmoe import hub
 from d2dmoe.cli import add_fields
 from d2dmoe.config import ConvertConfig, UserError, resolve, targets
-from d2dmoe.convert import batches_for, convert_model
-from d2dmoe.evaluate import evaluate, prepare
-from d2dmoe.plan import make_plan
+from d2dmoe.convert import convert_model
+from d2dmoe.measure.evaluate import evaluate, prepare
+from d2dmoe.pipeline.convert import batches_for
+from d2dmoe.pipeline.plan import make_plan
 from d2dmoe.report import envelope, portable, table, write_json
 
 ACTIVE = [0.125, 0.25, 0.5, 0.75]

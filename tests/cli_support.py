@@ -136,6 +136,6 @@ def _killed(ending: str, argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    for library in ("accelerate", "datasets", "sklearn.cluster", "d2dmoe.convert", "d2dmoe.sparsify.run"):
+    for library in ("accelerate", "datasets", "sklearn.cluster", "d2dmoe.pipeline.convert"):
         importlib.import_module(library)
     print(json.dumps({ending: _killed(ending, argv) for ending, argv in json.loads(sys.argv[1]).items()}))

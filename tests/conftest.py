@@ -14,7 +14,7 @@ os.environ["D2DMOE_DISPATCH"] = "sparse"  # on models so tiny skipping seldom pa
 import pytest
 import torch
 
-from d2dmoe.experts import DynamicFFN, layers
+from d2dmoe.moe.layer import DynamicFFN, layers
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("D2DMOE_DATA", ROOT.parent / "shared" / "data"))

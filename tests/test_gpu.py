@@ -16,7 +16,7 @@ from zoo import tiny
 
 from d2dmoe.convert import convert_model
 from d2dmoe.discovery import dummy_inputs
-from d2dmoe.gating import set_gate
+from d2dmoe.moe.gating import set_gate
 from d2dmoe.training import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ..routing import select
-from . import native
+from .backends import chosen
+from .cpu import native
+from .gates import select
 from .reference import dynamic_ffn as down_product
 from .reference import hidden_activations
 
@@ -75,7 +76,7 @@ def reference(
         constants: Of skipped experts ``(experts, d_out)``, or `None` for zero.
         linear_in, linear_out: Low-rank linear term ``(d_model, rank)``, ``(rank, d_out)``; off where everything runs.
         activation: A key of `ACTIVATIONS`.
-        gate, tau, min_experts, max_experts, shared: See `routing.select`.
+        gate, tau, min_experts, max_experts, shared: See `gates.select`.
 
     Returns:
         ``(tokens, d_out)``.
@@ -101,8 +102,6 @@ _library.define(SCHEMA)
 
 
 def _on_cpu(*arguments: Any) -> torch.Tensor:
-    from . import chosen
-
     named = dict(zip(ARGUMENTS, arguments, strict=True))
     x, run, gate = named["x"], named["run"], named["gate"]
     if chosen(x, named["activation"], gate) == "reference":

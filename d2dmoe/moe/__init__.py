@@ -1,1 +1,1 @@
-"""All that a loaded checkpoint needs."""
+"""All that a loaded checkpoint needs: the layer, its packing, its gate and the loader."""

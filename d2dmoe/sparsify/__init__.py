@@ -4,15 +4,15 @@ from typing import Any
 
 from .options import SparsifyConfig, SparsityConfig
 
-__all__ = ["SparsifyConfig", "SparsifyTrainer", "SparsityConfig", "add_sparsity", "sparsify"]
+__all__ = ["SparsifyConfig", "SparsifyTrainer", "SparsityConfig", "activation_shares", "add_sparsity"]
 
 
 def __getattr__(name: str) -> Any:
     """The rest needs torch, and `d2dmoe --help` does not: loaded when first asked for."""
-    if name == "sparsify":
-        from .run import sparsify
+    if name == "activation_shares":
+        from .statistics import activation_shares
 
-        return sparsify
+        return activation_shares
     if name in __all__:
         from . import trainer
 

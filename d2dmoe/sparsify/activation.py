@@ -9,8 +9,9 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from ..config import UserError
-from ..discovery import discover, skeleton
+from ..discovery.blocks import discover
+from ..discovery.skeleton import skeleton
+from ..errors import UserError
 from ..moe.fatrelu import fatrelu_name, register_fatrelu
 
 

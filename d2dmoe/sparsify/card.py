@@ -7,7 +7,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..report import auto_class, table
+from ..report.card import auto_class
+from ..report.tables import table
 
 CARD = """---
 {metadata}

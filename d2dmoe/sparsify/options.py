@@ -13,9 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..config import DataConfig, UserError, knob, resolve
+from ..config.options import REGULARISER_NAMES, ConvertConfig, DataConfig, knob
+from ..config.presets import resolve
+from ..errors import UserError
 
-REGULARISER_NAMES = ("hoyer", "l1", "clamped", "density", "none")
 SCHEDULE_NAMES = ("constant", "linear", "linear_warmup", "sine")
 TASK_NAMES = ("auto", "causal_lm", "masked_lm", "classification", "image_classification", "distillation")
 
@@ -114,6 +115,26 @@ def _value(given: Any) -> Any:
         with suppress(ValueError):
             return json.loads(given)
     return given
+
+
+SHARED = (
+    "model", "revision", "data", "text_column", "label_column", "sequences", "max_length", "batch_size", "seed",
+    "device", "eval_tokens", "max_shard_size",
+)  # fmt: skip
+
+
+def sparsify_stage(config: ConvertConfig, output_dir: str) -> tuple[SparsifyConfig, dict[str, Any]]:
+    """What `convert --sparsify` runs first: its own data and model, and the flags that begin with `--sparsify-`.
+
+    Raises:
+        UserError: As `resolve_sparsify`, or if a flag is not free here.
+    """
+    for name in config.sparsify_options:
+        if name in ("model", "output_dir", "revision", "regulariser"):
+            raise UserError(f"--sparsify-{name.replace('_', '-')}: follows from convert's own flags; leave it out")
+    shared = {name: getattr(config, name) for name in SHARED}
+    own = {"regulariser": config.sparsify, "output_dir": output_dir}
+    return resolve_sparsify(shared, config.sparsify_options, own)
 
 
 def further_options(words: list[str]) -> dict[str, Any]:

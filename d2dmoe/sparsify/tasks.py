@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from .. import hub
-from ..config import UserError
-from ..data import Batches
+from ..data.batches import Batches
+from ..errors import UserError
 from .masks import IGNORED
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]

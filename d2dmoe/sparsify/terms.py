@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from ..config import Block
+from ..config.record import Block
 from .masks import Sides, decoder_prefix, rows_kept
 from .options import SparsityConfig
 from .regularisers import REGULARISERS, locality

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from ..config import UserError
-from ..discovery import discover, skeleton
-from ..distill import divergence
-from ..observe import model_inputs
+from ..discovery.blocks import discover
+from ..discovery.skeleton import skeleton
+from ..errors import UserError
+from ..measure.observe import model_inputs
+from ..stages.heal import divergence
 from .masks import IGNORED, decoder_prefix, token_counts, token_masks
 from .options import SparsityConfig, check_sparsity
 from .schedules import SCHEDULES

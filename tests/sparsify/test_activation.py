@@ -17,9 +17,9 @@ from transformers.activations import ACT2FN
 from d2dmoe import hub, set_gate
 from d2dmoe.config import UserError
 from d2dmoe.discovery import discover
-from d2dmoe.experts import layers
 from d2dmoe.kernels.operator import activation_name as kernels_name
 from d2dmoe.moe.fatrelu import FATReLU
+from d2dmoe.moe.layer import layers
 from d2dmoe.sparsify.activation import activation_name, swap_activation
 from sparsify.support import DROPOUT, collate, samples, sparsify_argv, tiny
 

@@ -1,0 +1,88 @@
+"""`d2dmoe bench`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..config.checks import check_active
+from ..errors import UserError
+from .flags import numbers
+from .output import emit
+
+NAME = "bench"
+HELP = "time of one layer or a model, dense against converted"
+
+
+def add_flags(sub: argparse.ArgumentParser) -> None:
+    """The verb's own flags."""
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--layer", metavar="d=…,f=…,experts=…[,glu]", help="one layer with random weights")
+    what.add_argument("--model", metavar="DIR", help="converted model: prefill and decode")
+    sub.add_argument("--tokens", type=numbers, default=[1, 16, 128, 512], metavar="N,M,…", help="for --layer")
+    sub.add_argument("--batch", type=numbers, default=[1, 8, 64], metavar="N,M,…", help="sequences, for --model")
+    sub.add_argument("--length", type=int, default=128, help="tokens of each sequence, for --model")
+    sub.add_argument("--active", type=numbers, metavar="A,B,…", help="fractions (default: 0.25, or the stored budgets)")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and inputs")
+    sub.add_argument("--threads", type=int, default=0, help="0 leaves them as they are")
+    sub.add_argument("--seconds", type=float, default=2.0, help="for each figure")
+    sub.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: one thread on a busy machine")
+    columns = "eager,compiled,frozen,dispatched,grouped_mm,loop"
+    sub.add_argument(
+        "--keep-dense", action="store_true",
+        help="hold the dense layout of the feed-forward weights as well, for the column dispatched",
+    )  # fmt: skip
+    sub.add_argument("--columns", default=columns, help="what to compare with; eager is always there")
+
+
+def run(arguments: argparse.Namespace, command: list[str]) -> int:
+    """Run the verb; returns the exit code."""
+    import torch
+
+    from ..measure import bench
+    from ..measure.pairs import parse_layer
+    from ..report import bench_table
+
+    columns = tuple(arguments.columns.split(","))
+    if unknown := set(columns) - set(bench.COLUMNS):
+        raise UserError(f"--columns {', '.join(sorted(unknown))}: not one of {', '.join(bench.COLUMNS)}")
+    for active in arguments.active or []:
+        check_active(active)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.clock == "cpu" and torch.get_num_threads() != 1:
+        raise UserError("--clock cpu counts the calling thread only; give --threads 1 with it")
+    options = {
+        "seconds": arguments.seconds, "columns": columns, "clock": arguments.clock, "keep_dense": arguments.keep_dense,
+    }  # fmt: skip
+    if arguments.layer:
+        tokens = [int(n) for n in arguments.tokens]
+        spec, dtype = parse_layer(arguments.layer), getattr(torch, arguments.dtype)
+        rows = bench.bench_layer(spec, tokens=tokens, actives=arguments.active or [0.25], dtype=dtype, **options)
+    else:
+        rows = _bench_model(arguments, options)
+    emit(arguments, command, 0, rows, bench_table(rows))
+    return 0
+
+
+def _bench_model(arguments: argparse.Namespace, options: dict[str, Any]) -> list[dict[str, Any]]:
+    import torch
+
+    from .. import hub
+    from ..measure import bench
+    from ..report import recorded_quality
+
+    config = hub.read_config(arguments.model)
+    stored = hub.stored_config(config)
+    if stored is None:
+        raise UserError(
+            f"--model {arguments.model}: not converted; run `d2dmoe convert --model {arguments.model}` first"
+        )
+    dtype = getattr(torch, arguments.dtype)
+    model, dense = hub.load_model(arguments.model, config, dtype=dtype), hub.load_dense(arguments.model, config, dtype)
+    actives = arguments.active or [b.active for b in stored.budgets]
+    batches = [int(n) for n in arguments.batch]
+    rows = bench.bench_model(
+        model, dense, batches=batches, length=arguments.length, settings=[{"active": a} for a in actives], **options
+    )
+    return [{**row, **recorded_quality(arguments.model, row["active"])} for row in rows]

@@ -1,0 +1,79 @@
+"""Ranges and choices of every option."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from typing import Any
+
+from ..errors import UserError
+from .record import LEAST_ACTIVE
+
+
+def check(config: Any) -> None:
+    """Ranges and choices of every knob.
+
+    Raises:
+        UserError: Naming the key, its value and what is allowed.
+    """
+    for f in fields(config):
+        value, choices = getattr(config, f.name), f.metadata.get("choices")
+        flag = "--" + f.name.replace("_", "-")
+        if choices and value not in choices:
+            raise UserError(f"{flag} {value}: must be one of {', '.join(choices)}")
+        if isinstance(value, int | float) and not isinstance(value, bool) and not value >= 0:
+            raise UserError(f"{flag} {value}: must be 0 or more")
+    least = {"max_length": 2, "batch_size": 1, "router_batch": 1, "calibration_tokens": 1}
+    for name, bound in least.items():
+        if getattr(config, name, bound) < bound:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {bound}")
+    if 0 < getattr(config, "max_experts", 0) < config.min_experts:
+        raise UserError(
+            f"--max-experts {config.max_experts}: must not be below --min-experts {config.min_experts}; 0 is no bound"
+        )
+    size = getattr(config, "max_shard_size", "1GB")
+    if not re.fullmatch(r"(?=[^a-z]*[1-9])\s*\d+(\.\d+)?\s*[kmgt]b\s*", size, re.IGNORECASE):
+        raise UserError(f"--max-shard-size {size}: must be a number and KB, MB, GB or TB, for instance 5GB")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", getattr(config, "device", "auto")):
+        raise UserError(f"--device {config.device}: must be auto, cpu, cuda or cuda:N")
+    for active in getattr(config, "active", None) or []:
+        check_active(active)
+        if active < LEAST_ACTIVE and config.gate != "topk":
+            raise UserError(
+                f"--active {active:g}: the {config.gate} gate is calibrated from {LEAST_ACTIVE:g} on; give at least "
+                f"that, or --gate topk"
+            )
+    for share in getattr(config, "flops", None) or []:
+        if not 0 < share < 1:
+            raise UserError(f"--flops {share:g}: a share of the dense model's FLOPs is above 0 and below 1")
+    for loss in getattr(config, "max_loss", None) or []:
+        if not 0 < loss < 10:
+            raise UserError(f"--max-loss {loss:g}: a relative loss is above 0, for instance 1% or 0.01")
+    for factor in getattr(config, "speedup", None) or []:
+        if not 1 < factor < 1000:
+            raise UserError(f"--speedup {factor:g}: a speed-up over the dense model is above 1, for instance 1.5")
+    if getattr(config, "sparsify", "") == "skip" and config.sparsify_options:
+        first = next(iter(config.sparsify_options)).replace("_", "-")
+        raise UserError(f"--sparsify-{first} belongs to --sparsify; give it a regulariser, for instance hoyer")
+    if getattr(config, "heal_tokens", 1) < 1:
+        raise UserError("--heal-tokens 0: must be at least 1")
+    if getattr(config, "heal", 0) and config.heal_parameters != "all" and config.stand_in == "zero":
+        raise UserError("--heal trains what stands in for skipped experts, and --stand-in zero has nothing to train")
+    if getattr(config, "experts", 0) and getattr(config, "expert_size", 0):
+        raise UserError(
+            f"give --experts or --expert-size, not both ({config.experts} and {config.expert_size}); "
+            f"0 takes one back that a recipe gives"
+        )
+
+
+def check_active(active: float) -> None:
+    """Raises `UserError` unless this is an active fraction."""
+    if not 0 < active <= 1:
+        raise UserError(f"--active {active:g}: an active fraction is above 0 and at most 1, for instance 0.25")
+
+
+def check_tau(tau: float, gate: str) -> None:
+    """Raises `UserError` unless this is a threshold for the gate."""
+    if not 0 <= tau <= (float("inf") if gate == "absolute" else 1):
+        upper = "" if gate == "absolute" else " and at most 1"
+        raise UserError(f"--tau {tau:g}: a threshold of the {gate} gate is at least 0 (everything runs){upper}")

@@ -1,0 +1,6 @@
+"""Text, token ids and images from the Hub, local files or CPython itself, as batches of tensors. Knows no model."""
+
+from .batches import Batches, make_batches
+from .documents import Document, read_documents
+
+__all__ = ["Batches", "Document", "make_batches", "read_documents"]

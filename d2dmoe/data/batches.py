@@ -1,0 +1,190 @@
+"""Documents as batches of tensors: tokenised, packed or padded, and addressed by number."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..config.options import DataConfig
+from ..errors import UserError
+from .documents import (
+    Document,
+)
+
+LENGTH_WINDOW = 32  # batches among whose items those of one length are put together
+
+
+class Batches(Sequence[dict[str, torch.Tensor]]):
+    """Fixed batches of sequences or images, addressed by number.
+
+    Token batches hold `input_ids` and `attention_mask` of shape ``(batch, length)``; image batches `pixel_values`
+    ``(batch, channels, height, width)``. `labels` ``(batch,)`` where the documents have labels.
+    """
+
+    def __init__(self, items: list[Document], batch_size: int, *, pad_id: int = 0, image_processor: Any = None):
+        self.items, self.batch_size = items, batch_size
+        self.pad_id, self.image_processor = pad_id, image_processor
+
+    def __len__(self) -> int:
+        return -(-len(self.items) // self.batch_size)
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        items = self.items[number * self.batch_size : (number + 1) * self.batch_size]
+        if not items:
+            raise IndexError(number)
+        return self.collate(items)
+
+    def collate(self, items: list[Document]) -> dict[str, torch.Tensor]:
+        """One batch of these items, padded on the right."""
+        if "image" in items[0]:
+            batch = {"pixel_values": self._pixels(items)}
+        else:
+            rows = [torch.as_tensor(item["input_ids"]) for item in items]
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
+            lengths = torch.tensor([len(row) for row in rows])
+            batch = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
+        if "label" in items[0]:
+            batch["labels"] = torch.tensor([int(item["label"]) for item in items])
+        return batch
+
+    def _pixels(self, items: list[Document]) -> torch.Tensor:
+        from PIL import Image
+
+        images = [Image.open(io.BytesIO(item["image"]["bytes"])).convert("RGB") for item in items]
+        return self.image_processor(images, return_tensors="pt")["pixel_values"]
+
+    def shuffled(self, seed: int) -> Batches:
+        """The same items in another order, in which those of a batch are of about one length, to save padding."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.items), generator=generator).tolist()
+        lengths = [len(item.get("input_ids", (0,))) for item in self.items]
+        window, size = LENGTH_WINDOW * self.batch_size, self.batch_size
+        order = [
+            i for at in range(0, len(order), window) for i in sorted(order[at : at + window], key=lengths.__getitem__)
+        ]
+        whole = len(order) // size
+        places = torch.randperm(whole, generator=generator).tolist()
+        order = [i for p in places for i in order[p * size : (p + 1) * size]] + order[whole * size :]
+        return self._with([self.items[i] for i in order])
+
+    def _with(self, items: list[Document]) -> Batches:
+        return Batches(items, self.batch_size, pad_id=self.pad_id, image_processor=self.image_processor)
+
+    def first(self, tokens: int) -> Batches:
+        """Enough leading items to hold `tokens` tokens (an image counts as one)."""
+        total, count = 0, 0
+        for item in self.items:
+            if total >= tokens:
+                break
+            total, count = total + len(item.get("input_ids", (0,))), count + 1
+        return self._with(self.items[:count])
+
+    def after(self, tokens: int) -> Batches:
+        """What `first` leaves over."""
+        return self._with(self.items[len(self.first(tokens).items) :])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all items, padding left out; images count as one each."""
+        return sum(len(item.get("input_ids", (0,))) for item in self.items)
+
+
+def make_batches(
+    documents: list[Document],
+    processor: Any,
+    config: DataConfig,
+    *,
+    packed: bool,
+    label2id: dict[str, int] | None = None,
+) -> Batches:
+    """Turn documents into batches with a tokenizer or an image processor.
+
+    Args:
+        documents: From `read_documents`.
+        processor: Tokenizer for `text`, image processor for `image`, ignored for `input_ids`.
+        config: Lengths and sizes; `config.sequences` overrides `packed` unless it is `auto`.
+        packed: Join the documents and cut full sequences (for causal language models).
+        label2id: Numbers of a classifier's classes; without them labels that are names are left out.
+
+    Raises:
+        UserError: If there is less text than one sequence, the processor does not fit the documents, or a label is
+            none of the classes.
+    """
+    documents = _number_labels(documents, label2id, config)
+    if "image" in documents[0]:
+        if importlib.util.find_spec("PIL") is None:
+            raise UserError(f"--data {config.data} holds images: install pillow, or d2dmoe-toolkit[vision]")
+        if processor is None or not hasattr(processor, "image_mean"):
+            raise UserError(f"--data {config.data} holds images, and the model comes with no image processor")
+        return Batches(documents, config.batch_size, image_processor=processor)
+    pad_id = getattr(processor, "pad_token_id", None) or 0
+    if "input_ids" in documents[0]:
+        items = [{**d, "input_ids": d["input_ids"][: config.max_length]} for d in documents]
+        return Batches(items, config.batch_size, pad_id=pad_id)
+    if processor is None or not callable(getattr(processor, "encode", None)):
+        raise UserError(
+            f"--data {config.data} is text, and the model comes with no tokenizer; give data with an `input_ids` "
+            f"column (jsonl or parquet), or an `image` column for a vision model"
+        )
+    packed = packed if config.sequences == "auto" else config.sequences == "packed"
+    items = _pack(documents, processor, config) if packed else _chunk(documents, processor, config)
+    return Batches(items, config.batch_size, pad_id=pad_id)
+
+
+def _number_labels(documents: list[Document], label2id: dict[str, int] | None, config: DataConfig) -> list[Document]:
+    """Labels as class numbers; as names only where they are the names of the classes."""
+    if not any("label" in d for d in documents):
+        return documents
+    if label2id is None:
+        numbered = all(str(d.get("label")).strip().isdecimal() for d in documents)
+        return documents if numbered else [{k: v for k, v in d.items() if k != "label"} for d in documents]
+    names = ", ".join(sorted(label2id, key=label2id.get))
+    numbers = {str(number): number for number in label2id.values()} | label2id
+    for label in (d.get("label") for d in documents):
+        if str(label).strip() not in numbers:
+            raise UserError(
+                f"--data {config.data}: label {label!r} is none of the model's, {names} or "
+                f"their numbers; name the right column with --label-column, or --label-column none"
+            )
+    return [{**d, "label": numbers[str(d["label"]).strip()]} for d in documents]
+
+
+def _pack(documents: list[Document], tokenizer: Any, config: DataConfig) -> list[Document]:
+    """Documents joined and cut to sequences of exactly `max_length`.
+
+    Between documents stands what the tokenizer adds itself, or else the end-of-sequence token.
+    """
+    marks_itself = bool(tokenizer("")["input_ids"])
+    joint = [] if marks_itself or len(documents) < 2 or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids: list[int] = []
+    encoded = tokenizer([d["text"] for d in documents], verbose=False)["input_ids"]
+    for number, row in enumerate(encoded):
+        ids.extend(joint if number else [])
+        ids.extend(row)
+    length = config.max_length
+    if len(ids) < length:
+        raise UserError(
+            f"--data {config.data}: its text has {len(ids)} tokens, shorter than one sequence of {length}; "
+            f"give more text or a smaller --max-length"
+        )
+    return [{"input_ids": ids[i : i + length]} for i in range(0, len(ids) - length + 1, length)]
+
+
+def _chunk(documents: list[Document], tokenizer: Any, config: DataConfig) -> list[Document]:
+    """One sequence per document; the rest of a longer one follows as further sequences unless it has a label."""
+    items = []
+    for document in documents:
+        rest = {k: v for k, v in document.items() if k != "text"}
+        overflow = not rest and tokenizer.is_fast
+        encoded = tokenizer(
+            document["text"], truncation=True, max_length=config.max_length, return_overflowing_tokens=overflow
+        )["input_ids"]
+        rows = encoded if overflow and encoded and isinstance(encoded[0], list) else [encoded]
+        items += [{"input_ids": row, **rest} for row in rows if len(row) > 1]
+    if not items:
+        raise UserError(f"--data {config.data}: no document in it has two tokens or more")
+    return items

@@ -1,0 +1,103 @@
+"""One forward pass in which every linear map answers with noise, and the record of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..moe.fatrelu import fatrelu_names
+
+# One name per function: gelu_new, gelu_fast and gelu_accurate are gelu_pytorch_tanh; swish is silu.
+ACTIVATIONS = (
+    "relu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "silu", "relu2", "mish", "gelu_10", "laplace", "relu6",
+    "leaky_relu", "tanh", "sigmoid",
+)  # fmt: skip
+NOISE_SCALE, NOISE_LIMIT = 1.5, 4.0
+
+
+@dataclass
+class Call:
+    """One call of a linear map: what it received, and the noise it answered with."""
+
+    name: str
+    input: torch.Tensor
+    output: torch.Tensor
+
+
+@dataclass
+class Trace:
+    """What one forward pass showed."""
+
+    linears: list[Call] = field(default_factory=list)
+    modules: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)  # name -> [(first tensor in, output)]
+    samples: int = 1
+    activations: tuple[str, ...] = ACTIVATIONS
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """Input and output width of a `Linear` or `Conv1D`."""
+    if isinstance(linear, Conv1D):
+        return linear.nx, linear.nf
+    return linear.in_features, linear.out_features
+
+
+def runs_on(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> set[str]:
+    """Names of the linear maps that these inputs reach; a skeleton is as good as the model."""
+    return {call.name for call in run_traced(model, dict(inputs)).linears}
+
+
+@contextmanager
+def _instrumented(model: nn.Module, trace: Trace) -> Iterator[None]:
+    """Linear maps answer with noise and are recorded; every other module's input and output are recorded."""
+    generator = torch.Generator().manual_seed(1)
+    linears, handles = [], []
+
+    def noisy(name: str, linear: nn.Module):
+        def forward(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            shape = (*x.shape[:-1], features(linear)[1])
+            noise = torch.randn(shape, generator=generator, dtype=torch.float64) * NOISE_SCALE
+            noise = noise.clamp(-NOISE_LIMIT, NOISE_LIMIT).to(x.device, x.dtype)
+            trace.linears.append(Call(name, x, noise))
+            return noise.clone()  # an in-place activation must not change the record
+
+        return forward
+
+    def record(name: str):
+        def hook(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            first = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
+            trace.modules.setdefault(name, []).append((first, output))
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            module.forward = noisy(name, module)
+            linears.append(module)
+        else:
+            handles.append(module.register_forward_hook(record(name), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for module in linears:
+            del module.forward
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def run_traced(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Trace:
+    """Run the model once, its linear maps answering with noise, and record that."""
+    samples = next(iter(inputs.values())).shape[0]
+    trace = Trace(samples=samples, activations=(*fatrelu_names(model), *ACTIVATIONS))
+    training = model.training
+    model.eval()
+    with _instrumented(model, trace):
+        model(**inputs)
+    model.train(training)
+    return trace

@@ -1,0 +1,1 @@
+"""The CPU kernels: C++ sources, and the library that they are built into."""

@@ -1,0 +1,214 @@
+"""The CPU kernels: a C++ library behind a C interface, called through ctypes. It knows nothing of torch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ..gates import topk_priority
+
+ABI = 2
+LIBRARY = Path(os.environ.get("D2DMOE_LIBRARY") or Path(__file__).with_name("libd2dmoe.so"))
+ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "silu": 4}
+GATES = {"max": 0, "share": 1, "topk": 2, "topp": 3, "absolute": 4}
+DTYPES = (torch.float32, torch.bfloat16)
+TILES_FROM = 32  # tokens of a call for which weights are put into tiles: with fewer, few experts have enough of them
+FEW = 64  # up to so many tokens the experts are shared out over the threads, above it the tokens
+_NUMBERS = ("bf16", "activation", "gate", "kernels")
+_SIZES = ("d", "size", "d_out", "experts", "router_width", "linear_rank", "top", "min_experts", "max_experts", "shared")
+_TENSORS = {  # field of the struct -> argument of the operator
+    "router_hidden": "router_hidden", "router_score": "router_score", "up": "up_weight", "up_bias": "up_bias",
+    "gate_weight": "gate_weight", "gate_bias": "gate_bias", "down": "down_weight", "constants": "constants",
+    "base": "base", "linear_in": "linear_in", "linear_out": "linear_out",
+}  # fmt: skip
+_TILED = {"up_tiles": "up_weight", "gate_tiles": "gate_weight", "down_tiles": "down_weight"}
+
+
+class _Layer(ctypes.Structure):
+    """`D2dmoeLayer` of forward.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in _NUMBERS),
+        *((name, ctypes.c_int64) for name in _SIZES),
+        ("tau", ctypes.c_float),
+        ("few", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in (*_TENSORS, *_TILED)),
+    )
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    if not LIBRARY.exists():
+        return None, "not built; install again where there is a C++ compiler (`pip install -v` says what went wrong)"
+    try:
+        lib = ctypes.CDLL(str(LIBRARY))
+        built = lib.d2dmoe_abi()
+    except (OSError, AttributeError) as error:
+        return None, f"{LIBRARY.name} cannot be loaded ({error}); install again"
+    if built != ABI:
+        return None, f"{LIBRARY.name} is of another version; install again"
+    lib.d2dmoe_kernels_name.restype = ctypes.c_char_p
+    lib.d2dmoe_use_openmp.argtypes = [ctypes.c_void_p] * 3
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    lib.d2dmoe_forward.argtypes = [pointer, pointer, size, pointer, size, pointer, ctypes.c_int]
+    lib.d2dmoe_choose.argtypes = [pointer, pointer, size, pointer]
+    threads = _share_threads(lib)
+    names = [lib.d2dmoe_kernels_name(number).decode() for number in kernel_numbers(lib)]
+    return lib, f"{', '.join(names)}; {threads}"
+
+
+def kernel_numbers(lib: ctypes.CDLL) -> list[int]:
+    """The instruction sets that this processor has, the best last."""
+    return [number for number in range(lib.d2dmoe_kernels()) if lib.d2dmoe_kernels_supported(number)]
+
+
+@cache
+def kernel_for(dtype: torch.dtype) -> int:
+    """The number of the kernels used for a dtype; `D2DMOE_ISA` names others."""
+    lib, _ = library()
+    numbers = [n for n in kernel_numbers(lib) if dtype == torch.bfloat16 or not lib.d2dmoe_kernels_bf16(n)]
+    named = [n for n in numbers if lib.d2dmoe_kernels_name(n).decode() == os.environ.get("D2DMOE_ISA")]
+    return (named or numbers)[-1]
+
+
+def _share_threads(lib: ctypes.CDLL) -> str:
+    """Have the library use torch's own OpenMP threads, which otherwise would spin on the cores it needs."""
+    try:
+        mapped = set(re.findall(r"/\S*lib[gi]?omp\d*\S*\.so\S*", Path("/proc/self/maps").read_text()))
+        found = sorted(mapped, key=lambda path: "torch" not in path)
+        openmp = ctypes.CDLL(found[0])
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        lib.d2dmoe_use_openmp(*(ctypes.cast(getattr(openmp, name), ctypes.c_void_p) for name in names))
+    except (OSError, IndexError, AttributeError):
+        return "threads of its own"
+    return "torch's threads"
+
+
+LOADED = _load()
+LIVE = LOADED[0] is not None
+
+
+def library() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or `None`; and what it is or why it is not there."""
+    return LOADED
+
+
+def supports(x: torch.Tensor, activation: str | None, gate: str) -> bool:
+    """Can the library do a layer of these?"""
+    return x.device.type == "cpu" and x.dtype in DTYPES and activation in ACTIVATIONS and gate in GATES and LIVE
+
+
+def in_tiles(weight: torch.Tensor) -> torch.Tensor:
+    """``(experts, k, n)`` to what AMX multiplies from the right, ``(experts, n/32, k/32, 2, 16, 16, 2)``.
+
+    For every 32 columns and 32 rows two tiles of 16 columns, in which two rows at a time are interleaved. Zeros fill up
+    `k` and `n`.
+    """
+    experts, k, n = weight.shape
+    weight = torch.nn.functional.pad(weight, (0, -n % 32, 0, -k % 32))
+    return weight.view(experts, -(-k // 32), 16, 2, -(-n // 32), 2, 16).permute(0, 4, 1, 5, 2, 6, 3).contiguous()
+
+
+Tiles = dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]  # identity of a weight -> the weight, its tiles
+
+
+def identity(weight: torch.Tensor) -> tuple[int, int]:
+    """Where a tensor lies and how often it was changed there, which is not counted of one made in inference mode."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+class Plan:
+    """One layer at one setting of its gate, as the library wants it. Holds the tensors it points to.
+
+    Attributes:
+        extra_bytes: Memory of the weights that are kept a second time, for AMX; 0 until a call has enough tokens.
+    """
+
+    __slots__ = ("call", "d_out", "extra_bytes", "forward", "keep", "layer", "tiles")
+
+    def __init__(
+        self,
+        tensors: dict[str, torch.Tensor | None],
+        activation: str,
+        gate: str,
+        tau: float,
+        min_experts: int = 0,
+        max_experts: int = 0,
+        shared: int = 0,
+        kernels: int | None = None,
+        tiles: Tiles | None = None,
+    ):
+        """See `operator.reference`; `kernels` forces an instruction set.
+
+        With `tiles` the plan may keep bf16 weights a second time, in tiles, where the instruction set gains by that;
+        plans of one layer share them through it. It pays for a plan that is used again.
+        """
+        up = tensors["up_weight"]
+        tensors = {name: None if t is None else t.to(up.dtype).contiguous() for name, t in tensors.items()}
+        up = tensors["up_weight"]
+        experts, d, size = up.shape
+        self.d_out = tensors["down_weight"].shape[-1]
+        base, constants = tensors["down_bias"], tensors["constants"]
+        if constants is not None:
+            total = constants.float().sum(0)
+            base = total if base is None else total + base.float()
+        elif base is not None:
+            base = base.float()
+        self.keep = {**tensors, "base": base}
+        layer = _Layer(
+            bf16=up.dtype == torch.bfloat16, activation=ACTIVATIONS[activation], gate=GATES[gate],
+            kernels=kernel_for(up.dtype) if kernels is None else kernels, d=d, size=size, d_out=self.d_out,
+            experts=experts, min_experts=max(min_experts - shared, 0), shared=shared, tau=tau, few=FEW,
+            max_experts=max(max_experts - shared, 1) if max_experts else 0,  # among those that the gate chooses from
+            top=int((topk_priority(torch.arange(experts - shared, 0.0, -1)) >= tau).sum()) if gate == "topk" else 0,
+        )  # fmt: skip
+        if tensors["router_hidden"] is not None:
+            layer.router_width = tensors["router_hidden"].shape[0]
+        if tensors["linear_in"] is not None:
+            layer.linear_rank = tensors["linear_in"].shape[-1]
+        for field, name in _TENSORS.items():
+            tensor = self.keep[name]
+            setattr(layer, field, None if tensor is None else tensor.data_ptr())
+        self.layer, self.extra_bytes = layer, 0
+        wanted = tiles is not None and layer.bf16 and library()[0].d2dmoe_kernels_tiles(layer.kernels)
+        self.tiles = tiles if wanted else None
+        self.call = ctypes.byref(layer)
+        self.forward: Callable = library()[0].d2dmoe_forward
+
+    def __call__(self, x: torch.Tensor, run: torch.Tensor | None = None) -> torch.Tensor:
+        """``(tokens, d_out)`` of ``(tokens, d_model)``; `run` ``(tokens, experts)`` replaces router and gate."""
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        if run is not None:
+            run = run.contiguous()
+        tokens = x.shape[0]
+        if self.tiles is not None and tokens >= TILES_FROM:
+            self._keep_tiles()
+        y = torch.empty((tokens, self.d_out), dtype=x.dtype)
+        mask = None if run is None else run.data_ptr()
+        if self.forward(self.call, x.data_ptr(), x.stride(0), mask, tokens, y.data_ptr(), torch.get_num_threads()):
+            raise MemoryError(f"no memory for {tokens} tokens")
+        return y
+
+    def _keep_tiles(self) -> None:
+        tiles = self.tiles
+        for field, name in _TILED.items():
+            weight = self.keep[name]
+            if weight is not None and tiles is not None:  # another thread may be here as well, or have been
+                tiled = tiles.get(identity(weight)) or tiles.setdefault(identity(weight), (weight, in_tiles(weight)))
+                self.keep[field] = tiled[1]
+                setattr(self.layer, field, tiled[1].data_ptr())
+        self.extra_bytes = sum(self.keep[field].nbytes for field in _TILED if field in self.keep)
+        self.tiles = None
+
+    def choose(self, scores: torch.Tensor) -> torch.Tensor:
+        """The library's own gate on given scores ``(tokens, experts)``, as `gates.select`; for tests."""
+        scores = scores.contiguous()
+        run = torch.empty(scores.shape, dtype=torch.bool)
+        library()[0].d2dmoe_choose(self.call, scores.data_ptr(), len(scores), run.data_ptr())
+        return run

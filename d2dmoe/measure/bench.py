@@ -1,0 +1,231 @@
+"""Time: one layer or a whole model, dense against converted and against what is on the shelf.
+
+Nothing is timed before the outputs have been compared.
+"""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..kernels import chosen, dispatching, use_backend
+from ..kernels.gates import select
+from ..moe.gating import set_gate
+from ..moe.layer import DynamicFFN, GateState, layers
+from .observe import ActiveCounter, model_inputs, observing
+from .pairs import make_pair
+from .rivals import RIVAL_FUNCTIONS, dense_columns, works
+from .timing import Function, measure, row
+
+INPUTS = 8  # different ones, in turn
+DENSE = ("eager", "compiled", "frozen")
+RIVALS = ("grouped_mm", "loop")
+COLUMNS = (*DENSE, "sparse", "dispatched", *RIVALS)
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative RMSE of the converted layer to the reference
+
+
+def dispatched(function: Function) -> Function:
+    """The same where layers may take the fastest way instead of the one their gate asks for."""
+
+    def run(x: Any) -> Any:
+        with dispatching("auto"):
+            return function(x)
+
+    return run
+
+
+@dispatching("sparse")
+@torch.inference_mode()
+def bench_layer(
+    spec: dict[str, Any], *, tokens: list[int], actives: list[float], dtype: torch.dtype, seconds: float = 2.0,
+    columns: tuple[str, ...] = COLUMNS, clock: str = "wall", keep_dense: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows for every number of tokens and active fraction; topk gate, so that the fraction is exact.
+
+    With `keep_dense` the layer holds the dense layout as well, for the column `dispatched`.
+    """
+    dense, layer = make_pair(**spec, dtype=dtype)
+    layer.keep_dense = keep_dense
+    rows = []
+    for count in tokens:
+        inputs = [torch.randn(count, spec["d"]).to(dtype) for _ in range(INPUTS)]
+        for active in actives:
+            layer.gate_state = GateState("topk", 1 - active)
+            check_layer(dense, layer, inputs[0])
+            functions = dense_columns(dense, inputs[0], columns)
+            functions["sparse"] = layer
+            if "dispatched" in columns:
+                functions["dispatched"] = dispatched(layer)
+            for name in RIVALS:
+                if name in columns and active < 1 and works(RIVAL_FUNCTIONS[name], layer, inputs[0]):
+                    functions[name] = lambda x, f=RIVAL_FUNCTIONS[name]: f(layer, x)
+            times = measure(functions, inputs, seconds=seconds, clock=clock)
+            backend = chosen(inputs[0], layer.activation, "topk")
+            shown = round(active * spec["experts"]) / spec["experts"]
+            one = row(times, dtype=dtype, phase="layer", tokens=count, active=shown, backend=backend)
+            rows.append({**one, "way": layer.way(count), "dense_layout_bytes": keep_dense * layer.dense_bytes()})
+    return rows
+
+
+def check_layer(dense: nn.Module, layer: DynamicFFN, x: torch.Tensor) -> None:
+    """The correctness gate: the backend against the reference, and everything on against the dense block.
+
+    Raises:
+        RuntimeError: If they disagree.
+    """
+    state = layer.gate_state
+    layer.gate_state = GateState("topk", 0.0)
+    _agree(layer(x), dense(x), "all experts on and the dense block")
+    layer.gate_state = state
+    if state.tau > 0:
+        run = select(layer.router(x), state.name, state.tau)
+        _check_backend(layer, x, f"at {run.float().mean():.2f} active")
+
+
+def _check_backend(layer: DynamicFFN, x: torch.Tensor, where: str) -> None:
+    """The live backend against the reference, as the layer's gate is set."""
+    layer.observer = lambda *_: None
+    layer.observer.needs_hidden = False
+    y = layer(x)  # observed, so with the set of experts given: rounding must not decide which run
+    layer.observer = None
+    with use_backend("reference"):
+        _agree(y, layer(x), f"the backend and the reference {where}")
+
+
+def _agree(y: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    error = float((y - expected).float().norm() / expected.float().norm().clamp_min(1e-9))
+    if not error <= TOLERANCE[y.dtype]:
+        raise RuntimeError(f"not timed: {what} differ by {error:.1e}")
+
+
+@dispatching("sparse")
+@torch.no_grad()
+def speedup(model: nn.Module, dense: nn.Module, batches: Sequence[dict[str, Any]], *, seconds: float = 1.0) -> float:
+    """How many times as fast as the dense model the converted one is on such batches, its gate as it is set.
+
+    The ratio of medians of forward passes that take turns, in the threads and on the device in force.
+    """
+
+    def timed(module: nn.Module) -> Function:
+        def run(inputs: dict[str, Any]) -> None:
+            module(**inputs)
+            if module.device.type == "cuda":
+                torch.cuda.synchronize(module.device)
+
+        return run
+
+    inputs = [model_inputs(model, batch) for batch in islice(batches, INPUTS)]
+    times = measure({"dense": timed(dense), "sparse": timed(model)}, inputs, seconds=seconds)
+    return statistics.median(times["dense"]) / statistics.median(times["sparse"])
+
+
+@dispatching("sparse")
+@torch.no_grad()
+def bench_model(
+    model: nn.Module, dense: nn.Module, *, batches: list[int], length: int, settings: list[dict], seconds: float = 4.0,
+    columns: tuple[str, ...] = COLUMNS, clock: str = "wall", keep_dense: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of prefill (`batch` × `length` tokens at once) and, for a model that generates, decode (one token each)."""
+    for layer in layers(model):
+        layer.keep_dense = keep_dense
+    rows = []
+    decodes = hasattr(model, "can_generate") and model.can_generate() and not model.config.is_encoder_decoder
+    vocabulary = model.config.get_text_config().vocab_size
+    for batch in batches:
+        prompts = [torch.randint(5, vocabulary, (batch, length)) for _ in range(INPUTS)]
+        for phase in ("prefill", "decode") if decodes else ("prefill",):
+            caches: dict[int, Any] = {}
+            call = _prefill if phase == "prefill" else lambda m, x, c=caches, p=prompts[0]: _decode(m, x, p, c)
+            inputs = prompts if phase == "prefill" else [p[:, :1] for p in prompts]
+            dense_functions = dense_columns(dense, inputs[0], columns, call)
+            for setting in settings:
+                with _gate(model, setting):
+                    active = check_model(model, prompts[0])
+                    caches.clear()
+                    functions = {**dense_functions, "sparse": lambda x, c=call: c(model, x)}
+                    if "dispatched" in columns:
+                        functions["dispatched"] = dispatched(functions["sparse"])
+                    for name in RIVALS:
+                        if name in columns and all(layer.gate_state.tau > 0 for layer in layers(model)):
+                            functions[name] = _rival(model, RIVAL_FUNCTIONS[name], call)
+                    times = measure(_working(functions, inputs[0]), inputs, seconds=seconds, clock=clock)
+                tokens = batch * length if phase == "prefill" else batch
+                dtype = next(model.parameters()).dtype
+                backend = chosen(
+                    torch.empty(0, dtype=dtype), layers(model)[0].activation, layers(model)[0].gate_state.name
+                )
+                one = row(times, dtype=dtype, phase=phase, tokens=tokens, active=active, backend=backend)
+                rows.append({**setting, "batch": batch, "context": length, **one})
+    return rows
+
+
+@contextmanager
+def _gate(model: nn.Module, setting: dict) -> Iterator[None]:
+    """`set_gate` where the model is a stored one; a random model's layers are set by hand."""
+    if getattr(model.config, "quantization_config", None) is not None and model.config.quantization_config.d2dmoe.curve:
+        with set_gate(model, **setting):
+            yield
+        return
+    before = [layer.gate_state for layer in layers(model)]
+    for layer in layers(model):
+        layer.gate_state = GateState("topk", 1 - setting["active"])
+    yield
+    for layer, state in zip(layers(model), before, strict=True):
+        layer.gate_state = state
+
+
+def _working(functions: dict[str, Function], x: Any) -> dict[str, Function]:
+    return {name: f for name, f in functions.items() if name in ("eager", "sparse", "dispatched") or works(f, x)}
+
+
+def _prefill(model: nn.Module, ids: torch.Tensor) -> Any:
+    """Logits of the last position only, as `generate` asks for them."""
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return model(input_ids=ids, **last)
+
+
+def _decode(model: nn.Module, ids: torch.Tensor, prompt: torch.Tensor, caches: dict[int, Any]) -> Any:
+    """One step after the prompt; its keys and values are taken off the cache again."""
+    if id(model) not in caches:
+        caches[id(model)] = model(input_ids=prompt, use_cache=True).past_key_values
+    cache = caches[id(model)]
+    output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+    cache.crop(-1)
+    return output
+
+
+def _rival(model: nn.Module, function: Callable, call: Callable) -> Function:
+    def run(x: Any) -> Any:
+        for layer in layers(model):
+            layer.forward = lambda h, layer=layer: function(layer, h.reshape(-1, h.shape[-1])).reshape(h.shape)
+        try:
+            return call(model, x)
+        finally:
+            for layer in layers(model):
+                del layer.forward
+
+    return run
+
+
+def check_model(model: nn.Module, ids: torch.Tensor) -> float:
+    """The correctness gate for every layer on the model's own inputs; returns the measured active fraction."""
+    seen: dict[int, torch.Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, i=i: seen.update({i: args[0].detach()}))
+        for i, layer in enumerate(layers(model))
+    ]
+    counter = ActiveCounter()
+    with observing(model, counter):
+        model(input_ids=ids[:1])
+    for hook in hooks:
+        hook.remove()
+    for index, layer in enumerate(layers(model)):
+        _check_backend(layer, seen[index], f"in layer {index}")
+    return counter.fraction

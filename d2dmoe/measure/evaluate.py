@@ -1,0 +1,262 @@
+"""Quality, active fraction and FLOPs of a model at some settings of its gate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import hub
+from ..config.checks import check_tau
+from ..config.options import DataConfig
+from ..config.record import D2DMoEConfig
+from ..data.batches import Batches, make_batches
+from ..data.documents import read_documents
+from ..errors import UserError
+from ..kernels import dispatching
+from ..moe.gating import set_gate, stored_config
+from ..moe.layer import layers
+from ..progress import progress
+from .flops import dense_ffn_flops, model_flops, padding_flops, sparse_ffn_flops
+from .metrics import METRICS, Batch, Metric, choose_metric
+from .observe import ActiveCounter, model_inputs, observing, pieces
+
+Setting = dict[str, Any]  # keyword arguments of `set_gate`
+LOGITS_HELD = 2**25  # elements, 128 MB in fp32
+TIMED = 3  # passes behind a time, after one to warm up
+
+
+@dispatching("sparse")
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    settings: list[Setting],
+    *,
+    metric: str | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """One row for each setting, in the form of the command contract.
+
+    Over every batch the dense model (all experts on) runs once and then each setting, so that all of them can be
+    compared with it and memory is bounded by one batch.
+
+    Args:
+        model: Converted model, or a dense one (then `settings` is ignored and there is one row).
+        batches: Held-out batches.
+        settings: Keyword arguments of `set_gate`, `{"active": 0.25}` or `{"tau": 0.1}`.
+        metric: A key of `METRICS`; by default what fits the model's class and the data.
+        tokenizer: Needed by `masked_lm` alone.
+        seed: Of the tokens that are masked.
+
+    Returns:
+        `{"gate", "tau", "active_fraction", "flops_fraction_ffn", "flops_fraction_model", "metric", "dense", "metrics",
+        "dense_metrics", "tokens", "ms_per_token"}`; `metrics` holds what the metric tells besides its own value.
+
+    Raises:
+        UserError: If the metric does not fit the model or the data.
+    """
+    kind = METRICS[choose_metric(metric, type(model), model.config, batches[0], tokenizer)]
+    generator, limit, tokens = torch.Generator().manual_seed(seed), _row_limit(model, batches), 0
+    dense = _Point({"active": 1.0}, kind())
+    points = [_Point(setting, kind()) for setting in settings] if layers(model) else []
+    for batch in progress(pieces(batches, limit), desc="eval"):
+        tokens += _tokens(batch)
+        batch = kind.prepare(batch, tokenizer, generator)
+        inputs = model_inputs(model, batch)
+        reference = dense.run(model, inputs, batch, None)
+        for point in points:
+            point.run(model, inputs, batch, reference)
+    timed = [model_inputs(model, batch) for batch in islice(pieces(batches, limit), TIMED)]
+    base = dense.row(model, timed, dense.metric, 0) | {"tokens": tokens}
+    if not layers(model):
+        return [base]
+    total = dense_flops_per_token(model, timed[0])
+    rows = []
+    for point in points:
+        with set_gate(model, **point.setting):
+            everything = all(layer.gate_state.tau == 0 for layer in layers(model))
+        row = base if everything else point.row(model, timed, dense.metric, total) | {"tokens": tokens}
+        rows.append({**point.setting, **row})
+    return rows
+
+
+@dataclass
+class _Point:
+    """One setting of the gate: what it does to the metric and to the experts, batch by batch."""
+
+    setting: Setting
+    metric: Metric
+    counter: ActiveCounter = field(default_factory=ActiveCounter)
+
+    def gate(self, model: nn.Module) -> AbstractContextManager:
+        """This setting, in force."""
+        return set_gate(model, **self.setting) if layers(model) else nullcontext()
+
+    def run(self, model: nn.Module, inputs: Batch, batch: Batch, reference: torch.Tensor | None) -> torch.Tensor | None:
+        """One forward pass; `reference` is what this returned for the dense model, `None` in its own pass."""
+        with self.gate(model), observing(model, self.counter) as current:
+            current["mask"] = batch.get("attention_mask")
+            kept = self.metric.keep(model(**inputs), batch)
+        self.metric.add(kept, kept if reference is None else reference, batch)
+        return kept if self.metric.compares else kept[:0]
+
+    def row(self, model: nn.Module, timed: list[Batch], dense: Metric, total: float) -> dict[str, Any]:
+        """The figures; `total` is the dense model's FLOPs per token."""
+        (name, value), *further = self.metric.figures().items()
+        (_, dense_value), *dense_further = dense.figures().items()
+        with self.gate(model):
+            costs = _dense_costs() if self.setting.get("active") == 1 else _costs(model, self.counter, total)
+            milliseconds = _milliseconds(model, timed)
+        return {
+            **costs,
+            "metric": {"name": name, "value": value},
+            "dense": {"value": dense_value},
+            "metrics": dict(further),
+            "dense_metrics": dict(dense_further),
+            "ms_per_token": milliseconds,
+        }
+
+
+def _dense_costs() -> dict[str, Any]:
+    return {
+        "gate": "none", "tau": 0.0, "active_fraction": 1.0, "flops_fraction_ffn": 1.0, "flops_fraction_model": 1.0,
+    }  # fmt: skip
+
+
+def _costs(model: nn.Module, counter: ActiveCounter, total: float) -> dict[str, Any]:
+    """Active and FLOP fractions of the gate in force."""
+    by_layer = counter.by_layer(len(layers(model)))
+    before = sum(dense_ffn_flops(layer) for layer in layers(model))
+    after = sum(sparse_ffn_flops(layer, active) for layer, active in zip(layers(model), by_layer, strict=True))
+    taus = [layer.gate_state.tau for layer in layers(model)]
+    return {
+        "gate": stored_config(model).gate,
+        "tau": taus[0] if len(set(taus)) == 1 else taus,
+        "active_fraction": counter.fraction,
+        "flops_fraction_ffn": after / before,
+        "flops_fraction_model": (total - before + after) / total,
+        "active_by_layer": [round(active, 4) for active in by_layer],
+    }
+
+
+def dense_flops_per_token(model: nn.Module, inputs: Batch) -> float:
+    """Of the dense model, for what it is given here, per row of its first converted layer."""
+    with set_gate(model, active=1):
+        total = model_flops(model, inputs) / _positions(model, inputs)
+    return total - sum(padding_flops(layer) for layer in layers(model))
+
+
+def _positions(model: nn.Module, inputs: Batch) -> int:
+    """Rows that the first converted layer sees in one pass: the unit of "per token"."""
+    seen = []
+
+    def count(index, layer, x, hidden, scores, run):
+        if index == 0:
+            seen.append(x.shape[0])
+
+    with observing(model, count):
+        model(**inputs)
+    return max(sum(seen) // max(layers(model)[0].block.calls, 1), 1)
+
+
+def _milliseconds(model: nn.Module, timed: list[Batch]) -> float:
+    """Per token that is not padding, of whole forward passes after one to warm up."""
+    model(**timed[0])
+    started = time.perf_counter()
+    for inputs in timed:
+        model(**inputs)
+    seconds = time.perf_counter() - started
+    return 1000 * seconds / max(sum(map(_tokens, timed)), 1)
+
+
+def _tokens(batch: Batch) -> int:
+    """Tokens that are not padding; an image counts as one."""
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(next(iter(batch.values())))
+
+
+def _row_limit(model: nn.Module, batches: Sequence[Batch]) -> int:
+    """Sequences per forward pass, so that logits over a large vocabulary stay small."""
+    ids = batches[0].get("input_ids")
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0) if ids is not None else 0
+    return max(1, LOGITS_HELD // (ids.shape[1] * vocabulary)) if vocabulary else 2**30
+
+
+@dataclass
+class Subject:
+    """A folder or hub model that is ready to be evaluated, its weights not yet read."""
+
+    name: str
+    config: Any
+    stored: D2DMoEConfig | None
+    batches: Batches
+    metric: str
+    tokenizer: Any
+
+    def rows(self, settings: list[Setting], *, oracle: bool = False) -> list[dict[str, Any]]:
+        """Load the model and evaluate it; without settings at its stored budgets."""
+        if not settings and self.stored:
+            settings = [{"active": a} for a in sorted({*(b.active for b in self.stored.budgets), 1.0})]
+        settings = [{**s, "oracle": True} for s in settings] if oracle else settings
+        model = hub.load_model(self.name, self.config)
+        return evaluate(model, self.batches, settings, metric=self.metric, tokenizer=self.tokenizer)
+
+
+def prepare(
+    name: str,
+    data: DataConfig,
+    settings: list[Setting],
+    *,
+    part: str = "all",
+    tokens: int = 0,
+    metric: str | None = None,
+) -> Subject:
+    """Everything of an evaluation that can fail without the weights.
+
+    Args:
+        name: Converted or dense model: hub id or local folder.
+        data: What to evaluate on.
+        settings: Checked against the model's gate.
+        part: Of the data.
+        tokens: Stop after so many; 0 for all.
+        metric: A key of `METRICS`, or `None` for the natural one.
+
+    Raises:
+        UserError: If the model, the data, a setting or the metric does not fit.
+    """
+    config = hub.read_config(name)
+    stored = hub.stored_config(config)
+    for setting in settings:
+        check_tau(setting.get("tau", 0.0), stored.gate if stored else "max")
+    kind = hub.model_class(config, name)
+    data = hub.fit_length(data, config)
+    documents = read_documents(data.data, part, data.text_column, data.label_column)
+    processor = hub.load_processor(name, config)
+    label2id = config.label2id if hub.is_classifier(kind, config) else None
+    batches = make_batches(documents, processor, data, packed=hub.is_causal(kind), label2id=label2id)
+    batches = batches.first(tokens) if tokens else batches
+    hub.check_safetensors(name)
+    metric = choose_metric(metric, kind, config, batches.collate(batches.items[:1]), processor)
+    return Subject(name, config, stored, batches, metric, processor)
+
+
+def compare(subjects: list[Subject], settings: list[Setting], *, oracle: bool = False) -> list[dict[str, Any]]:
+    """Rows of several models one after another, each with the name of its `model`.
+
+    Raises:
+        UserError: If they are not measured by the same metric.
+    """
+    for subject in subjects[1:]:
+        if subject.metric != subjects[0].metric:
+            raise UserError(
+                f"--compare: {subjects[0].name} is measured by {subjects[0].metric} and {subject.name} by "
+                f"{subject.metric}; compare models of one kind, or give --metric cosine_to_dense"
+            )
+    return [{"model": subject.name, **row} for subject in subjects for row in subject.rows(settings, oracle=oracle)]

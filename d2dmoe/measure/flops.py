@@ -1,0 +1,52 @@
+"""Floating-point operations per token. One multiply-accumulate is two operations, everywhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..moe.layer import DynamicFFN, GateState
+
+
+def dense_ffn_flops(layer: DynamicFFN) -> int:
+    """Of the block before conversion, matrix products only, as `FlopCounterMode` counts them."""
+    block, d_out = layer.block, layer.down_weight.shape[-1]
+    ups = 2 if block.kind == "glu" else 1
+    return 2 * block.width * (ups * block.d_model + d_out) * block.calls
+
+
+def padding_flops(layer: DynamicFFN) -> int:
+    """Of the zero neurons that fill up the last expert, with everything on: what the dense block does not do."""
+    return dense_ffn_flops(layer) // layer.block.width * (layer.block.slots - layer.block.width)
+
+
+def sparse_ffn_flops(layer: DynamicFFN, active: float, state: GateState | None = None) -> float:
+    """Of the converted block at an active fraction: executed experts, router, gate, and stand-ins.
+
+    `state` stands for the layer's own gate state.
+
+    Neurons that fill up the last expert are executed like the others and counted. The gate costs one comparison per
+    expert, a stand-in one vector addition per executed expert.
+    """
+    block, router, state = layer.block, layer.router, state or layer.gate_state
+    cost = active * (dense_ffn_flops(layer) + padding_flops(layer))
+    if state.tau > 0:
+        cost += (2 * (router.hidden.numel() + router.score.numel()) + block.experts) * block.calls
+        if layer.constants is not None and state.stand_in is not None:
+            cost += active * block.experts * layer.down_weight.shape[-1] * block.calls
+            if layer.linear_in is not None:
+                cost += 2 * (layer.linear_in[0].numel() + layer.linear_out[0].numel()) * block.calls
+    return cost
+
+
+@torch.no_grad()
+def model_flops(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """Of one forward pass as it is set, counted by `FlopCounterMode` (matrix products, convolutions, attention).
+
+    Attention is spelled out in matrix products meanwhile: the counter does not know the fused kernel of the CPU.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(**inputs)
+    return counter.get_total_flops()

@@ -1,0 +1,140 @@
+"""Run a converted model over batches and look into its layers, padding left out and memory bounded by one batch."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..moe.layer import DynamicFFN, layers
+from ..progress import progress
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+# (layer number, layer, x (tokens, d), hidden (E, tokens, s), scores (tokens, E) or None, run (tokens, E) or None);
+# an observer whose attribute `needs_hidden` is false may get `None` for hidden, and the layer is then as fast as ever
+Observer = Callable[[int, DynamicFFN, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], None]
+
+
+def model_inputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The part of a batch that the model's forward takes, on its device; a decoder is fed the encoder's own tokens."""
+    accepted = inspect.signature(model.forward).parameters
+    inputs = {k: v for k, v in batch.items() if k in accepted and k != "labels"}
+    if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted and "input_ids" in inputs:
+        inputs.setdefault("decoder_input_ids", inputs["input_ids"])
+    first = next(model.parameters())
+    return {k: v.to(first.device, first.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system; glibc would keep hundreds of megabytes of it after a stage."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        # Only what is larger than 32 MB gets pages of its own, which go back when freed; mapping every tensor anew
+        # costs more than a third of a training step.
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**28)
+        libc.malloc_trim(0)
+
+
+class EnoughSeen(Exception):
+    """Raised by an observer that needs nothing from later layers: the pass over this batch ends there."""
+
+
+@contextmanager
+def observing(model: nn.Module, observer: Observer) -> Iterator[dict[str, torch.Tensor | None]]:
+    """Have `observer` called in every converted layer at every forward pass.
+
+    Yields:
+        A mapping whose entry `"mask"` may be set to the batch's `attention_mask` ``(batch, length)``: tokens it
+        excludes are then not shown to the observer.
+    """
+    current: dict[str, torch.Tensor | None] = {"mask": None}
+
+    def watch(index: int) -> Callable:
+        def call(layer, x, hidden, scores, run):
+            mask = current["mask"]
+            if mask is not None and mask.numel() == x.shape[0] and not mask.all():
+                keep = mask.reshape(-1).bool()
+                hidden = None if hidden is None else hidden[:, keep]
+                x, scores, run = (None if t is None else t[keep] for t in (x, scores, run))
+            observer(index, layer, x, hidden, scores, run)
+
+        call.needs_hidden = getattr(observer, "needs_hidden", True)
+        return call
+
+    watched = layers(model)
+    for index, layer in enumerate(watched):
+        layer.observer = watch(index)
+    try:
+        yield current
+    finally:
+        for layer in watched:
+            layer.observer = None
+
+
+TOKENS_AT_ONCE = 1024
+
+
+def pieces(batches: Iterable[dict[str, Any]], row_limit: int = 2**30) -> Iterator[dict[str, Any]]:
+    """The batches cut to at most `TOKENS_AT_ONCE` tokens and `row_limit` sequences, which bounds what a pass holds."""
+    for batch in batches:
+        first = next(iter(batch.values()))
+        length = batch["input_ids"].shape[1] if "input_ids" in batch else 1
+        rows = max(1, min(row_limit, TOKENS_AT_ONCE // length))
+        for start in range(0, len(first), rows):
+            yield {k: v[start : start + rows] for k, v in batch.items()}
+
+
+def trunk(model: nn.Module) -> nn.Module:
+    """The model without its head where every converted layer is below: logits can be larger than everything else."""
+    base = getattr(model, "base_model", model)
+    return base if len(layers(base)) == len(layers(model)) else model
+
+
+def trunk_below(model: nn.Module, names: list[str]) -> nn.Module:
+    """The same for a dense model whose modules of interest have these names."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return model.base_model if prefix and all(name.startswith(f"{prefix}.") for name in names) else model
+
+
+@torch.no_grad()
+def run_observed(model: nn.Module, batches: Iterable[dict[str, Any]], observer: Observer, *, name: str = "") -> None:
+    """One pass of the model, without its head, over the batches with `observer` in every layer."""
+    model = trunk(model)
+    with observing(model, observer) as current:
+        for batch in progress(pieces(batches), desc=name, disable=not name):
+            current["mask"] = batch.get("attention_mask")
+            with suppress(EnoughSeen):
+                model(**model_inputs(model, batch))
+
+
+class ActiveCounter:
+    """An observer that counts executed (token, expert) pairs of each layer, padding left out."""
+
+    needs_hidden = False
+
+    def __init__(self) -> None:
+        self.executed: dict[int, int] = {}
+        self.possible: dict[int, int] = {}
+
+    def __call__(self, index, layer, x, hidden, scores, run) -> None:
+        """See `Observer`."""
+        pairs = x.shape[0] * layer.block.experts
+        self.possible[index] = self.possible.get(index, 0) + pairs
+        self.executed[index] = self.executed.get(index, 0) + (pairs if run is None else int(run.sum()))
+
+    @property
+    def fraction(self) -> float:
+        """Executed pairs over all pairs, all layers together."""
+        return sum(self.executed.values()) / max(sum(self.possible.values()), 1)
+
+    def by_layer(self, count: int) -> list[float]:
+        """The same for each of `count` layers; a layer that never ran counts as 1."""
+        return [self.executed[i] / self.possible[i] if self.possible.get(i) else 1.0 for i in range(count)]

@@ -1,0 +1,180 @@
+"""Choose how much of a converted model runs, at run time and without reloading."""
+
+from __future__ import annotations
+
+import warnings
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
+from types import TracebackType
+
+from torch import nn
+
+from ..config.checks import check_active, check_tau
+from ..config.record import D2DMoEConfig
+from ..errors import UserError
+from .layer import DynamicFFN, GateState, layers
+
+
+def stored_config(model: nn.Module) -> D2DMoEConfig:
+    """The conversion's own record.
+
+    Raises:
+        UserError: If the model is not a converted one.
+    """
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    stored = getattr(config, "d2dmoe", None)
+    if stored is None:
+        raise UserError("this model was not converted by d2dmoe; run `d2dmoe convert --model …` first")
+    return stored
+
+
+class set_gate:
+    """Set the compute budget of a converted model; as a context manager, for the length of a block only.
+
+        d2dmoe.set_gate(model, active=0.25)          # from now on
+        with d2dmoe.set_gate(model, tau=0.1): ...    # here only
+
+    Args:
+        model: Converted model; other models, copies included, are not touched.
+        active: Active fraction. 1 runs everything (exactly the dense model); a stored budget brings its own
+            thresholds and stand-ins; any other fraction takes thresholds from the calibration curve and the nearest
+            budget's stand-ins, and warns once.
+        tau: Threshold instead; 0 runs everything, larger runs less.
+        budget: Number of a stored budget instead, 0 for the one that runs least.
+        layers: Numbers or names of the converted layers to set; all of them by default.
+        oracle: Select by the true expert norms instead of the router (for analysis; saves nothing).
+
+    Raises:
+        UserError: If the model is not converted, a value is out of range, or a layer does not exist.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        active: float | None = None,
+        tau: float | None = None,
+        budget: int | None = None,
+        layers: Sequence[int | str] | None = None,
+        oracle: bool = False,
+    ):
+        if sum(value is not None for value in (active, tau, budget)) != 1:
+            raise UserError("give set_gate one of active=…, tau=… or budget=…")
+        config = stored_config(model)
+        self._before: list[tuple[DynamicFFN, GateState]] = []
+        chosen = _choose(model, layers)
+        if any(layer.merged for _, layer in chosen):
+            raise UserError("this model was merged at one budget; load it again to choose another")
+        if budget is not None:
+            states = _states_of_budget(config, budget)
+        else:
+            states = _states_for_active(config, active) if active is not None else _states_for_tau(config, tau, chosen)
+        for index, layer in chosen:
+            self._before.append((layer, layer.gate_state))
+            layer.gate_state = replace(
+                states[index], oracle=("root" if config.router_target == "root" else "norm") if oracle else ""
+            )
+
+    def __enter__(self) -> set_gate:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for layer, state in self._before:
+            layer.gate_state = state
+
+
+def _choose(model: nn.Module, wanted: Sequence[int | str] | None) -> list[tuple[int, DynamicFFN]]:
+    every = list(enumerate(layers(model)))
+    if wanted is None:
+        return every
+    by_name = {layer.block.name: (index, layer) for index, layer in every}
+    chosen = []
+    for item in wanted:
+        if item in by_name:
+            chosen.append(by_name[item])
+        elif isinstance(item, int) and -len(every) <= item < len(every):
+            chosen.append(every[item])
+        else:
+            raise UserError(f"no converted layer {item!r}; there are {len(every)}, from {every[0][1].block.name} on")
+    return chosen
+
+
+def gate_state(config: D2DMoEConfig, tau: float, stand_in: int | None = None) -> GateState:
+    """The checkpoint's gate at a threshold, with the stand-ins of a stored budget or none."""
+    return GateState(config.gate, tau, stand_in, config.min_experts, config.max_experts, config.shared_experts)
+
+
+def _states_of_budget(config: D2DMoEConfig, number: int) -> list[GateState]:
+    if not 0 <= number < len(config.budgets):
+        raise UserError(f"budget={number}: this checkpoint holds {len(config.budgets)} budgets, counted from 0")
+    return [gate_state(config, tau, number) for tau in config.budgets[number].taus]
+
+
+def _states_for_active(config: D2DMoEConfig, active: float) -> list[GateState]:
+    check_active(active)
+    if active == 1:
+        return [gate_state(config, 0.0, None) for _ in config.blocks]
+    for number, budget in enumerate(config.budgets):
+        if abs(budget.active - active) < 1e-6:
+            return _states_of_budget(config, number)
+    number = _nearest([b.active for b in config.budgets], active)
+    if number is not None and config.stand_in != "zero":
+        _say_once(config, f"active={active:g}", config.budgets[number].active)
+    return [gate_state(config, tau, number) for tau in taus_on_curve(config, active)]
+
+
+def _states_for_tau(config: D2DMoEConfig, tau: float, chosen: list) -> list[GateState]:
+    check_tau(tau, config.gate)
+    if tau == 0:
+        return [gate_state(config, 0.0, None) for _ in config.blocks]
+    states = []
+    for index in range(len(config.blocks)):
+        number = _nearest([b.taus[index] for b in config.budgets], tau)
+        states.append(gate_state(config, tau, number))
+    exact = all(any(abs(b.taus[i] - tau) < 1e-9 for b in config.budgets) for i, _ in chosen)
+    if config.budgets and config.stand_in != "zero" and not exact:
+        _say_once(config, f"tau={tau:g}", config.budgets[states[chosen[0][0]].stand_in].active)
+    return states
+
+
+def _nearest(values: list[float], wanted: float) -> int | None:
+    return min(range(len(values)), key=lambda i: abs(values[i] - wanted)) if values else None
+
+
+def _say_once(config: D2DMoEConfig, asked: str, active: float) -> None:
+    """Warn, once for each setting of each model."""
+    said = config.__dict__.setdefault("_said", set())
+    if asked in said:
+        return
+    said.add(asked)
+    warnings.warn(
+        f"{asked} is not a stored budget ({', '.join(f'{b.active:g}' for b in config.budgets)}): "
+        f"using the stand-ins fitted for active={active:g}",
+        stacklevel=4,
+    )
+
+
+def taus_on_curve(config: D2DMoEConfig, active: float) -> list[float]:
+    """Thresholds per block for an active fraction between the calibrated ones, linearly interpolated.
+
+    Those of the gate `topk` are known for every fraction; the curve of every other gate ends where everything runs.
+
+    Raises:
+        UserError: If the checkpoint holds no calibration curve, or none that goes so low.
+    """
+    if config.gate == "topk":
+        shared, counts = config.shared_experts, [block.experts for block in config.blocks]
+        return [1.0 - max((active * n - shared) / (n - shared), 0.0) for n in counts]
+    if not config.curve:
+        raise UserError(f"active={active:g}: this checkpoint holds no calibration; give tau=… instead")
+    curve = [*config.curve, [1.0, [0.0] * len(config.blocks)]]
+    points = [point for point, _ in curve]
+    if active < points[0]:
+        raise UserError(f"active={active:g}: the {config.gate} gate is calibrated from {points[0]:g} on; give tau=…")
+    right = max(bisect_left(points, active), 1)
+    left = right - 1
+    share = (active - points[left]) / (points[right] - points[left])
+    return [a + share * (b - a) for a, b in zip(curve[left][1], curve[right][1], strict=True)]

@@ -1,0 +1,303 @@
+"""Everything that touches Hugging Face internals: opening and saving converted checkpoints through `transformers`.
+
+On disk a checkpoint is the dense model, its neurons merely reordered, plus router and stand-in tensors. The quantiser
+hook of `from_pretrained` serves as a loader only: it swaps modules on the meta device, has dense tensors packed while
+they load and unpacked when they are saved, and then takes its marks off the model again.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..config.record import Block, D2DMoEConfig
+from ..errors import UserError
+from .gating import set_gate
+from .layer import layers
+from .mount import fill, make_layer, mount
+from .packing import Neurons, dense_tensors, pack, unpack
+
+METHOD = "d2dmoe"
+
+
+class D2DMoEQuantizationConfig(QuantizationConfigMixin):
+    """Carries a `D2DMoEConfig` (as `.d2dmoe`) in the place of `config.json` that `transformers` hands to loaders."""
+
+    def __init__(self, quant_method: str = METHOD, **values: Any):
+        self.quant_method = METHOD
+        self.d2dmoe = D2DMoEConfig.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written to `config.json`."""
+        return {"quant_method": METHOD, **self.d2dmoe.to_dict()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All of it: nothing here has a default that a reader could know."""
+        return self.to_dict()
+
+
+class D2DMoELoader(HfQuantizer):
+    """Turns the freshly built dense skeleton into the converted model while `from_pretrained` runs."""
+
+    requires_calibration = False
+    is_trainable = is_qat_trainable = True
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """Saving needs no special care."""
+        return True
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        """Refuse a config for a model that is not converted yet."""
+        if not self.pre_quantized:
+            raise UserError("d2dmoe converts with `d2dmoe convert`, not with from_pretrained(quantization_config=…)")
+
+    def update_dtype(self, dtype: Any) -> Any:
+        """Nothing to change; remembered for `cast`."""
+        self._dtype = dtype
+        return dtype
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        self._model = model
+        config: D2DMoEConfig = self.quantization_config.d2dmoe
+        here = {n: here for n, block in enumerate(config.blocks) if (here := localise(model, block)) is not None}
+        if not here:
+            raise UserError(f"{type(model).__name__} has none of the {len(config.blocks)} blocks of this checkpoint")
+        for number, block in here.items():
+            mount(model, make_layer(model, number, block, config, budgets=len(config.budgets)))
+        _keep_packed(model)
+
+    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
+        """Add ours to the model's own (transformers 5.17 does not pass the model, which has been seen before)."""
+        model = model if model is not None else self._model
+        blocks = [layer.block for layer in layers(model)]
+        return [*weight_conversions, *conversions(blocks, model.base_model_prefix)]
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        config = self.quantization_config.d2dmoe
+        self._model = None
+        _take_marks_off(model)
+        _refuse_missing(model)
+        model.register_load_state_dict_pre_hook(pack_state)
+        if isinstance(self._dtype, torch.dtype):  # converted tensors keep the file's dtype in transformers 5.17
+            cast(model, self._dtype)
+        if len(layers(model)) != len(config.blocks):
+            keep = {layer.number for layer in layers(model)}
+            _drop_blocks(config, [number in keep for number in range(len(config.blocks))])
+        set_gate(model, active=config.default_active)
+        return model
+
+
+def register() -> None:
+    """Make `from_pretrained` know converted checkpoints; called on import, harmless when repeated."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(D2DMoEQuantizationConfig)
+        register_quantizer(METHOD)(D2DMoELoader)
+
+
+def _take_marks_off(model: PreTrainedModel) -> None:
+    """Undo what marks a model as quantised: it is an ordinary floating-point model."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.is_quantized = False
+            module.__dict__.pop("quantization_method", None)
+            module.__dict__.pop("hf_quantizer", None)
+            module.config._is_quantized = False
+
+
+def _refuse_missing(model: PreTrainedModel) -> None:
+    """A tensor that was not in the checkpoint would be silently wrong; `transformers` marks those that were."""
+    for layer in layers(model):
+        for name, parameter in layer.named_parameters():
+            if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False):
+                raise UserError(f"the checkpoint lacks {layer.block.name}.{name}; convert the model again")
+
+
+KEEP = {torch.float16: ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")}
+KEEP[torch.bfloat16] = KEEP[torch.float16][1:]
+
+
+def _matches(model: PreTrainedModel, attribute: str, name: str) -> bool:
+    return any(re.search(part.replace("*", ".*"), name) for part in getattr(model, attribute, None) or ())
+
+
+def _keep_packed(model: PreTrainedModel) -> None:
+    """What a tensor is packed into stays in fp32 where the architecture keeps the tensor so (T5 its `wo`)."""
+    for attribute in KEEP[torch.float16]:
+        packed = {
+            target
+            for layer in layers(model)
+            for source, targets, *_ in dense_tensors(layer.block)
+            for target in targets
+            if _matches(model, attribute, source)
+        }
+        setattr(model, attribute, {*(getattr(model, attribute, None) or ()), *packed})
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Parameters to a dtype as `from_pretrained(dtype=…)` has them: what the architecture keeps in fp32 stays so."""
+    for name, parameter in model.named_parameters():
+        kept = any(_matches(model, attribute, name) for attribute in KEEP.get(dtype, ()))
+        parameter.data = parameter.data.to(torch.float32 if kept else dtype)
+
+
+def _drop_blocks(config: D2DMoEConfig, keep: list[bool]) -> None:
+    """A part of the model was opened (an encoder alone): keep the record of the blocks that are there."""
+    config.blocks = [b for b, k in zip(config.blocks, keep, strict=True) if k]
+    for budget in config.budgets:
+        budget.taus = [t for t, k in zip(budget.taus, keep, strict=True) if k]
+    config.curve = [[a, [t for t, k in zip(taus, keep, strict=True) if k]] for a, taus in config.curve]
+
+
+def _prefixes(model: PreTrainedModel) -> list[tuple[str, str]]:
+    """`(strip, add)` pairs that turn names of the class that was saved into names of this class."""
+    base = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    return [("", ""), (base, ""), ("", base)]
+
+
+def localise(model: PreTrainedModel, block: Block) -> Block | None:
+    """The block under the names that this model class uses; `None` if the class does not have it."""
+    for strip, add in _prefixes(model):
+
+        def rename(name: str | None, strip: str = strip, add: str = add) -> str | None:
+            return name and add + name.removeprefix(strip)
+
+        names = [block.up, block.down, *filter(None, [block.gate])]
+        if all(n.startswith(strip) and _has_module(model, rename(n)) for n in names):
+            return Block(
+                **{
+                    **vars(block),
+                    **{k: rename(getattr(block, k)) for k in ("name", "up", "gate", "down", "activation_module")},
+                    "passed_through": [rename(n) for n in block.passed_through],
+                }
+            )
+    return None
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+class Pack(ConversionOps):
+    """Dense tensors of a projection to packed ones (`reverse=False`), or back."""
+
+    supports_many_to_many = False
+
+    def __init__(self, block: Block, layout: str, order: tuple[str, ...] = (), reverse: bool = False):
+        self.block, self.layout, self.order, self.reverse = block, layout, order, reverse
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns, target_patterns, full_layer_name: str = "", **_: Any
+    ) -> dict[str, torch.Tensor]:
+        """See `ConversionOps`; `order` names the halves of a fused projection.
+
+        A dense tensor goes by its full name: transformers 5.17 has applied the model's own renamings to it by then and
+        would not find the pattern in it.
+        """
+        tensors = {k: v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
+        if self.reverse:
+            parts = [unpack(_named(tensors, half), self.layout, self.block.width) for half in self.order or ("",)]
+            return {full_layer_name: parts[0] if len(parts) == 1 else torch.cat(parts, dim=self._fused_dim)}
+        (tensor,) = tensors.values()
+        parts = tensor.chunk(len(self.order), dim=self._fused_dim) if self.order else [tensor]
+        return {t: pack(p, self.block.experts, self.layout) for t, p in zip(target_patterns, parts, strict=True)}
+
+    @property
+    def _fused_dim(self) -> int:
+        return 1 if self.layout == "up_conv1d" else 0
+
+    @property
+    def reverse_op(self) -> Pack:
+        """The same step the other way."""
+        return Pack(self.block, self.layout, self.order, not self.reverse)
+
+
+def _named(tensors: dict[str, torch.Tensor], half: str) -> torch.Tensor:
+    return next(v for k, v in tensors.items() if half in k.rpartition(".")[2])
+
+
+def conversions(blocks: list[Block], base_prefix: str | None) -> list[WeightConverter | WeightRenaming]:
+    """Load-time transforms from dense to packed tensors of these blocks; `transformers` reverses them to save."""
+
+    def pattern(name: str) -> str:
+        if base_prefix:
+            name = name.removeprefix(f"{base_prefix}.")
+        return re.escape(name)
+
+    out: list[WeightConverter | WeightRenaming] = []
+    for block in blocks:
+        for source, targets, layout, halves in dense_tensors(block):
+            patterns = [pattern(target) for target in targets]
+            if layout:
+                out.append(WeightConverter([pattern(source)], patterns, [Pack(block, layout, halves)]))
+            else:
+                out.append(WeightRenaming([pattern(source)], patterns))
+    return out
+
+
+def pack_state(model: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    """Before `load_state_dict`: tensors under their dense names, as in a saved checkpoint, are packed.
+
+    `Trainer` goes back to a checkpoint this way, which would otherwise leave the experts as they are.
+    """
+    for layer in layers(model):
+        for source, targets, layout, halves in dense_tensors(layer.block):
+            tensor = state.pop(prefix + source, None)
+            if tensor is not None and layout:
+                packed = Pack(layer.block, layout, halves).convert({source: tensor}, [source], targets)
+                state.update({prefix + name: value for name, value in packed.items()})
+            elif tensor is not None:
+                state[prefix + targets[0]] = tensor
+
+
+def attach(model: PreTrainedModel, config: D2DMoEConfig, orders: list[torch.Tensor], *, budgets: int = 0) -> None:
+    """Convert a dense model in memory: every block becomes experts, one after the other so that memory stays low.
+
+    Args:
+        model: Dense model with real weights.
+        config: Its `blocks` have their number of experts set.
+        orders: For each block, its neurons in expert order ``(width,)``.
+        budgets: How many sets of stand-ins to make room for.
+    """
+    for number, (block, order) in enumerate(zip(config.blocks, orders, strict=True)):
+        block.layouts = _layouts(model, block)
+        layer = make_layer(model, number, block, config, budgets=budgets)
+        fill(layer, model, order)
+        mount(model, layer)
+    model.register_load_state_dict_pre_hook(pack_state)
+    _keep_packed(model)
+    remember(model, config)
+
+
+def remember(model: PreTrainedModel, config: D2DMoEConfig) -> None:
+    """Record the conversion in the model's config, and how `save_pretrained` undoes the packing."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    own = getattr(model, "_weight_conversions", None)
+    if own is None:
+        own = get_model_conversion_mapping(model, add_legacy=False)
+    own = [c for c in own if not any(isinstance(op, Pack) for op in getattr(c, "operations", ()))]
+    model._weight_conversions = [*own, *conversions(config.blocks, model.base_model_prefix)]
+    wrapper = D2DMoEQuantizationConfig()
+    wrapper.d2dmoe = config
+    model.config.quantization_config = wrapper
+
+
+def _layouts(model: nn.Module, block: Block) -> list[str]:
+    dense = Neurons(model, block).dense()
+    return [dense["up_weight"][1], dense["down_weight"][1]]

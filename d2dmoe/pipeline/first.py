@@ -1,0 +1,49 @@
+"""The first stage of `convert --sparsify`: the training, in a folder of its own in the working folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config.options import ConvertConfig
+from ..measure.observe import release_memory
+from ..sparsify.options import SparsifyConfig, sparsify_stage, training_arguments
+from ..training import wait_for_everyone
+from .sparsify import Job, prepare, sparsify
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class SparsifyStage:
+    """What is trained before the conversion, and where the result goes."""
+
+    config: SparsifyConfig
+    training: dict[str, Any]
+    job: Job
+
+    @property
+    def folder(self) -> str:
+        """Where the sparsified dense model is, once it is complete."""
+        return self.config.output_dir
+
+    def run(self, resume: bool, say: Say) -> dict[str, Any]:
+        """Train, unless an earlier run got past this stage; returns what `sparsify` found."""
+        results = Path(self.folder, "results.json")
+        if not (resume and results.exists()):
+            interrupted = Path(f"{self.folder}.partial").exists()
+            wait_for_everyone()
+            sparsify(self.config, self.training, resume=resume and interrupted, overwrite=True, say=say)
+            release_memory()
+        return {k: v for k, v in json.loads(results.read_text()).items() if k in ("task", "minutes", "rows", "log")}
+
+
+def prepare_sparsify(config: ConvertConfig, work: Path) -> SparsifyStage:
+    """Its options and data, checked before anything long begins."""
+    own, training = sparsify_stage(config, str(work / "sparsified"))
+    job = prepare(own)
+    training_arguments(training, own, str(work / "unused"))
+    return SparsifyStage(own, training, job)

@@ -1,0 +1,197 @@
+"""The stages of a conversion on a loaded model, in order."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from ..config.options import ConvertConfig
+from ..config.record import Block, D2DMoEConfig
+from ..config.sizes import choose_experts, ranks, shared_experts, targets
+from ..data.batches import Batches
+from ..discovery.blocks import discover
+from ..errors import UserError
+from ..files import write_text
+from ..measure.observe import release_memory
+from ..moe.gating import set_gate
+from ..moe.layer import layers
+from ..moe.loader import attach
+from ..moe.packing import Neurons
+from ..progress import progress
+from ..stages.budgets.calibrate import calibrate, settle
+from ..stages.coactivation import activation_profiles
+from ..stages.heal import heal
+from ..stages.routers.fit import fit_routers
+from ..stages.routers.training import train_routers
+from ..stages.split import split_neurons
+from ..training import first_process, has_state
+from .verify import block_outputs, model_outputs, verify
+from .workdir import (
+    fitted,
+    stage,
+)
+
+Say = Callable[[str], None]
+LEAST_UNSEEN = 4096  # tokens to measure a loss on
+
+
+def convert_model(
+    model: PreTrainedModel,
+    config: ConvertConfig,
+    batches: Batches,
+    *,
+    blocks: list | None = None,
+    work: Path | None = None,
+    resume: bool = False,
+    say: Say = lambda _: None,
+    dense: Callable[[], PreTrainedModel] | None = None,
+) -> list[dict[str, float]]:
+    """Convert a loaded model in place: split, verify, train routers, calibrate.
+
+    Args:
+        model: Dense model in fp32 (fits are made from what it computes); it may be cast afterwards. Everything
+            runs where its weights are.
+        config: Method and sizes; data and output keys are not used.
+        batches: Calibration batches.
+        blocks: From a plan; discovered on the model itself when `None`.
+        work: Folder for what stages leave behind; `None` keeps nothing.
+        resume: Use what is there.
+        say: Receives progress messages.
+        dense: Gives the dense model again, for `speedup` targets; by default a copy is kept for them.
+
+    Returns:
+        The router training log.
+
+    Raises:
+        UserError: If the model is in half precision, has no block to convert, or cannot be reproduced as experts.
+    """
+    if model.dtype not in (torch.float32, torch.float64):
+        raise UserError(
+            f"the model is in {str(model.dtype).removeprefix('torch.')}, and routers and stand-ins are fitted in "
+            f"float32; load it with dtype=torch.float32 (cast it after the conversion)"
+        )
+    model.eval()
+    blocks = _blocks_of(model, config) if blocks is None else blocks
+    stored = _record(config, blocks)
+    release_memory()
+    orders = stage(work, "split", resume, lambda: _split(model, config, blocks, batches, say))
+    twin = copy.deepcopy(model) if config.speedup and dense is None else None
+    reference, output = block_outputs(model, blocks), model_outputs(model)
+    attach(model, stored, [orders[block.name] for block in blocks], budgets=len(targets(config)))
+    _zero_constants(model)
+    _let_go_of_files(model)
+    verify(model, reference, output)
+    log = _routers(model, config, batches, work, resume)
+    say("routers done; calibrating")
+    dense = dense or (lambda: twin)
+    fitted(work, "stand-ins", resume, model, stored, lambda: _calibrate(model, config, stored, batches, dense))
+    if config.heal and stored.budgets:
+        say(f"healing: {config.heal} steps of distillation from the dense model")
+        fitted(
+            work, "healed", resume, model, stored, lambda: _heal(model, config, stored, batches, work, resume),
+            everything=config.heal_parameters == "all",
+        )  # fmt: skip
+    set_gate(model, active=stored.default_active)
+    return log
+
+
+def _record(config: ConvertConfig, blocks: list[Block]) -> D2DMoEConfig:
+    """What the checkpoint will say of itself, without budgets yet."""
+    return D2DMoEConfig(
+        blocks=blocks, gate=config.gate, stand_in=config.stand_in, router_width=config.router_width,
+        router_target=config.router_target, min_experts=config.min_experts, max_experts=config.max_experts,
+        shared_experts=shared_experts(config, blocks), **ranks(config, blocks),
+    )  # fmt: skip
+
+
+def _blocks_of(model: PreTrainedModel, config: ConvertConfig) -> list[Block]:
+    """Every block of the model, each with its number of experts."""
+    blocks = discover(model).blocks
+    if not blocks:
+        raise UserError("no feed-forward block found in this model")
+    for block in blocks:
+        block.experts = choose_experts(block, config.experts, config.expert_size)
+    return blocks
+
+
+def _split(
+    model: PreTrainedModel, config: ConvertConfig, blocks: list, batches: Batches, say: Say
+) -> dict[str, torch.Tensor]:
+    orders, profiles, shared = {}, None, shared_experts(config, blocks)
+    if config.split.startswith("coactivation") or shared:
+        tokens = batches.first(config.calibration_tokens)
+        profiles = activation_profiles(model, blocks, tokens, signed=config.split.endswith("signed"), seed=config.seed)
+    for number, block in enumerate(progress(blocks, desc="split")):
+        started = time.time()
+        rows = profiles[block.name].rows if profiles else Neurons(model, block).rows()
+        always = profiles[block.name].largest(shared * block.size) if profiles and shared else None
+        orders[block.name] = split_neurons(
+            config.split, rows, block.experts, config.seed * 1000 + number, shared=always
+        )
+        say(f"split {block.name}: {block.experts} experts in {time.time() - started:.2f} s")
+    return orders
+
+
+def _routers(
+    model: PreTrainedModel, config: ConvertConfig, batches: Batches, work: Path | None, resume: bool
+) -> list[dict[str, float]]:
+    """Fit and train the routers, or take them from an earlier run; returns the training log."""
+    log: list[dict[str, float]] = []
+    state_dir = work / "router-state" if work is not None else None
+
+    def train() -> dict[str, torch.Tensor]:
+        if config.router_fit != "trained" and not (resume and has_state(state_dir)):
+            fit_routers(model, batches.first(config.calibration_tokens), config)
+        if config.router_fit != "closed-form":
+            log.extend(train_routers(model, batches, config, state_dir=state_dir, resume=resume))
+        if work is not None and first_process():
+            write_text(work / "router-log.json", json.dumps(log))
+        return {f"{i}.{k}": v for i, layer in enumerate(layers(model)) for k, v in layer.router.state_dict().items()}
+
+    routers = stage(work, "routers", resume, train)
+    for i, layer in enumerate(layers(model)):
+        layer.router.load_state_dict({k: routers[f"{i}.{k}"] for k in ("hidden", "score")})
+    return log or (json.loads((work / "router-log.json").read_text()) if work is not None else [])
+
+
+def _let_go_of_files(model: PreTrainedModel) -> None:
+    """Copy what still lies in the mapped weight files: the dense blocks in them are no longer needed in memory."""
+    packed = {id(p) for layer in layers(model) for p in layer.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in packed:
+            parameter.data = parameter.data.clone()
+
+
+def _zero_constants(model: PreTrainedModel) -> None:
+    for layer in layers(model):
+        for value in layer.stand_ins().values():
+            value.data.zero_()
+
+
+def _calibrate(
+    model: PreTrainedModel, config: ConvertConfig, stored: D2DMoEConfig, batches: Batches,
+    dense: Callable[[], PreTrainedModel] | None,
+) -> None:  # fmt: skip
+    fitting, unseen = batches.first(config.calibration_tokens), batches.after(config.calibration_tokens)
+    if config.max_loss and unseen.tokens < LEAST_UNSEEN:  # too little text for both: a fifth is kept from the fits
+        fitting = batches.first(batches.tokens * 4 // 5)
+        unseen = batches.after(batches.tokens * 4 // 5)
+    calibrate(
+        model, fitting, stored, targets(config),
+        thresholds=config.thresholds, allocation=config.allocation, unseen=unseen, dense=dense,
+    )  # fmt: skip
+
+
+def _heal(
+    model: PreTrainedModel, config: ConvertConfig, stored: D2DMoEConfig, batches: Batches,
+    work: Path | None, resume: bool,
+) -> None:  # fmt: skip
+    state_dir = work / "heal-state" if work is not None else None
+    heal(model, batches, config, stored, state_dir=state_dir, resume=resume)
+    settle(model, batches.first(config.calibration_tokens), stored)

@@ -1,0 +1,164 @@
+"""What a conversion would do, from the config alone: no weights are read and no memory is taken for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config.options import ConvertConfig
+from ..config.record import Block, router_width
+from ..config.sizes import choose_experts, divisors, ranks, targets
+from ..discovery.blocks import Discovery, discover
+from ..discovery.inputs import dummy_inputs
+from ..discovery.skeleton import skeleton
+from ..discovery.trace import runs_on
+from ..errors import UserError
+from ..hub import is_converted, model_class
+from ..measure.observe import model_inputs
+from ..stages.standins import MEMORY
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BASE_MEMORY = 700 * 2**20  # Python with torch and transformers imported
+
+
+@dataclass
+class Plan:
+    """Blocks with their experts, and what they will cost."""
+
+    model_class: type[nn.Module]
+    discovery: Discovery
+    dense_parameters: int
+    added_parameters: int
+    peak_memory_bytes: int
+    disk_bytes: int
+    skeleton: nn.Module
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks to convert."""
+        return self.discovery.blocks
+
+    def summary(self) -> dict[str, Any]:
+        """Plain figures for reports."""
+        return {
+            "blocks": len(self.blocks),
+            "dense_parameters": self.dense_parameters,
+            "added_parameters": self.added_parameters,
+            "padded_neurons": sum(block.slots - block.width for block in self.blocks),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "disk_bytes": self.disk_bytes,
+            "stages": ["split", "routers", "calibrate", "evaluate", "save"],
+        }
+
+
+def make_plan(model_config: Any, config: ConvertConfig) -> Plan:
+    """Discover the blocks on a skeleton of the model, choose their experts and count.
+
+    Raises:
+        UserError: If the model is a converted one, no block is found, or the experts do not divide a width.
+    """
+    if is_converted(model_config):
+        raise UserError(f"--model {config.model} is already a converted checkpoint; give the dense model it came from")
+    kind = model_class(model_config, config.model)
+    model = skeleton(kind, model_config)
+    model.tie_weights()
+    discovery = discover(model)
+    if not discovery.blocks:
+        reasons = "; ".join(f"{block.up}: {why}" for block, why in discovery.refused[:3])
+        found = "no feed-forward block found" + (f" ({reasons})" if reasons else "")
+        raise UserError(f"--model {config.model}: {found}; d2dmoe list shows what is in it")
+    for block in discovery.blocks:
+        block.experts = choose_experts(block, config.experts, config.expert_size)
+        if config.min_experts > block.experts:
+            raise UserError(f"--min-experts {config.min_experts}: {block.name} has {block.experts} experts in all")
+    dense = sum(p.numel() for p in model.parameters())
+    added = sum(_added(block, config, discovery.blocks) for block in discovery.blocks)
+    stored = BYTES.get(config.dtype) or BYTES.get(str(getattr(model_config, "dtype", "")).removeprefix("torch."), 4)
+    rows = config.batch_size * config.max_length
+    block = max(discovery.blocks, key=lambda b: b.width * b.d_model)
+    activations = (
+        4 * rows * (3 * block.width + 12 * block.d_model + getattr(model_config.get_text_config(), "vocab_size", 0))
+    )
+    captured = 4 * min(rows, 8192) * sum(b.d_model + b.experts for b in discovery.blocks)
+    peak = BASE_MEMORY + 4 * (dense + added) + max(activations + captured, activations + _moments(block, config))
+    return Plan(kind, discovery, dense, added, peak, stored * (dense + added), model)
+
+
+def fit_to_data(plan: Plan, batch: dict[str, torch.Tensor], source: str) -> list[Block]:
+    """Leave blocks alone that this data never reaches, before any weights are read; returns them.
+
+    Args:
+        plan: Its `discovery` is changed.
+        batch: One batch of the data; a corner of it is enough.
+        source: Name of the data, for messages.
+
+    Raises:
+        UserError: If the data cannot feed the model, or reaches no block.
+    """
+    name, main = plan.model_class.__name__, getattr(plan.model_class, "main_input_name", "input_ids")
+    feeds = f"--data {source} gives {', '.join(batch)}"
+    text = "convert can feed a model that runs on text or token ids alone, or on images alone"
+    if main not in batch:
+        raise UserError(f"{feeds}, and {name} takes {main}; {text}")
+    corner = {k: v[:2, :16] if v.ndim == 2 else v[:2] for k, v in batch.items()}
+    inputs = model_inputs(plan.skeleton, corner)
+    try:
+        reached = runs_on(plan.skeleton, inputs)
+    except Exception as error:
+        lacking = ", ".join(sorted(dummy_inputs(plan.skeleton).keys() - inputs.keys()))
+        reason = f"it takes {lacking} as well" if lacking else str(error).strip().partition("\n")[0]
+        raise UserError(f"{feeds}, on which {name} does not run ({reason}); {text}") from None
+    asleep = [block for block in plan.blocks if not {block.up, block.down, block.gate or block.up} <= reached]
+    if len(asleep) == len(plan.blocks):
+        raise UserError(f"{feeds}, and no feed-forward block of {name} runs on that; {text}")
+    plan.discovery.blocks = [block for block in plan.blocks if block not in asleep]
+    plan.discovery.refused += [(block, f"does not run on --data {source}") for block in asleep]
+    return asleep
+
+
+def _added(block: Block, config: ConvertConfig, blocks: list[Block]) -> int:
+    router = router_width(config.router_width, block) * (block.d_model + block.experts)
+    if config.stand_in == "zero":
+        return router
+    rank = {name: min(value, block.d_model) for name, value in ranks(config, blocks).items()}
+    stand_ins = block.experts * block.d_model
+    stand_ins += rank["delta_rank"] * (block.slots + block.d_model) + rank["linear_rank"] * 2 * block.d_model
+    return router + stand_ins * len(targets(config))
+
+
+def _moments(block: Block, config: ConvertConfig) -> int:
+    """Bytes that the regression of stand-ins holds for its largest block: moments in fp32, a solve in fp64."""
+    if config.stand_in not in ("constants", "refit", "linear"):
+        return 0
+    n = block.slots + block.experts + block.d_model
+    return max(MEMORY, 8 * n * (n + block.d_model)) + 3 * 8 * n * n
+
+
+def describe(discovery: Discovery) -> list[dict[str, Any]]:
+    """Rows of `d2dmoe list`: every block and linear map, converted or not, and why not."""
+    rows = [
+        {
+            "name": block.name, "kind": block.kind, "activation": block.activation, "d_model": block.d_model,
+            "width": block.width, "parts": {"up": block.up, "gate": block.gate, "down": block.down},
+            "divisors": [n for n in divisors(block.width) if 1 < n < block.width],
+            "converted": why is None, "why": why or _remark(block),
+        }
+        for block, why in [*((b, None) for b in discovery.blocks), *discovery.refused]
+    ]  # fmt: skip
+    rows += [
+        {
+            "name": name, "kind": "linear", "activation": None, "d_model": inputs, "width": outputs,
+            "parts": {"up": name, "gate": None, "down": None}, "divisors": [], "converted": False, "why": why,
+        }
+        for name, inputs, outputs, why in discovery.other
+    ]  # fmt: skip
+    return rows
+
+
+def _remark(block: Block) -> str:
+    return (
+        f"runs {block.calls} times with the same weights: one set of experts and one router" if block.calls > 1 else ""
+    )

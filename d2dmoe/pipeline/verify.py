@@ -1,0 +1,75 @@
+"""Compare the converted model, all experts on, with the dense one it came from."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from ..discovery.inputs import dummy_inputs
+from ..errors import UserError
+from ..moe.layer import layers
+
+VERIFY_TOLERANCE, MODEL_TOLERANCE = 1e-4, 1e-3  # of a block; of the whole model, where rounding adds up
+
+
+@torch.no_grad()
+def block_outputs(model: PreTrainedModel, blocks: list) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Input and output of every block in one small forward pass of the dense model."""
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    inputs: dict[str, torch.Tensor] = {}
+    handles = []
+    for block in blocks:
+        up, down = model.get_submodule(block.up), model.get_submodule(block.down)
+        handles.append(
+            up.register_forward_hook(lambda m, a, o, n=block.name: inputs.__setitem__(n, a[0].detach().clone()))
+        )
+        handles.append(
+            down.register_forward_hook(
+                lambda m, a, o, n=block.name: seen.__setitem__(n, (inputs[n], o.detach().clone()))
+            )
+        )
+    try:
+        model(**dummy_inputs(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@torch.no_grad()
+def model_outputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What the model makes of one small input, every floating-point tensor of it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        output = model(**dummy_inputs(model))
+    return {k: v for k, v in output.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+
+
+def _relative_error(value: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((value - wanted).norm() / wanted.norm().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def verify(
+    model: PreTrainedModel, reference: dict[str, tuple[torch.Tensor, torch.Tensor]], output: dict[str, torch.Tensor]
+) -> None:
+    """Compare every block, executed again with all experts on, and the model as a whole with the dense ones.
+
+    Raises:
+        UserError: Naming the block or output and its relative error.
+    """
+    for layer in layers(model):
+        x, dense = reference[layer.block.name]
+        error = _relative_error(layer(x), dense)
+        if not error <= VERIFY_TOLERANCE:
+            raise UserError(
+                f"{layer.block.name}: as experts it differs from the dense block by {error:.2g} relative "
+                f"(allowed {VERIFY_TOLERANCE:g}), so this model is not converted"
+            )
+    for name, value in model_outputs(model).items():
+        error = _relative_error(value, output[name])
+        if not error <= MODEL_TOLERANCE:
+            raise UserError(
+                f"with all experts on, the model's {name} differ from the dense ones by {error:.2g} relative "
+                f"(allowed {MODEL_TOLERANCE:g}), so this model is not converted"
+            )

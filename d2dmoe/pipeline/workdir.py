@@ -1,0 +1,238 @@
+"""Folders: what stages leave behind, resume, crash safety, and the final folder."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from ..config.options import ConvertConfig
+from ..config.record import Budget, D2DMoEConfig
+from ..errors import UserError
+from ..files import replacing, write_text
+from ..measure.observe import release_memory
+from ..moe.layer import layers
+from ..report.card import model_card
+from ..report.machine import portable
+from ..training import first_process, wait_for_everyone
+from .plan import Plan
+
+# Keys that may change between an interrupted run and the one that resumes it.
+FREE_ON_RESUME = {"output_dir", "eval_tokens", "max_shard_size", "device"}
+RECIPE, REPLACED = "recipe.json", "replaced"  # in the working folder: its mark, and the output folder before this one
+
+
+def fitted(
+    work: Path | None, name: str, resume: bool, model: PreTrainedModel, stored: D2DMoEConfig, fit: Callable[[], None],
+    *, everything: bool = False,
+) -> None:  # fmt: skip
+    """Run a stage that changes fitted parameters (or all) and the budgets, or take both from an earlier run."""
+    record = work / f"{name}.json" if work is not None else None
+
+    def compute() -> dict[str, torch.Tensor]:
+        fit()
+        if record is not None and first_process():
+            kept = {k: v for k, v in stored.to_dict().items() if k in ("budgets", "curve", "default_active")}
+            write_text(record, json.dumps(kept))
+        return {key: parameters[key].data for key in changed}
+
+    parameters = dict(model.named_parameters())
+    known = {id(p) for x in layers(model) for p in (*x.stand_ins().values(), *x.router.parameters())}
+    changed = [key for key, value in parameters.items() if everything or id(value) in known]
+    tensors = stage(work, name, resume, compute)
+    if record is not None:
+        kept = json.loads(record.read_text())
+        stored.budgets = [Budget(**b) for b in kept["budgets"]]
+        stored.curve, stored.default_active = kept["curve"], kept["default_active"]
+    for key in changed:
+        parameters[key].data.copy_(tensors[key])
+
+
+def stage(
+    work: Path | None, name: str, resume: bool, compute: Callable[[], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Compute tensors, or take them from an earlier run that got past this stage."""
+    if work is None:
+        return compute()
+    file = work / f"{name}.safetensors"
+    known = resume and file.exists()
+    wait_for_everyone()  # nobody writes before everybody has looked
+    if known:
+        return load_file(file)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in compute().items()}
+    release_memory()
+    if first_process():
+        with replacing(file) as scratch:
+            save_file(tensors, scratch)
+    wait_for_everyone()
+    return load_file(file) if not first_process() else tensors
+
+
+def default_output(model: str) -> str:
+    """`checkpoints/<model>-d2dmoe`, the last part of a path or id."""
+    path = Path(model).resolve() if Path(model).is_dir() else Path(model)
+    return f"checkpoints/{path.name}-d2dmoe"
+
+
+def prepare_folders(
+    output: Path, work: Path, plan: Plan, *, keep: tuple[str, ...] = (), resume: bool = False, overwrite: bool = False
+) -> None:
+    """Check the output folder and make the working folder.
+
+    Args:
+        output: Where the checkpoint will be, absolute.
+        work: Where stages leave what an interrupted run can go on from.
+        plan: Says how much room is needed.
+        keep: Paths (or ids) that must not lie in the output folder, because it is replaced as a whole.
+        resume: The working folder of an interrupted run is welcome.
+        overwrite: So is a non-empty output folder.
+
+    Raises:
+        UserError: If the output is not empty, cannot be written, or the disk has too little room.
+    """
+    for path in [Path.cwd(), *(Path(k).resolve() for k in keep if Path(k).exists())]:
+        if path.is_relative_to(output.resolve()):
+            raise UserError(f"--output-dir {output}: {path} lies in it and would be replaced; name another folder")
+    try:
+        interrupted = work.is_dir()
+        if interrupted and not _is_ours(work):
+            raise UserError(f"{work} was not made by d2dmoe; move it away or name another --output-dir")
+        if output.exists() and not output.is_dir():
+            raise UserError(f"--output-dir {output}: is a file; name another folder")
+        if output.is_dir() and any(output.iterdir()) and not (overwrite or (resume and interrupted)):
+            raise UserError(f"--output-dir {output} is not empty; use --overwrite to replace it, or another folder")
+        if interrupted and not (resume or overwrite):
+            raise UserError(
+                f"{work} holds an interrupted conversion; use --resume to go on or --overwrite to start again"
+            )
+        free = shutil.disk_usage(next(p for p in work.parents if p.is_dir())).free
+        if free < 1.2 * plan.disk_bytes:
+            raise UserError(
+                f"--output-dir {output}: the disk has {free / 1e9:.2f} GB free, and the checkpoint needs about "
+                f"{plan.disk_bytes / 1e9:.2f} GB; free some room or name a folder on another disk"
+            )
+        if (work / REPLACED).exists() and not output.exists():
+            os.replace(work / REPLACED, output)  # the process died between the two renames of `publish`
+        if interrupted and not resume:
+            shutil.rmtree(work)
+        work.mkdir(parents=True, exist_ok=True)
+        probe = work / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _cannot_write(output, error) from None
+
+
+def _is_ours(work: Path) -> bool:
+    """Whether a conversion made this folder: it holds a recipe, or is what a process leaves that died before that."""
+    inside = {path.name for path in work.iterdir()}
+    return RECIPE in inside or inside <= {".probe", f"{RECIPE}.tmp"}
+
+
+def _cannot_write(output: Path, error: OSError) -> UserError:
+    reason = error.strerror or error
+    return UserError(f"--output-dir {output}: cannot be written ({reason}); name a folder that can be")
+
+
+@contextmanager
+def folder_errors(output: Path, work: Path, useful: Callable[[Path], bool] | None = None) -> Iterator[None]:
+    """Trouble with the disk in the user's words; a working folder that nothing could go on from does not stay.
+
+    Args:
+        output: Where the checkpoint will be.
+        work: The working folder.
+        useful: Whether something could go on from that folder; by default, whether tensors lie in it.
+
+    Raises:
+        UserError: If the disk is full or cannot be written.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if _disk_full(error):
+            shutil.rmtree(work / "checkpoint", ignore_errors=True)
+            raise UserError(
+                f"--output-dir {output}: the disk is full; free some room and use --resume to go on"
+            ) from None
+        if isinstance(error, OSError) and str(output) in str(error.filename):
+            raise _cannot_write(output, error) from None
+        raise
+    finally:
+        if work.is_dir() and not (useful(work) if useful else any(work.rglob("*.safetensors"))):
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def check_recipe(work: Path, recipe: dict[str, Any], files: dict[str, Any], resume: bool) -> None:
+    """A resumed run must be the same conversion; the first key that differs is named."""
+    file = work / RECIPE
+    wanted = json.loads(json.dumps({"recipe": recipe, "files": files}, default=list))
+    if resume and file.exists():
+        before = json.loads(file.read_text())
+        stop, again = f"cannot resume {work}", "use the same, or --overwrite to start again"
+        for key in sorted({*before["recipe"], *recipe} - FREE_ON_RESUME):
+            then, now = before["recipe"].get(key), wanted["recipe"].get(key)
+            if then != now:
+                raise UserError(f"{stop}: {key} changed ({_short(then)} then, {_short(now)} now); {again}")
+        for kind, found in wanted["files"].items():
+            if found != before["files"].get(kind):
+                raise UserError(f"{stop}: the files of --{kind} {recipe[kind]} changed meanwhile; {again}")
+    write_text(file, json.dumps(wanted))
+
+
+def local_files(path: str) -> list[Any]:
+    """Names, sizes and times of a local file or folder; empty for anything else."""
+    root = Path(path)
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def write_checkpoint(
+    output: Path, work: Path, model: PreTrainedModel, processor: Any, recipe: dict, results: dict, config: ConvertConfig
+) -> None:
+    """Write everything under a temporary name, then rename it to the output folder."""
+    scratch, recipe = work / "checkpoint", {key: portable(value) for key, value in recipe.items()}
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(scratch, max_shard_size=config.max_shard_size)
+    if processor is not None:
+        processor.save_pretrained(scratch)
+    (scratch / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    (scratch / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (scratch / "README.md").write_text(model_card(model, recipe, results))
+    publish(scratch, output, work)
+
+
+def publish(scratch: Path, output: Path, work: Path) -> None:
+    """Rename a complete folder to the output folder, and delete the working folder.
+
+    A folder that is replaced waits in the working folder, which alone is deleted, until the new one is in its place.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    replaced = work / REPLACED
+    if output.exists():
+        os.replace(output, replaced)
+    try:
+        os.replace(scratch, output)
+    except OSError:
+        if replaced.exists():
+            os.replace(replaced, output)
+        raise
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _disk_full(error: BaseException) -> bool:
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)

@@ -1,0 +1,70 @@
+"""What figures were made on, and the JSON form in which they are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..files import write_text
+from ..version import __version__
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were made on; no names or paths."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def portable(text: Any) -> Any:
+    """A value or command-line word for the record: of a path on this machine only its last part stays.
+
+    Hub ids and paths relative to the working folder say nothing about the machine and stay whole.
+    """
+    if not isinstance(text, str):
+        return text
+    flag, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
+    if Path(value).is_absolute() or value.startswith("~") or ".." in Path(value).parts:
+        value = Path(os.path.abspath(value)).name
+    return flag + equals + value
+
+
+def envelope(command: list[str], seed: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The form that every `--json` file has."""
+    command = [portable(word) for word in command]
+    return {"d2dmoe": __version__, "command": command, "machine": machine(), "seed": seed, "rows": rows}
+
+
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    """Write under a temporary name and rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def recorded_quality(folder: str | Path, active: float) -> dict[str, Any]:
+    """What `convert` has measured at a budget, `{"metric": …, "dense": …}`; nothing if it has not."""
+    path = Path(folder) / "results.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    found = [row for row in rows if abs(row.get("active", row["active_fraction"]) - active) < 1e-6]
+    return {key: found[0][key] for key in ("metric", "dense")} if found else {}

@@ -1,0 +1,96 @@
+"""Figures as Markdown tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+EVAL_COLUMNS = {
+    "active": "active_fraction",
+    "FFN FLOPs": "flops_fraction_ffn",
+    "model FLOPs": "flops_fraction_model",
+    "ms/token": "ms_per_token",
+}
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table; floats to four significant digits."""
+    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in cells)])
+
+
+def eval_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of `evaluate`: quality beside what it costs. One multiply-accumulate is two FLOPs."""
+    if not rows:
+        return "(no figures: nothing was evaluated)"
+    metric, further = rows[0]["metric"]["name"], list(rows[0].get("metrics", {}))
+    body = [
+        [
+            *(row[k] for k in EVAL_COLUMNS.values()), row["metric"]["value"], row["dense"]["value"],
+            *(row["metrics"][name] for name in further),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return table([*EVAL_COLUMNS, metric, f"dense {metric}", *further], body)
+
+
+def compare_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of several models: one line per setting of the gate, one column per model, FLOPs fraction in brackets."""
+    columns = short_names(list(dict.fromkeys(row["model"] for row in rows)))
+    cells: dict[tuple[str, float], dict[str, str]] = {}
+    for row in rows:
+        dense = row["active_fraction"] == 1
+        asked = ("tau", row["tau"]) if "active" not in row and not dense else ("active", row.get("active", 1.0))
+        figure = f"{row['metric']['value']:.4g} ({row['flops_fraction_model']:.3f})"
+        cells.setdefault(asked, {})[row["model"]] = figure
+    body = [
+        [f"{kind} {value:g}", *(line.get(model, "") for model in columns)]
+        for (kind, value), line in sorted(cells.items())
+    ]
+    return table([f"{rows[0]['metric']['name']} (model FLOPs)", *columns.values()], body)
+
+
+def short_names(models: list[str]) -> dict[str, str]:
+    """Last parts of paths where they differ."""
+    short = [Path(model).name for model in models]
+    return dict(zip(models, short if len({*short}) == len(models) else models, strict=True))
+
+
+def bench_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of `bench`: medians in ms with quartiles; `x` is the faster of dense eager and compiled over `sparse`."""
+    names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
+    quality = next((row["metric"]["name"] for row in rows if "metric" in row), None)
+    extra = {"dispatched_speedup": "dispatched x", "way": "way"}
+    extra = {key: title for key, title in extra.items() if any(row.get(key) for row in rows)}
+    header = ["phase", "dtype", "tokens", "active", *(f"{n} ms" for n in names), "x", "ideal x", *extra.values()]
+    body = []
+    for row in rows:
+        cells = [f"{row['ms'][n]:.3g} ({_range(row['quartiles_ms'][n])})" if n in row["ms"] else "" for n in names]
+        line = [row["phase"], row["dtype"], row["tokens"], row["active_fraction"], *cells, row["speedup"], row["ideal"]]
+        line += [row.get(key) or "" for key in extra]
+        body.append(line + ([row["metric"]["value"] if "metric" in row else ""] if quality else []))
+    return table(header + ([quality] if quality else []), body)
+
+
+def _range(ends: list[float]) -> str:
+    return "–".join(f"{end:.3g}" for end in ends)
+
+
+def list_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of `list`, repeated layers folded into one line."""
+    folded: dict[tuple, list[Any]] = {}
+    for row in rows:
+        pattern = ".".join("*" if part.isdigit() else part for part in row["name"].split("."))
+        key = (pattern, row["kind"], row["activation"], row["d_model"], row["width"], row["converted"], row["why"])
+        folded.setdefault(key, [0, row["divisors"], row["name"]])[0] += 1
+    body = [
+        [name if count == 1 else pattern, count, kind, activation or "", f"{inputs}->{width}",
+         "yes" if converted else "no", why or "divisors " + _some(divs)]
+        for (pattern, kind, activation, inputs, width, converted, why), (count, divs, name) in folded.items()
+    ]  # fmt: skip
+    return table(["module", "count", "kind", "activation", "size", "converted", "why / expert counts"], body)
+
+
+def _some(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers if len(numbers) <= 16 else [*numbers[:8], "…", *numbers[-4:]]))

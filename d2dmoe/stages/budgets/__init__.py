@@ -1,0 +1,1 @@
+"""Budgets: from goals to thresholds, and how they are shared out among the layers."""

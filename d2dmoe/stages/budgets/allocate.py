@@ -1,0 +1,118 @@
+"""Share an active fraction out among the layers, by what skipping in each of them costs the model's output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...config.record import D2DMoEConfig
+from ...data.batches import Batches
+from ...measure.observe import model_inputs, pieces
+from ...moe.gating import gate_state, set_gate
+from ...moe.layer import layers
+from ...progress import progress
+from ..heal import divergence
+
+TOKENS = 4096
+SPREAD = 3.0  # no layer gets less than a third of the average share
+SLOPE = -5.0  # of log(cost) against the active fraction where there is only one budget to measure
+
+
+def allocate(model: nn.Module, batches: Batches, config: D2DMoEConfig) -> Callable[[float], list[float]]:
+    """Measure what skipping costs in each layer; returns the rule that shares an active fraction out among them.
+
+    The cost of a layer at a budget is the divergence from the dense model with the gate on in that layer alone. The
+    costs of layers are taken to add up; experts are given out one at a time where the next one saves most per FLOP.
+
+    Args:
+        model: Converted model with thresholds and stand-ins fitted at equal shares.
+        batches: Calibration batches.
+        config: Its record, with budgets by rising active fraction.
+
+    Returns:
+        From an active fraction to that of every layer, their average being the fraction asked for.
+    """
+    costs = layer_costs(model, batches, config)
+    measured = [budget.active for budget in config.budgets]
+    actives = sorted(set(measured))  # goals that are searched for start at the same fraction
+    costs = costs[:, [measured.index(active) for active in actives]]
+    weights = [layer.block.width * layer.block.calls for layer in layers(model)]
+    experts = [layer.block.experts for layer in layers(model)]
+    return lambda active: share_out(active, actives, costs, experts, weights, config.shared_experts)
+
+
+@torch.no_grad()
+def layer_costs(model: nn.Module, batches: Batches, config: D2DMoEConfig) -> np.ndarray:
+    """Divergence from dense ``(layers, budgets)`` with the gate on in one layer at a time."""
+    converted = layers(model)
+    costs, tokens = np.zeros((len(converted), len(config.budgets))), 0
+    with set_gate(model, active=1):
+        for batch in progress(list(pieces(batches.first(TOKENS))), desc="layer costs"):
+            inputs, mask = model_inputs(model, batch), batch.get("attention_mask")
+            mask = None if mask is None else mask.to(model.device)
+            count = len(next(iter(batch.values()))) if mask is None else int(mask.sum())
+            reference, tokens = model(**inputs), tokens + count
+            for index, layer in enumerate(converted):
+                dense = layer.gate_state
+                for number, budget in enumerate(config.budgets):
+                    layer.gate_state = gate_state(config, budget.taus[index], number)
+                    costs[index, number] += count * float(divergence(model(**inputs), reference, mask))
+                layer.gate_state = dense
+    return costs / max(tokens, 1)
+
+
+def share_out(
+    active: float,
+    actives: Sequence[float],
+    costs: np.ndarray,
+    experts: Sequence[int],
+    weights: Sequence[float],
+    shared: int = 0,
+) -> list[float]:
+    """Active fractions by layer for an average of `active`.
+
+    Args:
+        active: The average wanted, weighted by the layers' widths.
+        actives: Fractions at which costs were measured, rising.
+        costs: ``(layers, len(actives))``.
+        experts: Experts of each layer.
+        weights: Neurons of each layer.
+        shared: Experts of each layer that always run.
+    """
+    curves = [
+        [_interpolate(actives, row, n / count) for n in range(count + 1)]
+        for row, count in zip(costs, experts, strict=True)
+    ]
+    least = [max(1, shared, math.floor(active / SPREAD * count)) for count in experts]
+    chosen = [min(low, count) for low, count in zip(least, experts, strict=True)]
+    per_expert = [weight / count for weight, count in zip(weights, experts, strict=True)]
+    room = active * sum(weights) - sum(n * size for n, size in zip(chosen, per_expert, strict=True))
+    while True:
+        gains = [
+            (curve[n] - curve[n + 1]) / size if n < count and size <= room + size / 2 else -1.0
+            for curve, n, count, size in zip(curves, chosen, experts, per_expert, strict=True)
+        ]
+        best = int(np.argmax(gains))
+        if gains[best] < 0:
+            return [n / count for n, count in zip(chosen, experts, strict=True)]
+        chosen[best] += 1
+        room -= per_expert[best]
+
+
+def _interpolate(actives: Sequence[float], costs: np.ndarray, active: float) -> float:
+    """Cost at an active fraction: log-linear between and beyond the measured ones, and nothing when everything runs."""
+    logs = np.log(np.maximum.accumulate(np.maximum(costs, 1e-12)[::-1])[::-1])
+    if active >= 1:
+        return 0.0
+    if active > actives[-1]:  # from the last point to zero at 1
+        return float(np.exp(logs[-1]) * ((1 - active) / (1 - actives[-1])) ** 1.5)
+    if len(actives) == 1:
+        return float(np.exp(logs[0] + SLOPE * (active - actives[0])))
+    if active < actives[0]:
+        slope = (logs[1] - logs[0]) / (actives[1] - actives[0])
+        return float(np.exp(logs[0] + min(slope, SLOPE / 5) * (active - actives[0])))
+    return float(np.exp(np.interp(active, actives, logs)))

@@ -1,0 +1,164 @@
+"""Distillation from the dense model with the gate in the loop: what stands in for skipped experts learns from the
+model's own outputs what a closed-form fit of each layer by itself cannot know.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from ..config.options import ConvertConfig, TrainingConfig
+from ..config.record import D2DMoEConfig
+from ..data.batches import Batches
+from ..kernels import dispatching
+from ..measure.observe import TOKENS_AT_ONCE, model_inputs
+from ..moe.gating import set_gate
+from ..moe.layer import layers
+from ..training import train
+
+LOGITS_AT_ONCE = 2**24  # elements per forward pass with gradients, 64 MB in fp32
+
+
+def divergence(output: Any, reference: Any, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """How far a forward pass is from the dense model's, padding left out.
+
+    Models with logits: `KL(dense || converted)` in nats, mean over positions (or examples). Others: squared error of
+    the last hidden state over its variance, which for small errors is twice one minus the cosine.
+
+    Args:
+        output, reference: What the two forward passes returned.
+        mask: `attention_mask` ``(batch, length)``, used where the output has those positions.
+    """
+    if "logits" in output:
+        ours, dense = (o["logits"].float().log_softmax(-1) for o in (output, reference))
+        each = (dense.exp() * (dense - ours)).sum(-1)
+    else:
+        ours, dense = (_hidden(o).float() for o in (output, reference))
+        each = (ours - dense).square().sum(-1) / dense.square().sum(-1).clamp_min(1e-12)
+    if mask is not None and mask.shape == each.shape:
+        kept = mask.to(each)
+        return (each * kept).sum() / kept.sum().clamp_min(1)
+    return each.mean()
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    return next(v for v in output.values() if isinstance(v, torch.Tensor) and v.is_floating_point())
+
+
+@dispatching("sparse")
+def heal(
+    model: nn.Module,
+    batches: Batches,
+    config: ConvertConfig,
+    stored: D2DMoEConfig,
+    *,
+    state_dir: Path | None = None,
+    resume: bool = False,
+) -> list[dict[str, float]]:
+    """Distil the dense model into the converted one at its stored budgets, taking turns; returns the training log.
+
+    Args:
+        model: Converted and calibrated model.
+        batches: Calibration batches.
+        config: `heal` steps, `heal_parameters`, `heal_tokens` per step, `heal_learning_rate`, `seed`.
+        stored: The model's own record; its budgets are what is trained.
+        state_dir: Where resumable states go.
+        resume: Continue from there.
+    """
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 1) if "input_ids" in batches[0] else 1
+    at_once = min(LOGITS_AT_ONCE // vocabulary, TOKENS_AT_ONCE)  # more tokens only leave the processor's caches
+    parts = Parts(batches, config.heal_tokens, at_once, config.seed)
+    settings = TrainingConfig(
+        steps=config.heal, learning_rate=config.heal_learning_rate, adam_betas=(0.9, 0.99),
+        accumulation=parts.per_step, seed=config.seed, save_every=100,
+    )  # fmt: skip
+    student = Student(model, stored, config.heal_parameters)
+    with training_only(model, config.heal_parameters):
+        return train(
+            student, parts, lambda student, batch: student(batch), settings,
+            name="heal", state_dir=state_dir, resume=resume, placed=True, in_turn=True,
+        )  # fmt: skip
+
+
+class Student(nn.Module):
+    """The converted model as a module whose forward pass is the distillation loss. Dropout stays off."""
+
+    def __init__(self, model: nn.Module, stored: D2DMoEConfig, what: str):
+        super().__init__()
+        self.model, self.stored, self.through_gate = model, stored, what != "stand-ins"
+        self._teacher = [copy.deepcopy(model).eval() if what == "all" else model]  # in a list: not a part of this
+
+    def train(self, mode: bool = True) -> Student:
+        """Stays in evaluation mode: the dense model is to be met as it is used."""
+        self.model.eval()
+        return self
+
+    def forward(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Divergence from the dense model on a batch of `Parts`, at the budget whose turn it is."""
+        teacher, inputs, mask = self._teacher[0], model_inputs(self.model, batch), batch.get("attention_mask")
+        with torch.no_grad(), set_gate(teacher, active=1):
+            reference = teacher(**inputs)
+        budget = batch["number"] % len(self.stored.budgets)
+        with set_gate(self.model, budget=budget), differentiable_gate(self.model, self.through_gate):
+            return divergence(self.model(**inputs), reference, None if mask is None else mask.to(self.model.device))
+
+
+class Parts:
+    """Micro-batches by number: the sequences in a new order every epoch, cut so that logits stay small."""
+
+    def __init__(self, batches: Batches, tokens: int, at_once: int, seed: int):
+        per_item = max(1, batches.tokens // len(batches.items))
+        rows = max(1, tokens // per_item)
+        self.per_step = -(-rows // max(1, min(rows, at_once // per_item)))
+        self.rows = -(-rows // self.per_step)
+        self.batches, self.seed = batches, seed
+        self._order: tuple[int, Batches | None] = (-1, None)
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        """Micro-batch `number`, and as `number` the optimiser step it belongs to."""
+        items = self.batches.items
+        per_epoch = max(1, len(items) // self.rows)
+        epoch, place = divmod(number, per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, self.batches.shuffled(self.seed + epoch))
+        chosen = self._order[1].items[place * self.rows : (place + 1) * self.rows]
+        step = number // (self.per_step * PartialState().num_processes)
+        return {**self.batches.collate(chosen), "number": step}
+
+
+@contextmanager
+def training_only(model: nn.Module, what: str) -> Iterator[None]:
+    """Gradients for stand-ins, for routers as well, or for everything; afterwards as it was."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in before:
+        parameter.requires_grad_(what == "all")
+    for layer in layers(model):
+        for value in layer.stand_ins().values():
+            value.requires_grad_(True)
+        layer.router.requires_grad_(what != "stand-ins")
+    try:
+        yield
+    finally:
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
+
+
+@contextmanager
+def differentiable_gate(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Let gradients pass the gate to the routers, see `GateState.soft`; afterwards as it was."""
+    before = [(layer, layer.gate_state) for layer in layers(model)]
+    for layer, state in before:
+        layer.gate_state = replace(state, soft=wanted)
+    try:
+        yield
+    finally:
+        for layer, state in before:
+            layer.gate_state = state

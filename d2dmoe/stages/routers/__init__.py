@@ -1,0 +1,1 @@
+"""Routers: their targets, the closed-form fit, and training."""

@@ -1,0 +1,145 @@
+"""Distillation with the gate in the loop: what it trains, what it leaves alone, and that it helps on unseen tokens."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_calibrate import converted, documents, points
+from torch.testing import assert_close
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+
+from d2dmoe import set_gate
+from d2dmoe.config import ConvertConfig
+from d2dmoe.kernels.gates import select, straight_through
+from d2dmoe.moe.layer import layers
+from d2dmoe.stages.budgets.calibrate import calibrate
+from d2dmoe.stages.heal import Parts, divergence, heal
+
+
+def calibrated(**settings):
+    torch.manual_seed(0)
+    model, config = converted(stand_in="linear", gate="topk", delta_rank=8, linear_rank=4, **settings)
+    for layer in layers(model):
+        layer.down_weight.data.mul_(100)  # so that the blocks matter to the logits
+        layer.up_weight.data.mul_(10)
+        for value in layer.stand_ins().values():
+            value.data.zero_()
+    calibrate(model, documents(64), config, points(0.25, 0.5))
+    return model, config
+
+
+def losses(model, batches) -> list[float]:
+    out = []
+    for active in (0.25, 0.5):
+        total = 0.0
+        for batch in batches:
+            with torch.no_grad():
+                with set_gate(model, active=1):
+                    dense = model(**batch)
+                with set_gate(model, active=active):
+                    total += float(divergence(model(**batch), dense, batch["attention_mask"]))
+        out.append(total)
+    return out
+
+
+SETTINGS = {"heal": 60, "heal_tokens": 64, "heal_learning_rate": 3e-3}
+
+
+@pytest.mark.parametrize("what", ["stand-ins", "routers", "all"])
+def test_it_lowers_the_divergence_and_trains_what_was_asked(what):
+    model, config = calibrated()
+    before, unseen = copy.deepcopy(model), documents(40, seed=9)
+    start = losses(model, unseen)
+    log = heal(model, documents(64), ConvertConfig(heal_parameters=what, **SETTINGS), config)
+    assert log[-1]["step"] == 60
+    for name, parameter in model.named_parameters():
+        trained = not torch.equal(parameter, before.get_parameter(name))
+        stand_in = any(name.endswith(end) for end in ("constants", "delta_in", "delta_out", "linear_in", "linear_out"))
+        if "router" in name:
+            assert trained == (what != "stand-ins"), name
+        elif stand_in:
+            assert trained, name
+        else:
+            assert not trained or what == "all", name
+        assert parameter.requires_grad == before.get_parameter(name).requires_grad
+    if what == "stand-ins":
+        assert all(now < then for now, then in zip(losses(model, unseen), start, strict=True))
+        ids = unseen[0]
+        with set_gate(model, tau=0), set_gate(before, tau=0), torch.no_grad():
+            assert torch.equal(model(**ids).logits, before(**ids).logits)
+
+
+def test_it_resumes_to_the_same_weights(tmp_path, monkeypatch):
+    whole, config = calibrated()
+    cut, cut_config = copy.deepcopy(whole), copy.deepcopy(config)
+    settings = ConvertConfig(heal=120, heal_tokens=64)
+    heal(whole, documents(64), settings, config)
+
+    import d2dmoe.stages.heal as module
+
+    real, calls = module.divergence, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) > 110:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(module, "divergence", dies)
+    with pytest.raises(KeyboardInterrupt):
+        heal(cut, documents(64), settings, cut_config, state_dir=tmp_path / "state")
+    monkeypatch.setattr(module, "divergence", real)
+    heal(cut, documents(64), settings, cut_config, state_dir=tmp_path / "state", resume=True)
+    for (name, a), (_, b) in zip(whole.named_parameters(), cut.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_divergence_is_the_kl_of_the_positions_that_count():
+    ours, dense = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    p, q = dense.float().softmax(-1), ours.float().softmax(-1)
+    expected = ((p * (p / q).log()).sum(-1) * mask).sum() / 3
+    assert_close(divergence(CausalLMOutput(logits=ours), CausalLMOutput(logits=dense), mask), expected)
+    assert float(divergence(CausalLMOutput(logits=ours), CausalLMOutput(logits=ours), mask)) == pytest.approx(0)
+
+
+def test_divergence_of_hidden_states_is_relative():
+    dense = torch.randn(2, 3, 8)
+    ours = dense + 0.1 * torch.randn(2, 3, 8)
+    each = (ours - dense).square().sum(-1) / dense.square().sum(-1)
+    value = divergence(BaseModelOutput(last_hidden_state=ours), BaseModelOutput(last_hidden_state=dense))
+    assert_close(value, each.mean())
+    scaled = divergence(BaseModelOutput(last_hidden_state=7 * ours), BaseModelOutput(last_hidden_state=7 * dense))
+    assert_close(scaled, value)
+
+
+@pytest.mark.parametrize("at_once", [1, 20, 10**6])
+def test_parts_cover_every_sequence_once_an_epoch(at_once):
+    batches = documents(48)
+    parts = Parts(batches, 80, at_once, seed=3)
+    per_epoch = len(batches.items) // parts.rows
+    seen = [parts(i) for i in range(per_epoch)]
+    pairs = [pair for b in seen for pair in zip(b["input_ids"], b["attention_mask"], strict=True)]
+    rows = sorted(tuple(row[: mask.sum()].tolist()) for row, mask in pairs)
+    everything = {tuple(item["input_ids"].tolist()) for item in batches.items}
+    assert len(rows) == per_epoch * parts.rows
+    assert set(rows) <= everything
+    assert len(everything) - len(set(rows)) < parts.rows
+    assert [b["number"] for b in seen] == [i // parts.per_step for i in range(per_epoch)]
+    assert torch.equal(parts(5)["input_ids"], parts(5)["input_ids"])
+
+
+@pytest.mark.parametrize("gate", ["max", "topk", "share"])
+def test_straight_through_keeps_the_choice_and_pulls_at_the_edge(gate):
+    scores = torch.rand(7, 16, dtype=torch.float64, requires_grad=True)
+    run = select(scores.detach(), gate, 0.4)
+    soft = straight_through(scores, run)
+    assert_close(soft.detach(), run.double())
+    soft.sum().backward()
+    assert (scores.grad > 0).all()
+    edge = (scores.detach() - scores.detach().masked_fill(~run, 9).amin(1, keepdim=True)).abs()
+    nearest, farthest = edge.argmin(1), edge.argmax(1)
+    rows = torch.arange(7)
+    assert (scores.grad[rows, nearest] >= scores.grad[rows, farthest]).all()
