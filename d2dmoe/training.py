@@ -64,10 +64,15 @@ def launched(function: Callable[..., Any]) -> Callable[..., Any]:
     def connected(config: Any, *args: Any, **options: Any) -> Any:
         with accelerate_state_kept():
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                PartialState(cpu=config.device == "cpu")
+                PartialState(cpu=on_cpu(config.device))
             return function(config, *args, **options)
 
     return connected
+
+
+def on_cpu(name: str) -> bool:
+    """Whether `--device name` is the CPU. accelerate has to be told so, or several processes there do not connect."""
+    return name == "cpu" or not torch.cuda.is_available()
 
 
 def process_device(name: str) -> torch.device:

@@ -31,12 +31,12 @@ from ..progress import progress
 from ..report.machine import machine, portable
 from ..sparsify.activation import activation_name, swapped_config
 from ..sparsify.card import sparsified_card
-from ..sparsify.options import SparsifyConfig, on_cpu, training_arguments
+from ..sparsify.options import SparsifyConfig, training_arguments
 from ..sparsify.states import Epochs, Marks, any_state, last_complete
 from ..sparsify.statistics import activation_shares
 from ..sparsify.tasks import choose_task, collator
 from ..sparsify.trainer import SparsifyTrainer
-from ..training import accelerate_state_kept, pick_device
+from ..training import accelerate_state_kept, on_cpu, pick_device
 from ..version import __version__
 from .workdir import check_recipe, folder_errors, local_files, prepare_folders, publish
 
@@ -129,7 +129,7 @@ def sparsify(
     Raises:
         UserError: For anything the user can mend, before any long work starts.
     """
-    state = PartialState(cpu=on_cpu(config))
+    state = PartialState(cpu=on_cpu(config.device))
     first = state.is_main_process
     say = say if first else lambda _: None
     device = state.device if state.num_processes > 1 else pick_device(config.device)

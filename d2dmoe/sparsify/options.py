@@ -180,13 +180,6 @@ def check_sparsity(config: SparsityConfig) -> None:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} needs --lora-rank")
 
 
-def on_cpu(config: SparsifyConfig) -> bool:
-    """Whether training runs on the CPU. Only where it is told so does accelerate let several processes share one."""
-    import torch
-
-    return config.device == "cpu" or not torch.cuda.is_available()
-
-
 def training_arguments(training: dict[str, Any], config: SparsifyConfig, folder: str) -> Any:
     """`transformers.TrainingArguments` from flags or recipe keys.
 
@@ -195,6 +188,8 @@ def training_arguments(training: dict[str, Any], config: SparsifyConfig, folder:
     """
     import torch
     from transformers import HfArgumentParser, TrainingArguments
+
+    from ..training import on_cpu
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> Any:
@@ -213,7 +208,7 @@ def training_arguments(training: dict[str, Any], config: SparsifyConfig, folder:
         given.setdefault("eval_strategy", "steps")
     given |= {
         "output_dir": folder, "seed": config.seed, "per_device_train_batch_size": config.batch_size,
-        "remove_unused_columns": False, "use_cpu": on_cpu(config),
+        "remove_unused_columns": False, "use_cpu": on_cpu(config.device),
     }  # fmt: skip
     words: list[str] = []
     for name, value in given.items():

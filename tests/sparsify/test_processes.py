@@ -41,7 +41,7 @@ def argv(folder: Path, run: str, output: Path, processes: int, *more: object) ->
     argv = ["sparsify", "--model", folder / model, "--data", folder / "rows.jsonl", "--sequences", "documents"]
     argv += ["--output-dir", output, "--max-steps", 4, "--batch-size", batch * 2 // processes, "--max-length", 32]
     argv += ["--eval-tokens", 100, "--logging-steps", 1, "--alpha", 0.05, "--alpha-schedule", "constant"]
-    return [str(a) for a in (*argv, "--device", "cpu", *flags, *more)]
+    return [str(a) for a in (*argv, *flags, *more)]
 
 
 def launch(cwd: Path, how: tuple, *program: object) -> Result:
