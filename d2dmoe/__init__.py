@@ -1,16 +1,41 @@
-"""Turn a trained dense Transformer into a dynamic-k Mixture-of-Experts. Importing this registers the loader."""
+"""Turn a trained dense Transformer into a dynamic-k Mixture-of-Experts. Importing this registers the loader.
 
-from .config import ConvertConfig, D2DMoEConfig, UserError
-from .kernels import dispatching
-from .moe.fatrelu import register_fatrelu
-from .moe.gating import set_gate
-from .moe.loader import register
-from .moe.memory import keep_dense, merge
+The public names are imported when they are used, and the loader together with `transformers`: `import d2dmoe` is light.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .late import register_late
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .config import ConvertConfig, D2DMoEConfig, UserError
+    from .kernels import dispatching
+    from .moe.gating import set_gate
+    from .moe.memory import keep_dense, merge
 
 __all__ = [
     "ConvertConfig", "D2DMoEConfig", "UserError", "__version__", "dispatching", "keep_dense", "merge", "set_gate",
 ]  # fmt: skip
 
-register()
-register_fatrelu()
+_PLACES = {
+    "ConvertConfig": ".config", "D2DMoEConfig": ".config", "UserError": ".config", "dispatching": ".kernels",
+    "set_gate": ".moe.gating", "keep_dense": ".moe.memory", "merge": ".moe.memory",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """A public name on its first use (PEP 562)."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_PLACES[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """With the names that have not been used yet."""
+    return sorted({*globals(), *__all__})
+
+
+register_late()

@@ -1,4 +1,7 @@
-"""ReLU with a positive threshold: an activation that transformers does not know, named `fatrelu_0.05` in a config."""
+"""ReLU with a positive threshold: an activation that transformers does not know, named `fatrelu_0.05` in a config.
+
+Importing this registers it.
+"""
 
 from __future__ import annotations
 
@@ -49,12 +52,10 @@ class _WithThresholds(ClassInstantier):
         return FATReLU, {"threshold": float(match[1])}
 
 
-def register_fatrelu() -> None:
-    """Let transformers build models whose config says `fatrelu_…`; without this it refuses them by name."""
-    if type(ACT2FN) is ClassInstantier:
-        ACT2FN.__class__ = _WithThresholds
-
-
 def fatrelu_names(model: nn.Module) -> list[str]:
     """Names of the thresholds in use in a model."""
     return sorted({fatrelu_name(m.threshold) for m in model.modules() if isinstance(m, FATReLU)})
+
+
+if type(ACT2FN) is ClassInstantier:  # without this, transformers refuses a config that says `fatrelu_…` by name
+    ACT2FN.__class__ = _WithThresholds

@@ -1,8 +1,7 @@
-"""Everything that touches Hugging Face internals: opening and saving converted checkpoints through `transformers`.
+"""Opening and saving converted checkpoints through `transformers`: the steps that `quantizer.py` has it take.
 
-On disk a checkpoint is the dense model, its neurons merely reordered, plus router and stand-in tensors. The quantiser
-hook of `from_pretrained` serves as a loader only: it swaps modules on the meta device, has dense tensors packed while
-they load and unpacked when they are saved, and then takes its marks off the model again.
+On disk a checkpoint is the dense model, its neurons merely reordered, plus router and stand-in tensors. Modules are
+swapped on the meta device, dense tensors are packed while they load and unpacked when they are saved.
 """
 
 from __future__ import annotations
@@ -14,13 +13,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
-from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config.record import Block, D2DMoEConfig
 from ..errors import UserError
@@ -28,82 +20,38 @@ from .gating import set_gate
 from .layer import layers
 from .mount import fill, make_layer, mount
 from .packing import Neurons, dense_tensors, pack, unpack
-
-METHOD = "d2dmoe"
-
-
-class D2DMoEQuantizationConfig(QuantizationConfigMixin):
-    """Carries a `D2DMoEConfig` (as `.d2dmoe`) in the place of `config.json` that `transformers` hands to loaders."""
-
-    def __init__(self, quant_method: str = METHOD, **values: Any):
-        self.quant_method = METHOD
-        self.d2dmoe = D2DMoEConfig.from_dict(values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What is written to `config.json`."""
-        return {"quant_method": METHOD, **self.d2dmoe.to_dict()}
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """All of it: nothing here has a default that a reader could know."""
-        return self.to_dict()
+from .quantization import D2DMoEQuantizationConfig
 
 
-class D2DMoELoader(HfQuantizer):
-    """Turns the freshly built dense skeleton into the converted model while `from_pretrained` runs."""
+def swap_modules(model: PreTrainedModel, config: D2DMoEConfig) -> None:
+    """Put layers without weights in the place of the blocks of a dense skeleton.
 
-    requires_calibration = False
-    is_trainable = is_qat_trainable = True
-
-    def is_serializable(self, *_: Any, **__: Any) -> bool:
-        """Saving needs no special care."""
-        return True
-
-    def validate_environment(self, *_: Any, **__: Any) -> None:
-        """Refuse a config for a model that is not converted yet."""
-        if not self.pre_quantized:
-            raise UserError("d2dmoe converts with `d2dmoe convert`, not with from_pretrained(quantization_config=…)")
-
-    def update_dtype(self, dtype: Any) -> Any:
-        """Nothing to change; remembered for `cast`."""
-        self._dtype = dtype
-        return dtype
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        self._model = model
-        config: D2DMoEConfig = self.quantization_config.d2dmoe
-        here = {n: here for n, block in enumerate(config.blocks) if (here := localise(model, block)) is not None}
-        if not here:
-            raise UserError(f"{type(model).__name__} has none of the {len(config.blocks)} blocks of this checkpoint")
-        for number, block in here.items():
-            mount(model, make_layer(model, number, block, config, budgets=len(config.budgets)))
-        _keep_packed(model)
-
-    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
-        """Add ours to the model's own (transformers 5.17 does not pass the model, which has been seen before)."""
-        model = model if model is not None else self._model
-        blocks = [layer.block for layer in layers(model)]
-        return [*weight_conversions, *conversions(blocks, model.base_model_prefix)]
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        config = self.quantization_config.d2dmoe
-        self._model = None
-        _take_marks_off(model)
-        _refuse_missing(model)
-        model.register_load_state_dict_pre_hook(pack_state)
-        if isinstance(self._dtype, torch.dtype):  # converted tensors keep the file's dtype in transformers 5.17
-            cast(model, self._dtype)
-        if len(layers(model)) != len(config.blocks):
-            keep = {layer.number for layer in layers(model)}
-            _drop_blocks(config, [number in keep for number in range(len(config.blocks))])
-        set_gate(model, active=config.default_active)
-        return model
+    Raises:
+        UserError: If the class has none of the blocks that the checkpoint lists.
+    """
+    here = {n: here for n, block in enumerate(config.blocks) if (here := localise(model, block)) is not None}
+    if not here:
+        raise UserError(f"{type(model).__name__} has none of the {len(config.blocks)} blocks of this checkpoint")
+    for number, block in here.items():
+        mount(model, make_layer(model, number, block, config, budgets=len(config.budgets)))
+    _keep_packed(model)
 
 
-def register() -> None:
-    """Make `from_pretrained` know converted checkpoints; called on import, harmless when repeated."""
-    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(D2DMoEQuantizationConfig)
-        register_quantizer(METHOD)(D2DMoELoader)
+def finish(model: PreTrainedModel, config: D2DMoEConfig, dtype: torch.dtype | None) -> None:
+    """After the weights have come: an ordinary floating-point model with its default budget set.
+
+    Raises:
+        UserError: If a tensor of a layer was not in the checkpoint.
+    """
+    _take_marks_off(model)
+    _refuse_missing(model)
+    model.register_load_state_dict_pre_hook(pack_state)
+    if dtype is not None:  # converted tensors keep the file's dtype in transformers 5.17
+        cast(model, dtype)
+    if len(layers(model)) != len(config.blocks):
+        keep = {layer.number for layer in layers(model)}
+        _drop_blocks(config, [number in keep for number in range(len(config.blocks))])
+    set_gate(model, active=config.default_active)
 
 
 def _take_marks_off(model: PreTrainedModel) -> None:

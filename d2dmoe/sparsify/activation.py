@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from ..discovery.blocks import discover
 from ..discovery.skeleton import skeleton
 from ..errors import UserError
-from ..moe.fatrelu import fatrelu_name, register_fatrelu
+from ..moe.fatrelu import fatrelu_name
 
 
 def activation_name(kind: str, threshold: float = 0.0) -> str:
@@ -93,7 +93,6 @@ def swap_activation(model: PreTrainedModel, activation: str) -> PreTrainedModel:
     """
     from accelerate import init_empty_weights
 
-    register_fatrelu()
     config = swapped_config(type(model), model.config, activation)
     config._attn_implementation = model.config._attn_implementation
     with init_empty_weights(include_buffers=False):

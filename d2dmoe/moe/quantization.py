@@ -1,0 +1,27 @@
+"""The record of a conversion in the form in which `transformers` carries the quantisation of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..config.record import D2DMoEConfig
+
+METHOD = "d2dmoe"
+
+
+class D2DMoEQuantizationConfig(QuantizationConfigMixin):
+    """Carries a `D2DMoEConfig` (as `.d2dmoe`) in the place of `config.json` that `transformers` hands to loaders."""
+
+    def __init__(self, quant_method: str = METHOD, **values: Any):
+        self.quant_method = METHOD
+        self.d2dmoe = D2DMoEConfig.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written to `config.json`."""
+        return {"quant_method": METHOD, **self.d2dmoe.to_dict()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All of it: nothing here has a default that a reader could know."""
+        return self.to_dict()
