@@ -12,16 +12,17 @@ from .version import __version__
 if TYPE_CHECKING:
     from .config import ConvertConfig, D2DMoEConfig, UserError
     from .kernels import dispatching
-    from .moe.gating import set_gate
+    from .moe.gating import set_gate, use_gate
     from .moe.memory import keep_dense, merge
 
 __all__ = [
     "ConvertConfig", "D2DMoEConfig", "UserError", "__version__", "dispatching", "keep_dense", "merge", "set_gate",
+    "use_gate",
 ]  # fmt: skip
 
 _PLACES = {
     "ConvertConfig": ".config", "D2DMoEConfig": ".config", "UserError": ".config", "dispatching": ".kernels",
-    "set_gate": ".moe.gating", "keep_dense": ".moe.memory", "merge": ".moe.memory",
+    "set_gate": ".moe.gating", "use_gate": ".moe.gating", "keep_dense": ".moe.memory", "merge": ".moe.memory",
 }  # fmt: skip
 
 

@@ -1,13 +1,14 @@
 """One operator, several backends. The reference is the definition; others must agree with it."""
 
-from .backends import backends, chosen, use_backend
+from .backends import Backend, backends, chosen, fused_backend, use_backend
 from .cpu import native
-from .cpu.native import Plan, Tiles, identity
-from .dispatch import automatic, bucket, dispatching, fastest
+from .cpu.native import Plan, StaleWeights, Tiles, identity
+from .dispatch import automatic, bucket, choose_way, dispatching, fastest, forget_ways, way_taken
 from .operator import TENSORS, activation_name
 from .reference import dynamic_ffn, hidden_activations
 
 __all__ = [
-    "TENSORS", "Plan", "Tiles", "activation_name", "automatic", "backends", "bucket", "chosen", "dispatching",
-    "dynamic_ffn", "fastest", "hidden_activations", "identity", "native", "use_backend",
+    "TENSORS", "Backend", "Plan", "StaleWeights", "Tiles", "activation_name", "automatic", "backends", "bucket",
+    "choose_way", "chosen", "dispatching", "dynamic_ffn", "fastest", "forget_ways", "fused_backend",
+    "hidden_activations", "identity", "native", "use_backend", "way_taken",
 ]  # fmt: skip

@@ -3,32 +3,75 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 
 from .cpu import native
 
 ON_CPU = "; fp32 and bf16 on the CPU, without gradients"
-BACKENDS = ("reference", "native")
+
+
+class Backend(Protocol):
+    """Computes a layer in one go, and only the experts that run. A new one is a file, and a line in `FUSED`."""
+
+    def supports(self, x: torch.Tensor, activation: str | None, gate: str) -> bool:
+        """Can it do a layer of tensors like `x`, with this activation and gate?"""
+
+    def prepare(
+        self,
+        tensors: dict[str, torch.Tensor | None],
+        activation: str,
+        gate: str,
+        tau: float,
+        min_experts: int = 0,
+        max_experts: int = 0,
+        shared: int = 0,
+        *,
+        sources: Sequence[torch.Tensor] = (),
+        tiles: dict | None = None,
+    ) -> Callable[..., torch.Tensor]:
+        """A function of ``x (tokens, d_model)`` and ``run (tokens, experts)`` or `None` to ``(tokens, d_out)``.
+
+        The arguments are those of `operator.reference`. The function raises `StaleWeights` when it finds a change of
+        `sources`, from which `tensors` were made. Its method `check` does only that.
+        """
+
+    def synchronize(self) -> None:
+        """Wait for what was begun on its device."""
+
+    def live(self) -> tuple[bool, str]:
+        """Does it work on this machine, and why or why not?"""
+
+
+FUSED: dict[str, Any] = {"native": native}
+BACKENDS = ("reference", *FUSED)
 _forced: str | None = os.environ.get("D2DMOE_BACKEND") or None
 
 
-def chosen(x: torch.Tensor, activation: str | None, gate: str) -> str:
-    """The backend for these tokens: `native` where it can do the layer, else `reference`.
+def fused_backend(x: torch.Tensor, activation: str | None, gate: str) -> Any:
+    """The `Backend` for these tokens; `None` where only the reference can do the layer.
 
     Raises:
         RuntimeError: If a backend is forced that cannot.
     """
     if _forced == "reference":
-        return "reference"
-    if native.supports(x, activation, gate):
-        return "native"
-    if _forced == "native":
-        _, why = native.library()
-        raise RuntimeError(f"backend native was forced, but not for {x.dtype} on {x.device}, {activation}: {why}")
-    return "reference"
+        return None
+    for name, backend in FUSED.items():
+        if _forced in (None, name) and backend.supports(x, activation, gate):
+            return backend
+    if _forced is not None:
+        _, why = FUSED[_forced].live()
+        raise RuntimeError(f"backend {_forced} was forced, but not for {x.dtype} on {x.device}, {activation}: {why}")
+    return None
+
+
+def chosen(x: torch.Tensor, activation: str | None, gate: str) -> str:
+    """The name of the backend for these tokens; see `fused_backend`."""
+    backend = fused_backend(x, activation, gate)
+    return next((name for name, fused in FUSED.items() if fused is backend), "reference")
 
 
 @contextmanager
@@ -46,9 +89,9 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def backends() -> list[tuple[str, bool, str]]:
     """`(name, live, why)` of every backend on this machine."""
-    lib, why = native.library()
-    rows = [
-        ("native", lib is not None and _forced != "reference", why + ON_CPU * (lib is not None)),
-        ("reference", True, "plain PyTorch: any device and dtype, gradients; computes all experts and masks"),
-    ]
+    rows = []
+    for name, fused in FUSED.items():
+        live, why = fused.live()
+        rows.append((name, live and _forced != "reference", why + ON_CPU * live))
+    rows.append(("reference", True, "plain PyTorch: any device and dtype, gradients; computes all experts and masks"))
     return rows if _forced is None else [(n, live, f"{w}; D2DMOE_BACKEND={_forced}") for n, live, w in rows]

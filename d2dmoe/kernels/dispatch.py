@@ -1,4 +1,4 @@
-"""Whether skipping pays: each way of computing a layer is timed once, on the tokens it first meets."""
+"""Which way of computing a layer is faster. All give the same; they are timed once for each shape and machine load."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -15,30 +16,29 @@ ROUNDS = 5  # of timing, every way once in each
 CLEAR = 1.5  # a way so many times as slow as another after the first round is out
 MARGIN = 0.02  # skipping is left only for what is faster by more than this
 Way = Callable[[torch.Tensor], torch.Tensor]
-_mode = os.environ.get("D2DMOE_DISPATCH") or "auto"
+_MODE: ContextVar[str] = ContextVar("d2dmoe_dispatch", default=os.environ.get("D2DMOE_DISPATCH") or "auto")
+_TAKEN: dict[tuple, str] = {}
 
 
 def automatic() -> bool:
-    """May a layer run everything where skipping would take longer?"""
-    return _mode == "auto"
+    """May a layer compute everything, and zero what the gate skips, where skipping would take longer?"""
+    return _MODE.get() == "auto"
 
 
 @contextmanager
 def dispatching(mode: str) -> Iterator[None]:
-    """`sparse`: skip whatever the gate skips, also where that is slower; `auto`: take the fastest way.
+    """`sparse`: always skip what the gate skips, also where that is slower; `auto`: take the faster way.
 
-    A layer that runs everything because that is faster is exactly the dense one, so with `auto` what a model computes
-    can depend on the number of tokens at once, the threads and the machine. Whatever measures quality uses `sparse`.
-    `D2DMOE_DISPATCH` in the environment sets the mode from the start.
+    What is computed is the same up to rounding. The mode is that of the calling thread or task; `D2DMOE_DISPATCH` in
+    the environment sets it from the start.
     """
-    global _mode
     if mode not in MODES:
         raise ValueError(f"no mode {mode!r}; there are {', '.join(MODES)}")
-    before, _mode = _mode, mode
+    before = _MODE.set(mode)
     try:
         yield
     finally:
-        _mode = before
+        _MODE.reset(before)
 
 
 def bucket(tokens: int) -> int:
@@ -69,3 +69,26 @@ def fastest(ways: Mapping[str, Way], x: torch.Tensor, clock: Callable[[], float]
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     best, first = min(medians, key=lambda name: medians[name]), next(iter(ways))
     return first if first in medians and medians[first] <= (1 + MARGIN) * medians[best] else best
+
+
+def choose_way(place: tuple, ways: Mapping[str, Way], x: torch.Tensor) -> str:
+    """The name of the fastest way for layers of this kind and so many tokens and threads, timed when first met."""
+    key = _key(place, len(x))
+    taken = _TAKEN.get(key)
+    if taken is None:
+        taken = _TAKEN[key] = fastest(ways, x)
+    return taken
+
+
+def way_taken(place: tuple, tokens: int) -> str | None:
+    """What `choose_way` has chosen; `None` before it has."""
+    return _TAKEN.get(_key(place, tokens))
+
+
+def forget_ways() -> None:
+    """Time them again."""
+    _TAKEN.clear()
+
+
+def _key(place: tuple, tokens: int) -> tuple:
+    return (*place, bucket(tokens), torch.get_num_threads())

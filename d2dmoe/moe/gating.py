@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from types import TracebackType
 
@@ -13,7 +14,8 @@ from torch import nn
 from ..config.checks import check_active, check_tau
 from ..config.record import D2DMoEConfig
 from ..errors import UserError
-from .layer import DynamicFFN, GateState, layers
+from .gate import Gates, GateState, gates_here, set_gates
+from .layer import DynamicFFN, layers
 
 
 def stored_config(model: nn.Module) -> D2DMoEConfig:
@@ -32,8 +34,10 @@ def stored_config(model: nn.Module) -> D2DMoEConfig:
 class set_gate:
     """Set the compute budget of a converted model; as a context manager, for the length of a block only.
 
-        d2dmoe.set_gate(model, active=0.25)          # from now on
-        with d2dmoe.set_gate(model, tau=0.1): ...    # here only
+        d2dmoe.set_gate(model, active=0.25)          # from now on, for everybody
+        with d2dmoe.set_gate(model, tau=0.1): ...    # here only: in this thread or task
+
+    A server whose requests have budgets of their own uses `use_gate`, which never touches what others see.
 
     Args:
         model: Converted model; other models, copies included, are not touched.
@@ -59,31 +63,88 @@ class set_gate:
         layers: Sequence[int | str] | None = None,
         oracle: bool = False,
     ):
-        if sum(value is not None for value in (active, tau, budget)) != 1:
-            raise UserError("give set_gate one of active=…, tau=… or budget=…")
-        config = stored_config(model)
-        self._before: list[tuple[DynamicFFN, GateState]] = []
-        chosen = _choose(model, layers)
-        if any(layer.merged for _, layer in chosen):
-            raise UserError("this model was merged at one budget; load it again to choose another")
-        if budget is not None:
-            states = _states_of_budget(config, budget)
-        else:
-            states = _states_for_active(config, active) if active is not None else _states_for_tau(config, tau, chosen)
-        for index, layer in chosen:
-            self._before.append((layer, layer.gate_state))
-            layer.gate_state = replace(
-                states[index], oracle=("root" if config.router_target == "root" else "norm") if oracle else ""
-            )
+        self._states = _states(model, active, tau, budget, layers, oracle)
+        self._here: list[AbstractContextManager] = []
+        self._undo = set_gates(self._states)
 
     def __enter__(self) -> set_gate:
+        self._undo()
+        here = gates_here(self._states)
+        here.__enter__()
+        self._here.append(here)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for layer, state in self._before:
-            layer.gate_state = state
+        self._here.pop().__exit__(kind, error, trace)
+        for layer in self._states:
+            layer.gate.leave()
+
+
+@contextmanager
+def use_gate(
+    model: nn.Module,
+    *,
+    active: float | Sequence[float] | None = None,
+    tau: float | Sequence[float] | None = None,
+    budget: int | Sequence[int] | None = None,
+) -> Iterator[None]:
+    """Put a compute budget in force in this thread or task only, for the length of a block.
+
+        with d2dmoe.use_gate(model, active=0.25): ...            # one request
+        with d2dmoe.use_gate(model, active=[0.25, 0.5, 1]): ...  # one budget for each row of the batch
+
+    Threads that are started inside do not inherit it (`contextvars.copy_context().run` makes them). Code compiled by
+    `torch.compile` does not see it: there, use `set_gate`.
+
+    Args:
+        model: Converted model.
+        active, tau, budget: As of `set_gate`, or a sequence with one value for each row of the batch.
+
+    Raises:
+        UserError: As `set_gate`.
+    """
+    given = {"active": active, "tau": tau, "budget": budget}
+    rows = {name: value for name, value in given.items() if isinstance(value, Sequence) and not isinstance(value, str)}
+    if not rows:
+        states: dict[DynamicFFN, Gates] = {**_states(model, active, tau, budget, None, False)}
+    else:
+        _one_of(active, tau, budget)
+        ((name, values),) = rows.items()
+        if not values:
+            raise UserError(f"{name}=[]: give one value for each row of the batch")
+        each = [_states(model, *({**given, name: v}[n] for n in given), None, False) for v in values]
+        states = {layer: tuple(found[layer] for found in each) for layer in each[0]}
+    with gates_here(states):
+        yield
+
+
+def _one_of(active: object, tau: object, budget: object) -> None:
+    if sum(value is not None for value in (active, tau, budget)) != 1:
+        raise UserError("give set_gate one of active=…, tau=… or budget=…")
+
+
+def _states(
+    model: nn.Module,
+    active: float | None,
+    tau: float | None,
+    budget: int | None,
+    layers: Sequence[int | str] | None,
+    oracle: bool,
+) -> dict[DynamicFFN, GateState]:
+    """The gate of each layer that is to be set."""
+    _one_of(active, tau, budget)
+    config = stored_config(model)
+    chosen = _choose(model, layers)
+    if any(layer.merged for _, layer in chosen):
+        raise UserError("this model was merged at one budget; load it again to choose another")
+    if budget is not None:
+        states = _states_of_budget(config, budget)
+    else:
+        states = _states_for_active(config, active) if active is not None else _states_for_tau(config, tau, chosen)
+    target = ("root" if config.router_target == "root" else "norm") if oracle else ""
+    return {layer: replace(states[index], oracle=target) for index, layer in chosen}
 
 
 def _choose(model: nn.Module, wanted: Sequence[int | str] | None) -> list[tuple[int, DynamicFFN]]:
@@ -153,7 +214,7 @@ def _say_once(config: D2DMoEConfig, asked: str, active: float) -> None:
     warnings.warn(
         f"{asked} is not a stored budget ({', '.join(f'{b.active:g}' for b in config.budgets)}): "
         f"using the stand-ins fitted for active={active:g}",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

@@ -3,57 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ..config.record import Block
-from ..kernels import (
-    TENSORS,
-    Plan,
-    Tiles,
-    activation_name,
-    automatic,
-    bucket,
-    chosen,
-    dynamic_ffn,
-    fastest,
-    hidden_activations,
-    identity,
-)
-from ..kernels.gates import select, straight_through
-from .packing import unpack
+from ..errors import UserError
+from ..kernels import TENSORS, Backend, activation_name, dynamic_ffn, fused_backend, hidden_activations, way_taken
+from ..kernels.gates import straight_through
+from .gate import Gate, GateState, gates_here, set_gates
+from .prepared import Prepared, settings
 from .router import Router, expert_norms
-
-
-@dataclass
-class GateState:
-    """The gate in force in one layer.
-
-    Attributes:
-        name: A key of `gates.GATES`.
-        tau: Threshold; 0 runs every expert.
-        stand_in: Row of the stored stand-ins to use, or `None` for zero.
-        min_experts, max_experts: Bounds per token (`max_experts` 0: none).
-        shared: The first so many experts always run.
-        soft: Let gradients reach the router through the gate (`gates.straight_through`), for training.
-        oracle: Select by the true values of this router target, `norm` or `root`, instead of the router's scores (for
-            analysis only).
-    """
-
-    name: str = "topk"
-    tau: float = 0.0
-    stand_in: int | None = None
-    min_experts: int = 0
-    max_experts: int = 0
-    shared: int = 0
-    soft: bool = False
-    oracle: str = ""
-
-    def select(self, scores: torch.Tensor) -> torch.Tensor:
-        """Which experts run, boolean ``(tokens, experts)``, for scores of that shape; see `gates.select`."""
-        return select(scores, self.name, self.tau, self.min_experts, self.max_experts, self.shared)
 
 
 class DynamicFFN(nn.Module):
@@ -70,7 +30,8 @@ class DynamicFFN(nn.Module):
     Attributes:
         block: What it was made from.
         number: Its place among the blocks of the checkpoint's config.
-        gate_state: The gate in force; the layer is exactly dense while `gate_state.tau` is 0.
+        gate: The gate's settings, the model's own and those of threads or tasks (`gate_state` is the one in force).
+        prepared: What is derived from the parameters.
         observer: Called as `observer(layer, x, hidden, scores, run)` at every forward pass, for statistics and fits;
             `hidden` is `None` if it has an attribute `needs_hidden` that is false.
         activation: The kernels' name of `act`, or `None` for a function that they do not have.
@@ -98,172 +59,140 @@ class DynamicFFN(nn.Module):
         self.dropout = nn.Dropout(dropout)
         size, up_bias, gate_bias, down_bias = block.size, *biases
 
-        def parameter(*shape: int, wanted: bool = True) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
+        def parameter(name: str, *shape: int, wanted: bool = True) -> None:
+            tensor = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
+            self.register_parameter(name, tensor)  # `None` as well: `versions_of` looks for all of them
 
         glu = block.kind == "glu"
-        self.up_weight = parameter(block.experts, block.d_model, size)
-        self.up_bias = parameter(block.experts, size, wanted=up_bias)
-        self.gate_weight = parameter(block.experts, block.d_model, size, wanted=glu)
-        self.gate_bias = parameter(block.experts, size, wanted=glu and gate_bias)
-        self.down_weight = parameter(block.experts, size, d_out)
-        self.down_bias = parameter(d_out, wanted=down_bias)
-        self.delta_rank, self.linear_rank = min(delta_rank, d_out), min(linear_rank, d_out)
+        parameter("up_weight", block.experts, block.d_model, size)
+        parameter("up_bias", block.experts, size, wanted=up_bias)
+        parameter("gate_weight", block.experts, block.d_model, size, wanted=glu)
+        parameter("gate_bias", block.experts, size, wanted=glu and gate_bias)
+        parameter("down_weight", block.experts, size, d_out)
+        parameter("down_bias", d_out, wanted=down_bias)
+        delta_rank, linear_rank = min(delta_rank, d_out), min(linear_rank, d_out)
         delta, linear = budgets > 0 and delta_rank > 0, budgets > 0 and linear_rank > 0
-        self.constants = parameter(budgets, block.experts, d_out, wanted=budgets > 0)
-        self.delta_in = parameter(budgets, block.experts, size, self.delta_rank, wanted=delta)
-        self.delta_out = parameter(budgets, self.delta_rank, d_out, wanted=delta)
-        self.linear_in = parameter(budgets, block.d_model, self.linear_rank, wanted=linear)
-        self.linear_out = parameter(budgets, self.linear_rank, d_out, wanted=linear)
-        self._folded: tuple[tuple, torch.Tensor] | None = None
-        self._plan: tuple[tuple, Plan] | None = None
-        self._everything: tuple[tuple, Plan] | None = None
-        self._dense: tuple[tuple, Callable[[torch.Tensor], torch.Tensor]] | None = None
+        parameter("constants", budgets, block.experts, d_out, wanted=budgets > 0)
+        parameter("delta_in", budgets, block.experts, size, delta_rank, wanted=delta)
+        parameter("delta_out", budgets, delta_rank, d_out, wanted=delta)
+        parameter("linear_in", budgets, block.d_model, linear_rank, wanted=linear)
+        parameter("linear_out", budgets, linear_rank, d_out, wanted=linear)
+        self.delta_rank, self.linear_rank = delta_rank, linear_rank
         self.router = Router(block.d_model, router_width, block.experts, device=device, dtype=dtype)
-        self.gate_state = GateState()
+        self.gate, self.prepared = Gate(), Prepared()
         self.merged = self.keep_dense = False
-        self._ways: dict[tuple, str] = {}
-        self._tiles: Tiles = {}
         self.observer: Callable | None = None
 
-    def __getstate__(self) -> dict:
-        """Copies make their own."""
-        return {**self.__dict__, "_plan": None, "_folded": None, "_everything": None, "_dense": None, "_tiles": {}}
+    @property
+    def gate_state(self) -> GateState:
+        """The gate in force for the caller; the layer is exactly dense while its `tau` is 0."""
+        here = self.gate.in_force(self)
+        return here[0] if isinstance(here, tuple) else here
 
-    def forget(self) -> None:
-        """Drop what was made from the parameters to be at hand."""
-        self._plan = self._folded = self._everything = self._dense = None
-        self._ways, self._tiles = {}, {}
+    @gate_state.setter
+    def gate_state(self, state: GateState) -> None:
+        set_gates({self: state})
+
+    @property
+    def backend(self) -> Backend:
+        """What computes only the experts that run, for tensors like this layer's own."""
+        return fused_backend(self.up_weight, self.activation, self.gate_state.name)
+
+    def _apply(self, *args, **kwargs) -> DynamicFFN:
+        """Moves and casts: what was derived from the tensors goes with them."""
+        self.prepared.invalidate()
+        return super()._apply(*args, **kwargs)
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """The block's output for hidden states ``(…, d_model)``, given as the first argument whatever its name."""
         inputs = args[0] if args else next(iter(kwargs.values()))
-        x = inputs.reshape(-1, inputs.shape[-1])
-        y = self._by_kernel(x) if self._skips(x) else self._by_reference(x)
-        y = y.reshape(*inputs.shape[:-1], y.shape[-1])
+        state = self.gate.in_force(self)
+        if isinstance(state, tuple):
+            y = self._by_rows(inputs, state)
+        else:
+            x = inputs.reshape(-1, inputs.shape[-1])
+            y = self._fused(x, state) if self._skips(x, state) else self._readable(x, state)
+            y = y.reshape(*inputs.shape[:-1], y.shape[-1])
         return self.dropout(y) if self.training else y
 
-    def _skips(self, x: torch.Tensor) -> bool:
-        """May a kernel run this, which computes only what is asked for and has no gradients?"""
+    def _by_rows(self, inputs: torch.Tensor, states: tuple[GateState, ...]) -> torch.Tensor:
+        """Each row of the batch by its own gate; a row may have become several, one after the other (beams, tokens)."""
+        times, rest = divmod(len(inputs), len(states))
+        if rest:
+            raise UserError(f"{len(states)} budgets were given for a batch that reaches this layer as {len(inputs)}")
+        y = None
+        for state in dict.fromkeys(states):
+            rows = [n for n, s in enumerate(states) for n in range(n * times, (n + 1) * times) if s == state]
+            with gates_here({self: state}):
+                part = self(inputs[rows])
+            y = part.new_empty(len(inputs), *part.shape[1:]) if y is None else y
+            y[rows] = part
+        return y
+
+    def _skips(self, x: torch.Tensor, state: GateState) -> bool:
+        """May a backend run this that computes only what is asked for and has no gradients?"""
         observed = self.observer is not None and getattr(self.observer, "needs_hidden", True)
-        if observed or self.gate_state.oracle or torch.is_autocast_enabled(x.device.type):
+        if observed or state.oracle or torch.is_autocast_enabled(x.device.type):
             return False
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+        if torch.is_grad_enabled() and (x.requires_grad or self._wants_gradients()):
             return False
         watched = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
         if watched or torch.jit.is_tracing():  # vmap and jit.trace have to see every step
             return False
         if not x.dtype == self.up_weight.dtype == self.down_weight.dtype:
             return False
-        return chosen(x, self.activation, self.gate_state.name) != "reference"
+        return fused_backend(x, self.activation, state.name) is not None
 
-    def _stand_in(self) -> int | None:
-        """The stored stand-ins in force; none where everything runs."""
-        stand_in = self.gate_state.stand_in if self.gate_state.tau > 0 else None
-        if stand_in is None and self._folded is not None:
-            self._folded = None
-        return stand_in
+    def _wants_gradients(self) -> bool:
+        """Does a parameter, or a tensor that an adapter has put in the place of one?"""
+        if any(p.requires_grad for p in self.parameters()):
+            return True
+        return any(getattr(self, name).requires_grad for name in ("up_weight", "gate_weight", "down_weight")
+                   if getattr(self, name) is not None)  # fmt: skip
 
-    def _by_reference(self, x: torch.Tensor) -> torch.Tensor:
+    def stand_in_of(self, state: GateState) -> int | None:
+        """The stored stand-ins of a gate setting; none where everything runs."""
+        return state.stand_in if state.tau > 0 and self.constants is not None else None
+
+    def _readable(self, x: torch.Tensor, state: GateState) -> torch.Tensor:
         """All experts computed, some masked; `(tokens, d_model)` to `(tokens, d_out)`."""
-        state, stand_in = self.gate_state, self._stand_in()
+        stand_in = self.stand_in_of(state)
         hidden = hidden_activations(x, self.up_weight, self.up_bias, self.gate_weight, self.gate_bias, self.act).to(
             self.down_weight.dtype
         )  # (experts, tokens, size); T5 keeps its down projection in fp32
-        scores = run = constants = None
-        down_weight = self.down_weight
+        scores = run = None
         if state.tau > 0:
-            scores = self._true_scores(hidden) if state.oracle else self.router(x)
+            scores = self._true_scores(hidden, state.oracle) if state.oracle else self.router(x)
             run = straight_through(scores, state.select(scores)) if state.soft else state.select(scores)
-            if self.constants is not None and stand_in is not None:
-                constants, down_weight = self.constants[stand_in], self._refitted_down(stand_in)
         if self.observer is not None:
             self.observer(self, x, hidden, scores, run)
-        y = dynamic_ffn(hidden, down_weight, self.down_bias, run, constants)
-        if self.linear_in is not None and stand_in is not None:
+        if stand_in is None:
+            return dynamic_ffn(hidden, self.down_weight, self.down_bias, run, None)
+        y = dynamic_ffn(hidden, self.down_weight, self.down_bias, run, self.constants[stand_in])
+        if self.delta_in is not None:  # the refitted down projection, in two thin steps
+            thin = (hidden * run.T[..., None]).transpose(0, 1).flatten(1) @ self.delta_in[stand_in].flatten(0, 1)
+            y = y + thin @ self.delta_out[stand_in]
+        if self.linear_in is not None:
             y = y + x @ self.linear_in[stand_in] @ self.linear_out[stand_in]
         return y
 
-    def _by_kernel(self, x: torch.Tensor) -> torch.Tensor:
-        """The same by the operator, straight through the library where nobody watches the dispatcher."""
-        state, stand_in, run = self.gate_state, self._stand_in(), None
+    def _fused(self, x: torch.Tensor, state: GateState) -> torch.Tensor:
+        """The same by a backend, straight through it where nobody watches the dispatcher."""
+        run = None
         if self.observer is not None:
             scores = self.router(x) if state.tau > 0 else None
             run = None if scores is None else state.select(scores)
             self.observer(self, x, None, scores, run)
-        settings = (state.name, state.tau, state.min_experts, state.max_experts, state.shared)
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(x) is not torch.Tensor:
-            tensors = self._kernel_tensors(stand_in)
-            return torch.ops.d2dmoe.dynamic_ffn(x, run, *(tensors[n] for n in TENSORS), self.activation, *settings)
-        own, router = self._parameters, self.router._parameters
-        versions = tuple(identity(t) for t in (*own.values(), *router.values()) if t is not None)
-        key = (stand_in, settings, *versions)
-        if self._plan is None or self._plan[0] != key:
-            tensors = self._kernel_tensors(stand_in)
-            self._keep_tiles_of(tensors)
-            self._plan = (key, Plan(tensors, self.activation, *settings, tiles=self._tiles))
-        if self.observer is not None or self.merged or not automatic() or not (state.tau > 0 or self.keep_dense):
-            return self._plan[1](x, run)
-        return self._by_fastest(x, versions)
-
-    def _keep_tiles_of(self, tensors: dict[str, torch.Tensor | None]) -> None:
-        """Let go of tiles of weights that are no longer used."""
-        used = {identity(t) for t in (*tensors.values(), self.down_weight) if t is not None}
-        self._tiles = {key: tiled for key, tiled in self._tiles.items() if key in used}
-
-    def _place(self, tokens: int) -> tuple:
-        """What a decision about the fastest way holds for."""
-        s = self.gate_state
-        setting = (s.name, s.tau, s.stand_in, s.min_experts, s.max_experts, s.shared)
-        return (*setting, bucket(tokens), torch.get_num_threads(), self.up_weight.dtype)
+            tensors = self.prepared.tensors(self, state, None)
+            return torch.ops.d2dmoe.dynamic_ffn(
+                x, run, *(tensors[n] for n in TENSORS), self.activation, *settings(state)
+            )
+        return self.prepared.run(self, state, x, run)
 
     def way(self, tokens: int) -> str | None:
-        """How so many tokens are computed since their like was first met, as the gate is set; `None` before that."""
-        return self._ways.get(self._place(tokens))
-
-    def _by_fastest(self, x: torch.Tensor, versions: tuple) -> torch.Tensor:
-        """The way in which these tokens take the least time; running everything is one of them."""
-        place = self._place(len(x))
-        way = self._ways.get(place)
-        if way is None:
-            way = self._ways[place] = fastest(self._ways_to_compute(versions), x)
-        if way == "sparse":
-            return self._plan[1](x)
-        return self._ways_to_compute(versions)[way](x)
-
-    def _ways_to_compute(self, versions: tuple) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-        """`sparse`, as the gate says; `packed`, everything by the same kernels; `dense`, if its layout is kept."""
-        ways: dict[str, Callable] = {"sparse": self._plan[1]}
-        if self.gate_state.tau > 0:
-            if self._everything is None or self._everything[0] != versions:
-                tensors = self._kernel_tensors(None)
-                plan = Plan(tensors, self.activation, self.gate_state.name, 0.0, tiles=self._tiles)
-                self._everything = (versions, plan)
-            ways["packed"] = self._everything[1]
-        if self.keep_dense:
-            if self._dense is None or self._dense[0] != versions:
-                self._dense = (versions, self._dense_layout())
-            ways["dense"] = self._dense[1]
-        return ways
-
-    def _dense_layout(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The dense block with weights as torch's products want them, ``(width, d_model)`` and ``(d_out, width)``."""
-        linear, act, width = torch.nn.functional.linear, self.act, self.block.width
-
-        def dense(name: str, layout: str) -> torch.Tensor | None:
-            packed = getattr(self, name)
-            return None if packed is None else unpack(packed.detach(), layout, width)
-
-        up, up_bias = dense("up_weight", "up_linear"), dense("up_bias", "bias")
-        gate, gate_bias = dense("gate_weight", "up_linear"), dense("gate_bias", "bias")
-        down, down_bias = dense("down_weight", "down_linear"), self.down_bias
-
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            hidden = linear(x, up, up_bias)
-            hidden = act(hidden) if gate is None else act(linear(x, gate, gate_bias)) * hidden
-            return linear(hidden, down, down_bias)
-
-        return forward
+        """The execution path chosen for this token count, `sparse` or `dense`; `None` before it has been met."""
+        return way_taken(self.prepared.place(self, self.gate_state), tokens)
 
     def dense_bytes(self) -> int:
         """Memory of the dense layout, if it is kept."""
@@ -271,39 +200,9 @@ class DynamicFFN(nn.Module):
         width, slots = self.block.width, self.block.slots
         return sum(t.numel() // slots * width * t.element_size() for t in weights if t is not None)
 
-    def _kernel_tensors(self, stand_in: int | None) -> dict[str, torch.Tensor | None]:
-        """The operator's tensors at a budget."""
-        tensors: dict[str, torch.Tensor | None] = {
-            "router_hidden": self.router.hidden, "router_score": self.router.score, "up_weight": self.up_weight,
-            "up_bias": self.up_bias, "gate_weight": self.gate_weight, "gate_bias": self.gate_bias,
-            "down_weight": self.down_weight, "down_bias": self.down_bias, "constants": None, "linear_in": None,
-            "linear_out": None,
-        }  # fmt: skip
-        if stand_in is not None and self.constants is not None:
-            tensors["constants"] = self.constants[stand_in]
-            tensors["down_weight"] = self._refitted_down(stand_in)
-            if self.linear_in is not None:
-                tensors["linear_in"], tensors["linear_out"] = self.linear_in[stand_in], self.linear_out[stand_in]
-        return {name: None if t is None else t.detach() for name, t in tensors.items()}
-
-    def _true_scores(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _true_scores(self, hidden: torch.Tensor, target: str) -> torch.Tensor:
         norms = expert_norms(hidden, self.down_weight)
-        return norms.sqrt() if self.gate_state.oracle == "root" else norms
-
-    def _refitted_down(self, number: int) -> torch.Tensor:
-        """The down projection of a budget; folded once and kept while no gradients are wanted."""
-        if self.delta_in is None:
-            return self.down_weight
-        if torch.is_grad_enabled():
-            return self.down_weight + self.delta_in[number] @ self.delta_out[number]
-        sources = (self.down_weight, self.delta_in, self.delta_out)
-        if torch.compiler.is_compiling():  # cannot ask for versions: takes what an earlier call has folded
-            ready = self._folded is not None and self._folded[0][0] == number
-            return self._folded[1] if ready else self.down_weight + self.delta_in[number] @ self.delta_out[number]
-        key = (number, *(identity(t) for t in sources))
-        if self._folded is None or self._folded[0] != key:
-            self._folded = (key, self.down_weight + self.delta_in[number] @ self.delta_out[number])
-        return self._folded[1]
+        return norms.sqrt() if target == "root" else norms
 
     def stand_ins(self) -> dict[str, nn.Parameter]:
         """The stored stand-ins by name."""

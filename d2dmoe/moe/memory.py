@@ -60,7 +60,7 @@ def keep_dense(model: nn.Module, keep: bool = True) -> int:
         raise UserError("this model was merged at one budget and no longer holds the dense weights")
     for layer in layers(model):
         layer.keep_dense = keep
-        layer.forget()
+        layer.prepared.invalidate()
     return sum(layer.dense_bytes() for layer in layers(model)) if keep else 0
 
 
@@ -76,7 +76,7 @@ def _merge(layer: DynamicFFN) -> None:
         )
     layer.gate_state = replace(state, stand_in=None if kept is None else 0)
     layer.merged, layer.keep_dense = True, False
-    layer.forget()
+    layer.prepared.invalidate()
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:

@@ -6,6 +6,8 @@ import copy
 import ctypes
 import os
 import threading
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -185,6 +187,27 @@ def test_tiles_are_kept_for_many_tokens_and_counted():
 
 
 @needs_native
+@pytest.mark.parametrize("tokens", [3, 200])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_no_memory_in_any_thread_is_an_error_of_the_caller(tokens, threads):
+    arguments = problem(tokens, 1000 + 8 * threads, 24, 5, 50, glu=False)
+    plan = native.Plan({n: arguments[n] for n in TENSORS}, *(arguments[n] for n in ARGUMENTS[13:]))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for left in range(threads + 1 + (tokens == 3)):
+            LIBRARY.d2dmoe_limit_allocations(left)
+            enough = left == threads + (tokens == 3)  # few tokens share one more buffer
+            with nullcontext() if enough else pytest.raises(MemoryError, match=f"no memory for {tokens} tokens"):
+                plan(arguments["x"], arguments["run"])
+            LIBRARY.d2dmoe_limit_allocations(-1)
+            check(plan(arguments["x"], arguments["run"]), arguments)
+    finally:
+        LIBRARY.d2dmoe_limit_allocations(-1)
+        torch.set_num_threads(before)
+
+
+@needs_native
 @torch.no_grad()
 def test_plans_of_a_layer_share_tiles_and_old_ones_go():
     if not LIBRARY.d2dmoe_kernels_tiles(native.kernel_for(torch.bfloat16)):
@@ -193,16 +216,16 @@ def test_plans_of_a_layer_share_tiles_and_old_ones_go():
     x = torch.randn(64, 32).bfloat16()
     layer.gate_state = GateState("topk", 0.5)
     layer(x)
-    held = {key: tiled.data_ptr() for key, (_, tiled) in layer._tiles.items()}
+    held = {key: tiled.data_ptr() for key, (_, tiled) in layer.prepared.tiles.items()}
     assert len(held) == 2  # up and down
     layer.gate_state = GateState("topk", 0.25)
     layer(x)
-    assert {key: tiled.data_ptr() for key, (_, tiled) in layer._tiles.items()} == held
+    assert {key: tiled.data_ptr() for key, (_, tiled) in layer.prepared.tiles.items()} == held
     layer.up_weight.mul_(2)
     y = layer(x)
-    assert len(layer._tiles) == 2
-    assert layer._tiles.keys() != held.keys()
-    layer.forget()
+    assert len(layer.prepared.tiles) == 2
+    assert layer.prepared.tiles.keys() != held.keys()
+    layer.prepared.invalidate()
     assert torch.equal(layer(x), y)
 
 
@@ -433,7 +456,7 @@ def test_layer_notices_changed_weights_gates_and_dtypes():
         agree()
     layer.gate_state = GateState("topk", 0.5, 1)
     agree()
-    layer.gate_state.tau = 0.25
+    layer.gate_state = replace(layer.gate_state, tau=0.25)
     agree()
     twin = copy.deepcopy(layer)
     assert_close(twin(x), layer(x))

@@ -21,6 +21,12 @@ using namespace d2dmoe;
 
 extern "C" {
 
+// Memory that a derived tensor was made from.
+struct D2dmoeSource {
+    const void* start;
+    int64_t bytes;
+};
+
 // Mirrored in native.py. Null pointers stand for what a layer does not have.
 struct D2dmoeLayer {
     int32_t bf16, activation, gate, kernels;
@@ -33,11 +39,14 @@ struct D2dmoeLayer {
     const float* base;                                                  // (d_out,): what a token gets without any expert
     const void *linear_in, *linear_out;                                 // (d, rank), (rank, d_out)
     const void *up_tiles, *gate_tiles, *down_tiles;                     // as of in_tiles in native.py
+    const D2dmoeSource* sources;
+    int64_t source_count;
+    uint64_t fingerprint;                                               // of the sources when the layer was prepared
 };
 
 }
 
-EXPORT int d2dmoe_abi() { return 2; }
+EXPORT int d2dmoe_abi() { return 3; }
 
 namespace {
 
@@ -73,11 +82,18 @@ bool supported(int number) {
     return number == 0;
 }
 
+// For tests: after so many more requests there is no memory; negative, the rule, for no such limit.
+std::atomic<int> allocations_left{-1};
+
 // Memory of one thread, kept between calls.
 class Buffer {
    public:
     ~Buffer() { std::free(start_); }
     char* at_least(size_t bytes) {
+        if (allocations_left.load(std::memory_order_relaxed) >= 0 && allocations_left.fetch_sub(1) <= 0) {
+            allocations_left.store(0);
+            throw std::bad_alloc();
+        }
         if (bytes > size_) {
             std::free(start_);
             size_ = round_up(int64_t(bytes), 4096);
@@ -277,6 +293,9 @@ struct FewShared {
     float *hidden, *scores, *partial, *wide;
     uint8_t* run;
     Barrier* barrier;
+    std::atomic<bool>* failed;
+    // Of the barrier, in few_body.
+    int waits() const { return int(call->widened()) + 2 * int(call->routed()) + 1; }
     void take(Pieces& p) {
         const auto& l = call->layer;
         int64_t n = call->tokens;
@@ -325,12 +344,10 @@ std::pair<int64_t, int64_t> share_experts(const int32_t* counts, int64_t experts
     return {first, std::max(first, last)};
 }
 
-void few_body(void* context, int id, int team) {
-    auto& s = *static_cast<FewShared*>(context);
+void few_body(FewShared& s, FewOwn& own, int id, int team) {
     const Call& c = *s.call;
     const auto& l = c.layer;
     int64_t n = c.tokens, ld_y = c.padded_out();
-    FewOwn own = lay_out(own_buffer, FewOwn{&c, {}, {}, {}, {}, {}});
     if (c.widened()) {
         auto [first, last] = share(n, id, team);
         inputs_of(c, first, last - first, s.wide + first * l.d);
@@ -376,7 +393,8 @@ void few_body(void* context, int id, int team) {
 // A team can turn out smaller than asked for; the barrier is made for what it is.
 struct FewStart {
     FewShared* shared;
-    std::atomic<int> ready{0};
+    std::atomic<int> ready;
+    std::atomic<bool> failed;
     alignas(Barrier) char room[sizeof(Barrier)];
 };
 
@@ -384,10 +402,19 @@ void few_enter(void* context, int id, int team) {
     auto& start = *static_cast<FewStart*>(context);
     if (id == 0) {
         start.shared->barrier = new (start.room) Barrier(team);
+        start.shared->failed = &start.failed;
         start.ready.store(1, std::memory_order_release);
     }
     while (!start.ready.load(std::memory_order_acquire)) std::this_thread::yield();
-    few_body(start.shared, id, team);
+    FewOwn own{start.shared->call, {}, {}, {}, {}, {}};
+    try {
+        own = lay_out(own_buffer, own);
+    } catch (const std::bad_alloc&) {  // must not leave a thread of the team; the others do not wait in vain
+        start.failed.store(true);
+        for (int i = 0; i < start.shared->waits(); i++) start.shared->barrier->wait();
+        return;
+    }
+    few_body(*start.shared, own, id, team);
 }
 
 // ---- many tokens
@@ -421,7 +448,8 @@ struct ManyOwn {
 struct ManyShared {
     const Call* call;
     int64_t tile;
-    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> next;
+    std::atomic<bool> failed;
 };
 
 void run_tile(const Call& c, int64_t first, int64_t n, ManyOwn& own) {
@@ -444,7 +472,13 @@ void run_tile(const Call& c, int64_t first, int64_t n, ManyOwn& own) {
 
 void many_body(void* context, int, int) {
     auto& s = *static_cast<ManyShared*>(context);
-    ManyOwn own = lay_out(own_buffer, ManyOwn{s.call, s.tile, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}});
+    ManyOwn own{s.call, s.tile, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+    try {
+        own = lay_out(own_buffer, own);
+    } catch (const std::bad_alloc&) {
+        s.failed.store(true);
+        return;
+    }
     int64_t tiles = (s.call->tokens + s.tile - 1) / s.tile;
     for (int64_t i; (i = s.next.fetch_add(1)) < tiles;) {
         int64_t first = s.call->tokens * i / tiles, last = s.call->tokens * (i + 1) / tiles;
@@ -479,27 +513,54 @@ EXPORT void d2dmoe_use_openmp(void* parallel, void* thread_number, void* team_si
     use_openmp(parallel, thread_number, team_size);
 }
 
+// Of samples of the sources: of each, one word from every of SAMPLES equal parts, at a place that looks random, so that
+// neither a change of most of it nor one with a regular pattern is missed.
+constexpr int64_t SAMPLES = 32;
+
+EXPORT uint64_t d2dmoe_fingerprint(const D2dmoeLayer* layer) {
+    uint64_t hash = 0x9e3779b97f4a7c15ull;
+    for (int64_t s = 0; s < layer->source_count; s++) {
+        const auto& source = layer->sources[s];
+        const auto* words = static_cast<const uint16_t*>(source.start);
+        int64_t n = source.bytes / 4, samples = std::min(n, SAMPLES);
+        if (n == 0 && source.bytes >= 2) hash = (hash ^ words[0]) * 0x100000001b3ull;
+        for (int64_t i = 0; i < samples; i++) {
+            int64_t first = i * n / samples, last = (i + 1) * n / samples;
+            uint64_t random = uint64_t(i + 1) * 0x9e3779b97f4a7c15ull;
+            uint32_t word;
+            std::memcpy(&word, words + 2 * (first + int64_t((random >> 33) % uint64_t(last - first))), 4);
+            hash = (hash ^ word) * 0x100000001b3ull;
+            hash ^= hash >> 29;
+        }
+    }
+    return hash;
+}
+
 // One layer call: y (tokens, d_out) from x (tokens, d), rows `ld_x` elements apart. `run` (tokens, experts) takes the
-// place of router and gate where it is given. Returns 0, or 1 if there is no memory.
+// place of router and gate where it is given. Returns 0, 1 if there is no memory, or 2, having computed nothing, if a
+// source has changed.
 EXPORT int d2dmoe_forward(const D2dmoeLayer* layer, const void* x, int64_t ld_x, const uint8_t* run, int64_t tokens, void* y,
                    int threads) {
     if (tokens == 0) return 0;
+    if (layer->source_count && d2dmoe_fingerprint(layer) != layer->fingerprint) return 2;
     Call call{*layer, *all_kernels[layer->kernels], static_cast<const char*>(x), ld_x * (layer->bf16 ? 2 : 4), run, tokens,
               static_cast<char*>(y), std::max(threads, 1)};
     try {
         if (tokens <= layer->few) {
-            FewShared shared = lay_out(shared_buffer, FewShared{&call, {}, {}, {}, {}, {}, nullptr});
-            FewStart start{&shared, {0}, {}};
+            FewShared shared = lay_out(shared_buffer, FewShared{&call, {}, {}, {}, {}, {}, nullptr, nullptr});
+            FewStart start{&shared, {0}, {false}, {}};
             run_team(call.team, few_enter, &start);
-        } else {
-            ManyShared shared{&call, tile_size(call)};
-            run_team(call.team, many_body, &shared);
+            return start.failed.load() ? 1 : 0;
         }
+        ManyShared shared{&call, tile_size(call), {0}, {false}};
+        run_team(call.team, many_body, &shared);
+        return shared.failed.load() ? 1 : 0;
     } catch (const std::bad_alloc&) {
         return 1;
     }
-    return 0;
 }
+
+EXPORT void d2dmoe_limit_allocations(int left) { allocations_left.store(left); }
 
 // The gate alone, for tests: run (tokens, experts) from scores.
 EXPORT void d2dmoe_choose(const D2dmoeLayer* layer, const float* scores, int64_t tokens, uint8_t* run) {

@@ -5,20 +5,22 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..gates import topk_priority
 
-ABI = 2
+ABI = 3
 LIBRARY = Path(os.environ.get("D2DMOE_LIBRARY") or Path(__file__).with_name("libd2dmoe.so"))
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "silu": 4}
 GATES = {"max": 0, "share": 1, "topk": 2, "topp": 3, "absolute": 4}
 DTYPES = (torch.float32, torch.bfloat16)
 TILES_FROM = 32  # tokens of a call for which weights are put into tiles: with fewer, few experts have enough of them
+STALE = 2  # what the library returns when a source of a plan has changed
 FEW = 64  # up to so many tokens the experts are shared out over the threads, above it the tokens
 _NUMBERS = ("bf16", "activation", "gate", "kernels")
 _SIZES = ("d", "size", "d_out", "experts", "router_width", "linear_rank", "top", "min_experts", "max_experts", "shared")
@@ -30,6 +32,12 @@ _TENSORS = {  # field of the struct -> argument of the operator
 _TILED = {"up_tiles": "up_weight", "gate_tiles": "gate_weight", "down_tiles": "down_weight"}
 
 
+class _Source(ctypes.Structure):
+    """`D2dmoeSource` of forward.cpp."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("bytes", ctypes.c_int64))
+
+
 class _Layer(ctypes.Structure):
     """`D2dmoeLayer` of forward.cpp."""
 
@@ -39,6 +47,9 @@ class _Layer(ctypes.Structure):
         ("tau", ctypes.c_float),
         ("few", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in (*_TENSORS, *_TILED)),
+        ("sources", ctypes.c_void_p),
+        ("source_count", ctypes.c_int64),
+        ("fingerprint", ctypes.c_uint64),
     )
 
 
@@ -56,6 +67,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     lib.d2dmoe_use_openmp.argtypes = [ctypes.c_void_p] * 3
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     lib.d2dmoe_forward.argtypes = [pointer, pointer, size, pointer, size, pointer, ctypes.c_int]
+    lib.d2dmoe_fingerprint.argtypes, lib.d2dmoe_fingerprint.restype = [pointer], ctypes.c_uint64
     lib.d2dmoe_choose.argtypes = [pointer, pointer, size, pointer]
     threads = _share_threads(lib)
     names = [lib.d2dmoe_kernels_name(number).decode() for number in kernel_numbers(lib)]
@@ -103,6 +115,19 @@ def supports(x: torch.Tensor, activation: str | None, gate: str) -> bool:
     return x.device.type == "cpu" and x.dtype in DTYPES and activation in ACTIVATIONS and gate in GATES and LIVE
 
 
+def live() -> tuple[bool, str]:
+    """Is the library there, and what it is or why it is not."""
+    return LIVE, LOADED[1]
+
+
+def synchronize() -> None:
+    """Nothing runs on after a call."""
+
+
+class StaleWeights(Exception):
+    """A tensor has changed that a plan holds a derived copy of."""
+
+
 def in_tiles(weight: torch.Tensor) -> torch.Tensor:
     """``(experts, k, n)`` to what AMX multiplies from the right, ``(experts, n/32, k/32, 2, 16, 16, 2)``.
 
@@ -129,7 +154,7 @@ class Plan:
         extra_bytes: Memory of the weights that are kept a second time, for AMX; 0 until a call has enough tokens.
     """
 
-    __slots__ = ("call", "d_out", "extra_bytes", "forward", "keep", "layer", "tiles")
+    __slots__ = ("call", "d_out", "dtype", "extra_bytes", "forward", "keep", "layer", "sources", "tiles")
 
     def __init__(
         self,
@@ -142,17 +167,26 @@ class Plan:
         shared: int = 0,
         kernels: int | None = None,
         tiles: Tiles | None = None,
+        sources: Sequence[torch.Tensor] = (),
     ):
         """See `operator.reference`; `kernels` forces an instruction set.
+
+        At each call, samples of the values of `sources` are compared with what they were now: a write through `.data`
+        leaves no other trace. 32 words of each tensor take about a microsecond for a layer.
 
         With `tiles` the plan may keep bf16 weights a second time, in tiles, where the instruction set gains by that;
         plans of one layer share them through it. It pays for a plan that is used again.
         """
         up = tensors["up_weight"]
-        tensors = {name: None if t is None else t.to(up.dtype).contiguous() for name, t in tensors.items()}
+        for name, tensor in tensors.items():
+            if tensor is not None and (tensor.device.type != "cpu" or (tensor.numel() and not tensor.data_ptr())):
+                raise RuntimeError(f"{name} is on the device {tensor.device}; the CPU kernels need it in memory")
+        given = tensors
+        tensors = {name: None if t is None else t.to(up.dtype).contiguous() for name, t in given.items()}
+        copied = [t for n, t in given.items() if t is not None and t.data_ptr() != tensors[n].data_ptr()]
         up = tensors["up_weight"]
         experts, d, size = up.shape
-        self.d_out = tensors["down_weight"].shape[-1]
+        self.dtype, self.d_out = up.dtype, tensors["down_weight"].shape[-1]
         base, constants = tensors["down_bias"], tensors["constants"]
         if constants is not None:
             total = constants.float().sum(0)
@@ -179,9 +213,12 @@ class Plan:
         self.tiles = tiles if wanted else None
         self.call = ctypes.byref(layer)
         self.forward: Callable = library()[0].d2dmoe_forward
+        self.sources = self._watch([*sources, *copied])
 
     def __call__(self, x: torch.Tensor, run: torch.Tensor | None = None) -> torch.Tensor:
         """``(tokens, d_out)`` of ``(tokens, d_model)``; `run` ``(tokens, experts)`` replaces router and gate."""
+        if x.shape[1] != self.layer.d or x.dtype != self.dtype:
+            raise ValueError(f"tokens of {x.shape[1]} x {x.dtype} for a layer of {self.layer.d} x {self.dtype}")
         if x.stride(1) != 1:
             x = x.contiguous()
         if run is not None:
@@ -191,9 +228,24 @@ class Plan:
             self._keep_tiles()
         y = torch.empty((tokens, self.d_out), dtype=x.dtype)
         mask = None if run is None else run.data_ptr()
-        if self.forward(self.call, x.data_ptr(), x.stride(0), mask, tokens, y.data_ptr(), torch.get_num_threads()):
-            raise MemoryError(f"no memory for {tokens} tokens")
+        failed = self.forward(self.call, x.data_ptr(), x.stride(0), mask, tokens, y.data_ptr(), torch.get_num_threads())
+        if failed:
+            raise StaleWeights if failed == STALE else MemoryError(f"no memory for {tokens} tokens")
         return y
+
+    def _watch(self, tensors: list[torch.Tensor]) -> tuple[Any, ...]:
+        """Take the fingerprint of these tensors; returns what has to stay alive."""
+        wholes = [(t.untyped_storage(), t) for t in tensors]
+        parts = [(t, t.nbytes) if t.is_contiguous() else (whole, whole.nbytes()) for whole, t in wholes]
+        places = (_Source * len(parts))(*((part.data_ptr(), size) for part, size in parts))
+        self.layer.sources, self.layer.source_count = ctypes.addressof(places), len(parts)
+        self.layer.fingerprint = library()[0].d2dmoe_fingerprint(self.call)
+        return places, tensors
+
+    def check(self) -> None:
+        """Raise `StaleWeights` if a source has changed."""
+        if library()[0].d2dmoe_fingerprint(self.call) != self.layer.fingerprint:
+            raise StaleWeights
 
     def _keep_tiles(self) -> None:
         tiles = self.tiles
@@ -212,3 +264,6 @@ class Plan:
         run = torch.empty(scores.shape, dtype=torch.bool)
         library()[0].d2dmoe_choose(self.call, scores.data_ptr(), len(scores), run.data_ptr())
         return run
+
+
+prepare = Plan
