@@ -56,24 +56,24 @@ def plot_times(rows: list[dict[str, Any]], path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     panels: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["active_fraction"]):
         panels.setdefault((row["phase"], row["batch"], row["context"]), []).append(row)
-    figure = Figure(figsize=(min(3.5 * len(panels), 14) if len(panels) > 1 else 6, 4), layout="constrained")
-    metric = rows[0]["metric"]["name"]
+    figure = Figure(figsize=(max(5.0, 3.5 * len(panels)), 3.5), layout="constrained")
     every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, ((phase, batch, length), mine) in zip(every, panels.items(), strict=True):
-        mine = sorted(mine, key=lambda row: row["active_fraction"])
-        axes.plot([row["sparse_ms"] for row in mine], [row["metric"]["value"] for row in mine], "o-", label="converted")
-        dense_ms = statistics.median(row["dense_ms"] for row in mine)
+        points = [(row["sparse_ms"], row["metric"]["value"]) for row in mine]
+        dense_ms = statistics.median(row["dense_ms"] for row in mine)  # timed anew beside every budget
+        axes.plot(*zip(*points, strict=True), "o-", label="converted, by active fraction")
         axes.plot([dense_ms], [mine[0]["dense"]["value"]], "k*", markersize=11, label="dense")
-        for row in mine:
-            spot = (row["sparse_ms"], row["metric"]["value"])
-            axes.annotate(f"{row['active']:.0%}", spot, xytext=(6, 4), textcoords="offset points")
-        axes.set(xlabel="measured time, ms", title=f"{phase}, {batch} × {length} tokens")
-        axes.set_xlim(left=0)
+        for row, point in zip(mine, points, strict=True):
+            axes.annotate(f"{row['active']:.0%}", point, xytext=(7, 3), textcoords="offset points")
+        tokens = f"{length} tokens" if phase == "prefill" else "1 token"
+        axes.set(xlabel="measured time, ms", title=f"{phase}, {batch} × {tokens}")
+        axes.set_xlim(0, 1.15 * max(dense_ms, *(time for time, _ in points)))
+        axes.margins(y=0.12)
         axes.grid(alpha=0.3)
-    every[0].set_ylabel(metric)
-    every[0].legend()
+    every[0].set_ylabel(rows[0]["metric"]["name"])
+    figure.legend(*every[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     _save(figure, path)
 
 

@@ -136,7 +136,7 @@ def test_the_plot_shows_recorded_quality_at_measured_times(folder, tmp_path, mon
     assert main([*argv, "--plot", str(tmp_path / "p.svg")]) == 0
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     titles = [axes.get_title() for axes in drawn[0].axes]
-    assert titles == ["prefill, 1 × 8 tokens", "decode, 1 × 8 tokens", "prefill, 2 × 8 tokens", "decode, 2 × 8 tokens"]
+    assert titles == ["prefill, 1 × 8 tokens", "decode, 1 × 1 token", "prefill, 2 × 8 tokens", "decode, 2 × 1 token"]
     for number, axes in enumerate(drawn[0].axes):
         quarter, half = rows[2 * number : 2 * number + 2]
         converted, dense = axes.lines
