@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-gpu test-oldest native sanitize lint format gpt2-mini clean
+.PHONY: demo test test-slow test-gpu test-oldest native sanitize lint format docs gpt2-mini clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,14 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+DOCS := $(VENV)/.docs
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
+docs: $(DOCS)  ## the guides as a site in build/site; a broken link fails
+	$(BIN)/mkdocs build --strict
 
 gpt2-mini: $(READY)  ## train the bundled model again (about half an hour on 2 cores; needs the data folder)
 	$(BIN)/python recipes/gpt2_mini/train.py --compile

@@ -1,4 +1,4 @@
-"""The command `d2dmoe`: subcommands, messages, exit codes. Only here is anything printed."""
+"""The command `d2dmoe`: subcommands, messages, exit codes. The only package that prints."""
 
 from .app import main
 from .flags import add_fields

@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code: 0 done, 1 failed, 2 usage."""
     parser = _parser()
     arguments, further = parser.parse_known_args(argv)
-    prefix = getattr(arguments, "takes_more", None)  # of flags that the verb hands on to a library
+    prefix = getattr(arguments, "takes_more", None)  # prefix of the flags that this verb passes on to a library
     if further and (prefix is None or not all(w.startswith(prefix) for w in further if w.startswith("--"))):
         parser.error(f"unrecognized arguments: {' '.join(further)}")
     arguments.further = further
@@ -54,7 +54,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check_writable(flag: str, path: str | None) -> None:
-    """Before any long work: can the figures be written there at its end?"""
+    """Check, before any long work, that the figures can be written there.
+
+    Raises:
+        UserError: If they cannot.
+    """
     if path:
         above = next(p for p in Path(path).absolute().parents if p.exists())
         if Path(path).is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
@@ -62,7 +66,7 @@ def _check_writable(flag: str, path: str | None) -> None:
 
 
 def _quiet() -> None:
-    """Libraries keep their notes to themselves; ours are shown as plain sentences."""
+    """Silence the notes of libraries, and print our own as plain sentences."""
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -33,6 +33,8 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
         help="hold the dense layout of the feed-forward weights as well, for the column dispatched",
     )  # fmt: skip
     sub.add_argument("--columns", default=columns, help="what to compare with; eager is always there")
+    drawn = "draw recorded quality against measured time (needs --model and matplotlib)"
+    sub.add_argument("--plot", metavar="FILE", help=drawn)
 
 
 def run(arguments: argparse.Namespace, command: list[str]) -> int:
@@ -41,13 +43,17 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
 
     from ..measure import bench
     from ..measure.pairs import parse_layer
-    from ..report import bench_table
+    from ..report import bench_table, check_plot, plot_times
 
     columns = tuple(arguments.columns.split(","))
     if unknown := set(columns) - set(bench.COLUMNS):
         raise UserError(f"--columns {', '.join(sorted(unknown))}: not one of {', '.join(bench.COLUMNS)}")
     for active in arguments.active or []:
         check_active(active)
+    if arguments.plot:
+        if arguments.layer:
+            raise UserError("--plot draws the quality of a model, and a single layer has none; give --model")
+        check_plot(arguments.plot)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.clock == "cpu" and torch.get_num_threads() != 1:
@@ -62,6 +68,8 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
     else:
         rows = _bench_model(arguments, options)
     emit(arguments, command, 0, rows, bench_table(rows))
+    if arguments.plot:
+        plot_times(rows, arguments.plot)
     return 0
 
 
@@ -78,11 +86,18 @@ def _bench_model(arguments: argparse.Namespace, options: dict[str, Any]) -> list
         raise UserError(
             f"--model {arguments.model}: not converted; run `d2dmoe convert --model {arguments.model}` first"
         )
+    actives = arguments.active or [budget.active for budget in stored.budgets]
+    quality = {active: recorded_quality(arguments.model, active) for active in actives}
+    missing = ", ".join(f"{active:g}" for active, found in quality.items() if not found)
+    if arguments.plot and (missing or not quality):
+        raise UserError(
+            f"--plot {arguments.plot}: results.json of {arguments.model} records no quality at --active "
+            f"{missing or '…'}; name budgets that convert has stored and evaluated"
+        )
     dtype = getattr(torch, arguments.dtype)
     model, dense = hub.load_model(arguments.model, config, dtype=dtype), hub.load_dense(arguments.model, config, dtype)
-    actives = arguments.active or [b.active for b in stored.budgets]
     batches = [int(n) for n in arguments.batch]
     rows = bench.bench_model(
         model, dense, batches=batches, length=arguments.length, settings=[{"active": a} for a in actives], **options
     )
-    return [{**row, **recorded_quality(arguments.model, row["active"])} for row in rows]
+    return [{**row, **quality[row["active"]]} for row in rows]

@@ -1,4 +1,4 @@
-"""Flags from dataclasses, and values from flags and recipe files."""
+"""Make flags from dataclasses; read values from flags and recipe files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import UserError
 
 
 def add_fields(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """One flag per field, without defaults, so that a flag that was not given does not override a recipe."""
+    """Add a flag for every field. Flags have no defaults: a flag that is not given must not override a recipe."""
     hints = typing.get_type_hints(config_class)
     for f in fields(config_class):
         if f.metadata.get("hidden"):

@@ -1,4 +1,4 @@
-"""The figures of a verb: printed, and written as JSON if it was asked to."""
+"""Print the figures of a verb, and write them as JSON on request."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 
 def emit(arguments: argparse.Namespace, command: list[str], seed: int, rows: list[dict], text: str) -> None:
-    """Print the text; write the rows where `--json` says."""
+    """Print the text, and write the rows to the file of `--json`."""
     from ..report import envelope, write_json
 
     print(text)

@@ -28,7 +28,7 @@ TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5}
 
 @dataclass
 class Discovery:
-    """Blocks that can be converted, and everything else with the reason why it is left alone."""
+    """The blocks to convert, and all other linear maps with the reason why they stay dense."""
 
     blocks: list[Block]
     refused: list[tuple[Block, str]]
@@ -85,7 +85,7 @@ def _matches(trace: Trace) -> Iterator[tuple[Block, tuple[Call, ...]]]:
 def _fits(
     z: torch.Tensor, target: torch.Tensor, names: tuple[str, ...], factor: torch.Tensor | float = 1.0
 ) -> str | None:
-    """Name of the activation with `act(z) * factor == target`: the one with the smallest error, if that is rounding."""
+    """Name of the activation with `act(z) * factor == target` up to rounding: the one with the smallest error."""
     best, name = TOLERANCE.get(target.dtype, 1e-2), None
     for candidate in names:
         act = ACT2FN[candidate]
@@ -124,7 +124,7 @@ def _match_glu(u, near, names):
 
 
 def _group(matches: Iterator[tuple[Block, tuple[Call, ...]]]) -> list[tuple[Block, list[tuple[Call, ...]]]]:
-    """Calls of the same linear maps are one block that runs several times (ALBERT)."""
+    """Merge calls of the same linear maps: one block that runs several times (ALBERT)."""
     grouped: dict[tuple, tuple[Block, list[tuple[Call, ...]]]] = {}
     for block, calls in matches:
         grouped.setdefault((block.up, block.gate, block.down), (block, []))[1].append(calls)
@@ -134,7 +134,7 @@ def _group(matches: Iterator[tuple[Block, tuple[Call, ...]]]) -> list[tuple[Bloc
 
 
 def _objection(model: nn.Module, trace: Trace, block: Block, calls: list, most_rows: int) -> str | None:
-    """Why a matched block is better left alone, if it is."""
+    """The reason to leave a matched block dense, if there is one."""
     times = Counter(call.name for call in trace.linears)
     for name in {block.up, block.down, block.gate or block.up}:
         if times[name] != block.calls:
@@ -154,7 +154,7 @@ def _objection(model: nn.Module, trace: Trace, block: Block, calls: list, most_r
 
 
 def _mount(model: nn.Module, trace: Trace, block: Block, calls: list) -> str | None:
-    """Fill in where the experts go: in place of one module, or spread over the two linear maps and the activation."""
+    """Choose where the experts go: one module, or two linear maps and their activation. Returns the objection."""
     up, gate, down = calls[0]
     names = {up.name, gate.name, down.name}
     ancestor = _common_ancestor(names)
@@ -177,7 +177,7 @@ def _common_ancestor(names: set[str]) -> str:
 
 
 def _is_whole(model: nn.Module, trace: Trace, ancestor: str, names: set[str], up: Call, down: Call) -> bool:
-    """Does this module take what `up` takes, return what `down` returns, and hold no other parameter?"""
+    """Whether this module has the input of `up`, the output of `down`, and no other parameter."""
     if not ancestor:
         return False
     owners = {
@@ -195,7 +195,7 @@ def _is_whole(model: nn.Module, trace: Trace, ancestor: str, names: set[str], up
 
 
 def _activation_module(model: nn.Module, trace: Trace, block: Block, gate: Call, ancestor: str) -> str | None:
-    """Path, inside this block, of the module that turned the linear map's output into its activation."""
+    """Path of the module inside this block that computes the activation."""
     z = gate.output
     if block.fused:
         z = gate.output.chunk(2, dim=-1)[0 if block.fused == "gate_up" else 1]
@@ -218,13 +218,13 @@ def _activation_module(model: nn.Module, trace: Trace, block: Block, gate: Call,
 
 
 def _acts(first: torch.Tensor, output: torch.Tensor, z: torch.Tensor, activation: str) -> bool:
-    """Was this call given `z` (an in-place activation overwrites it) and did it return `act(z)`?"""
+    """Whether this call got `z` (an in-place activation overwrites it) and returned `act(z)`."""
     given = torch.equal(first, z) or first.data_ptr() == output.data_ptr()
     return given and (ACT2FN[activation](z) - output).abs().max().item() < TOLERANCE.get(z.dtype, 1e-2)
 
 
 def _acts_elsewhere(model: nn.Module, trace: Trace, block: Block, blocks: list[Block]) -> bool:
-    """Does the module that would become an identity run more often than these blocks need it?"""
+    """Whether the module that would become an identity also runs outside these blocks."""
     module = model.get_submodule(block.activation_module)
     times = next(len(trace.modules.get(name, [])) for name, m in model.named_modules() if m is module)
     own = [b for b in blocks if b.activation_module and model.get_submodule(b.activation_module) is module]
@@ -232,7 +232,7 @@ def _acts_elsewhere(model: nn.Module, trace: Trace, block: Block, blocks: list[B
 
 
 def _others(model: nn.Module, trace: Trace, blocks: list[Block], refused: list) -> list[tuple[str, int, int, str]]:
-    """Linear maps outside every block, and why."""
+    """The linear maps outside every block, each with the reason."""
     used = {n for b in [*blocks, *(b for b, _ in refused)] for n in (b.up, b.down, b.gate)}
     called = {call.name for call in trace.linears}
     head = getattr(model, "get_output_embeddings", lambda: None)()

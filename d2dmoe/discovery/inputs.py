@@ -1,4 +1,4 @@
-"""Small valid inputs for a model that is known by its config alone."""
+"""Small valid inputs for a model, from its config alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One forward pass in which every linear map answers with noise, and the record of it."""
+"""One recorded forward pass in which every linear map returns noise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOISE_SCALE, NOISE_LIMIT = 1.5, 4.0
 
 @dataclass
 class Call:
-    """One call of a linear map: what it received, and the noise it answered with."""
+    """One call of a linear map: its input, and the noise that it returned."""
 
     name: str
     input: torch.Tensor
@@ -32,7 +32,7 @@ class Call:
 
 @dataclass
 class Trace:
-    """What one forward pass showed."""
+    """The record of one forward pass."""
 
     linears: list[Call] = field(default_factory=list)
     modules: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)  # name -> [(first tensor in, output)]
@@ -48,13 +48,13 @@ def features(linear: nn.Module) -> tuple[int, int]:
 
 
 def runs_on(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> set[str]:
-    """Names of the linear maps that these inputs reach; a skeleton is as good as the model."""
+    """Names of the linear maps that these inputs reach. A skeleton suffices."""
     return {call.name for call in run_traced(model, dict(inputs)).linears}
 
 
 @contextmanager
 def _instrumented(model: nn.Module, trace: Trace) -> Iterator[None]:
-    """Linear maps answer with noise and are recorded; every other module's input and output are recorded."""
+    """Make linear maps return noise, and record the inputs and outputs of all modules."""
     generator = torch.Generator().manual_seed(1)
     linears, handles = [], []
 
@@ -92,7 +92,7 @@ def _instrumented(model: nn.Module, trace: Trace) -> Iterator[None]:
 
 @torch.no_grad()
 def run_traced(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Trace:
-    """Run the model once, its linear maps answering with noise, and record that."""
+    """Run the model once with linear maps that return noise; returns the record."""
     samples = next(iter(inputs.values())).shape[0]
     trace = Trace(samples=samples, activations=(*fatrelu_names(model), *ACTIVATIONS))
     training = model.training

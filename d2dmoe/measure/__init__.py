@@ -1,1 +1,1 @@
-"""What a model does: observers, quality, FLOPs and time."""
+"""Measurements of a model: observers, quality, FLOPs and time."""

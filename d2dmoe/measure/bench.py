@@ -1,6 +1,6 @@
-"""Time: one layer or a whole model, dense against converted and against what is on the shelf.
+"""Time of one layer or a whole model: dense, converted, and rivals.
 
-Nothing is timed before the outputs have been compared.
+Outputs are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .pairs import make_pair
 from .rivals import RIVAL_FUNCTIONS, dense_columns, works
 from .timing import Function, measure, row
 
-INPUTS = 8  # different ones, in turn
+INPUTS = 8  # different inputs, used in turn
 DENSE = ("eager", "compiled", "frozen")
 RIVALS = ("grouped_mm", "loop")
 COLUMNS = (*DENSE, "sparse", "dispatched", *RIVALS)
@@ -32,7 +32,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative RMSE of the 
 
 
 def dispatched(function: Function) -> Function:
-    """The same where layers may take the fastest way instead of the one their gate asks for."""
+    """The function with automatic dispatch: layers may run everything where that is faster than skipping."""
 
     def run(x: Any) -> Any:
         with dispatching("auto"):
@@ -47,9 +47,9 @@ def bench_layer(
     spec: dict[str, Any], *, tokens: list[int], actives: list[float], dtype: torch.dtype, seconds: float = 2.0,
     columns: tuple[str, ...] = COLUMNS, clock: str = "wall", keep_dense: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows for every number of tokens and active fraction; topk gate, so that the fraction is exact.
+    """A row for every token count and active fraction. The gate is topk, so the fraction is exact.
 
-    With `keep_dense` the layer holds the dense layout as well, for the column `dispatched`.
+    With `keep_dense` the layer also holds the dense layout, which the column `dispatched` may use.
     """
     dense, layer = make_pair(**spec, dtype=dtype)
     layer.keep_dense = keep_dense
@@ -75,7 +75,7 @@ def bench_layer(
 
 
 def check_layer(dense: nn.Module, layer: DynamicFFN, x: torch.Tensor) -> None:
-    """The correctness gate: the backend against the reference, and everything on against the dense block.
+    """Check the backend against the reference, and the layer with all experts on against the dense block.
 
     Raises:
         RuntimeError: If they disagree.
@@ -90,10 +90,10 @@ def check_layer(dense: nn.Module, layer: DynamicFFN, x: torch.Tensor) -> None:
 
 
 def _check_backend(layer: DynamicFFN, x: torch.Tensor, where: str) -> None:
-    """The live backend against the reference, as the layer's gate is set."""
+    """Check the live backend against the reference, with the layer's gate in force."""
     layer.observer = lambda *_: None
     layer.observer.needs_hidden = False
-    y = layer(x)  # observed, so with the set of experts given: rounding must not decide which run
+    y = layer(x)  # an observed layer takes its experts from Python, so rounding cannot change the selection
     layer.observer = None
     with use_backend("reference"):
         _agree(y, layer(x), f"the backend and the reference {where}")
@@ -108,9 +108,9 @@ def _agree(y: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 @dispatching("sparse")
 @torch.no_grad()
 def speedup(model: nn.Module, dense: nn.Module, batches: Sequence[dict[str, Any]], *, seconds: float = 1.0) -> float:
-    """How many times as fast as the dense model the converted one is on such batches, its gate as it is set.
+    """Speed-up of the converted model over the dense one on these batches, with the gate in force.
 
-    The ratio of medians of forward passes that take turns, in the threads and on the device in force.
+    It is the ratio of median times. The forward passes of both models take turns, with the threads and device in force.
     """
 
     def timed(module: nn.Module) -> Function:
@@ -132,7 +132,7 @@ def bench_model(
     model: nn.Module, dense: nn.Module, *, batches: list[int], length: int, settings: list[dict], seconds: float = 4.0,
     columns: tuple[str, ...] = COLUMNS, clock: str = "wall", keep_dense: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of prefill (`batch` × `length` tokens at once) and, for a model that generates, decode (one token each)."""
+    """Rows of prefill (`batch` × `length` tokens at once) and, for generative models, of decode (one token each)."""
     for layer in layers(model):
         layer.keep_dense = keep_dense
     rows = []
@@ -168,7 +168,7 @@ def bench_model(
 
 @contextmanager
 def _gate(model: nn.Module, setting: dict) -> Iterator[None]:
-    """`set_gate` where the model is a stored one; a random model's layers are set by hand."""
+    """`set_gate` for a converted checkpoint. A random model has no record, so its layers are set one by one."""
     if getattr(model.config, "quantization_config", None) is not None and model.config.quantization_config.d2dmoe.curve:
         with set_gate(model, **setting):
             yield
@@ -192,7 +192,7 @@ def _prefill(model: nn.Module, ids: torch.Tensor) -> Any:
 
 
 def _decode(model: nn.Module, ids: torch.Tensor, prompt: torch.Tensor, caches: dict[int, Any]) -> Any:
-    """One step after the prompt; its keys and values are taken off the cache again."""
+    """One step after the prompt. The step's keys and values are then removed from the cache."""
     if id(model) not in caches:
         caches[id(model)] = model(input_ids=prompt, use_cache=True).past_key_values
     cache = caches[id(model)]
@@ -215,7 +215,7 @@ def _rival(model: nn.Module, function: Callable, call: Callable) -> Function:
 
 
 def check_model(model: nn.Module, ids: torch.Tensor) -> float:
-    """The correctness gate for every layer on the model's own inputs; returns the measured active fraction."""
+    """Check every layer against the reference on the model's own inputs; returns the measured active fraction."""
     seen: dict[int, torch.Tensor] = {}
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, i=i: seen.update({i: args[0].detach()}))

@@ -29,7 +29,7 @@ from .observe import ActiveCounter, model_inputs, observing, pieces
 
 Setting = dict[str, Any]  # keyword arguments of `set_gate`
 LOGITS_HELD = 2**25  # elements, 128 MB in fp32
-TIMED = 3  # passes behind a time, after one to warm up
+TIMED = 3  # timed passes, after one to warm up
 
 
 @dispatching("sparse")
@@ -90,18 +90,18 @@ def evaluate(
 
 @dataclass
 class _Point:
-    """One setting of the gate: what it does to the metric and to the experts, batch by batch."""
+    """One setting of the gate: its metric and active fraction, summed batch by batch."""
 
     setting: Setting
     metric: Metric
     counter: ActiveCounter = field(default_factory=ActiveCounter)
 
     def gate(self, model: nn.Module) -> AbstractContextManager:
-        """This setting, in force."""
+        """Context manager that sets the gate."""
         return set_gate(model, **self.setting) if layers(model) else nullcontext()
 
     def run(self, model: nn.Module, inputs: Batch, batch: Batch, reference: torch.Tensor | None) -> torch.Tensor | None:
-        """One forward pass; `reference` is what this returned for the dense model, `None` in its own pass."""
+        """One forward pass. `reference` is the dense model's result, `None` in the dense pass itself."""
         with self.gate(model), observing(model, self.counter) as current:
             current["mask"] = batch.get("attention_mask")
             kept = self.metric.keep(model(**inputs), batch)
@@ -148,7 +148,7 @@ def _costs(model: nn.Module, counter: ActiveCounter, total: float) -> dict[str, 
 
 
 def dense_flops_per_token(model: nn.Module, inputs: Batch) -> float:
-    """Of the dense model, for what it is given here, per row of its first converted layer."""
+    """FLOPs of the dense model on this batch, per row of its first converted layer."""
     with set_gate(model, active=1):
         total = model_flops(model, inputs) / _positions(model, inputs)
     return total - sum(padding_flops(layer) for layer in layers(model))
@@ -168,7 +168,7 @@ def _positions(model: nn.Module, inputs: Batch) -> int:
 
 
 def _milliseconds(model: nn.Module, timed: list[Batch]) -> float:
-    """Per token that is not padding, of whole forward passes after one to warm up."""
+    """Milliseconds per token, padding left out: whole forward passes, after one to warm up."""
     model(**timed[0])
     started = time.perf_counter()
     for inputs in timed:
@@ -183,7 +183,7 @@ def _tokens(batch: Batch) -> int:
 
 
 def _row_limit(model: nn.Module, batches: Sequence[Batch]) -> int:
-    """Sequences per forward pass, so that logits over a large vocabulary stay small."""
+    """Sequences per forward pass: few enough that the logits of a large vocabulary fit in memory."""
     ids = batches[0].get("input_ids")
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0) if ids is not None else 0
     return max(1, LOGITS_HELD // (ids.shape[1] * vocabulary)) if vocabulary else 2**30
@@ -218,14 +218,14 @@ def prepare(
     tokens: int = 0,
     metric: str | None = None,
 ) -> Subject:
-    """Everything of an evaluation that can fail without the weights.
+    """Prepare an evaluation: every check that needs no weights.
 
     Args:
         name: Converted or dense model: hub id or local folder.
-        data: What to evaluate on.
+        data: Data to evaluate on.
         settings: Checked against the model's gate.
-        part: Of the data.
-        tokens: Stop after so many; 0 for all.
+        part: Part of the data.
+        tokens: Stop after this many tokens; 0 for all.
         metric: A key of `METRICS`, or `None` for the natural one.
 
     Raises:

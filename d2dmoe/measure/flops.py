@@ -11,19 +11,19 @@ from ..moe.layer import DynamicFFN, GateState
 
 
 def dense_ffn_flops(layer: DynamicFFN) -> int:
-    """Of the block before conversion, matrix products only, as `FlopCounterMode` counts them."""
+    """FLOPs of the block before conversion: matrix products only, as `FlopCounterMode` counts them."""
     block, d_out = layer.block, layer.down_weight.shape[-1]
     ups = 2 if block.kind == "glu" else 1
     return 2 * block.width * (ups * block.d_model + d_out) * block.calls
 
 
 def padding_flops(layer: DynamicFFN) -> int:
-    """Of the zero neurons that fill up the last expert, with everything on: what the dense block does not do."""
+    """FLOPs of the zero neurons that fill up the last expert, with all experts on. The dense block has none."""
     return dense_ffn_flops(layer) // layer.block.width * (layer.block.slots - layer.block.width)
 
 
 def sparse_ffn_flops(layer: DynamicFFN, active: float, state: GateState | None = None) -> float:
-    """Of the converted block at an active fraction: executed experts, router, gate, and stand-ins.
+    """FLOPs of the converted block at an active fraction: executed experts, router, gate, and stand-ins.
 
     `state` stands for the layer's own gate state.
 
@@ -43,9 +43,9 @@ def sparse_ffn_flops(layer: DynamicFFN, active: float, state: GateState | None =
 
 @torch.no_grad()
 def model_flops(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
-    """Of one forward pass as it is set, counted by `FlopCounterMode` (matrix products, convolutions, attention).
+    """FLOPs of one forward pass with the gate in force: matrix products, convolutions and attention.
 
-    Attention is spelled out in matrix products meanwhile: the counter does not know the fused kernel of the CPU.
+    `FlopCounterMode` counts them. It does not know the CPU's fused attention, so attention runs as matrix products.
     """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(**inputs)

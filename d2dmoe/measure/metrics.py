@@ -1,4 +1,4 @@
-"""What "quality" means for a kind of model: one class per metric, fed with one forward pass after another."""
+"""The quality metrics: one class each, fed with one forward pass after another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import UserError
 
 IGNORED = -100
 MASKED_SHARE = 0.15
-SENTENCES_RANKED = 512  # all pairs of the first so many sentences
+SENTENCES_RANKED = 512  # the rank correlation covers all pairs of these first sentences
 Batch = dict[str, torch.Tensor]
 Figures = dict[str, float]
 
@@ -25,14 +25,14 @@ class Metric:
     """Quality of one operating point, summed over batches.
 
     Attributes:
-        compares: Whether `add` looks at what the dense model made of the same batch.
+        compares: Whether `add` uses the dense model's result for the same batch.
     """
 
     compares = True
 
     @staticmethod
     def prepare(batch: Batch, tokenizer: Any, generator: torch.Generator) -> Batch:
-        """The batch as the model gets it, with what `add` scores it by."""
+        """The batch for the model, and the targets that `add` scores it by."""
         return batch
 
     @staticmethod
@@ -41,16 +41,16 @@ class Metric:
         return output["logits"].float()
 
     def add(self, ours: torch.Tensor, dense: torch.Tensor, batch: Batch) -> None:
-        """Take in what `keep` left of this operating point and of the dense model."""
+        """Score one batch: the results of `keep` for this operating point and for the dense model."""
         raise NotImplementedError
 
     def figures(self) -> Figures:
-        """The metric's own value first, under its name, then further ones."""
+        """Values by name, the metric's own first."""
         raise NotImplementedError
 
 
 class Perplexity(Metric):
-    """Of the next token, with the loss in nats per token."""
+    """Perplexity of the next token, and the loss in nats per token."""
 
     name, compares = "perplexity", False
 
@@ -85,7 +85,7 @@ class MaskedLM(Perplexity):
 
     @staticmethod
     def prepare(batch: Batch, tokenizer: Any, generator: torch.Generator) -> Batch:
-        """The same tokens for the same seed, whatever the model."""
+        """Mask the same tokens for the same seed, whatever the model."""
         ids = batch["input_ids"]
         usual = ~torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
         if "attention_mask" in batch:
@@ -116,7 +116,7 @@ class KLToDense(Metric):
 
 
 class Accuracy(KLToDense):
-    """Share of examples that get their own class, beside what `KLToDense` says."""
+    """Share of examples classified right, with the values of `KLToDense`."""
 
     name = "accuracy"
 
@@ -166,7 +166,7 @@ class Embedding(Metric):
         self.count += len(ours)
 
     def figures(self) -> Figures:
-        """Mean cosine and rank correlation; the latter is not a number below three sentences."""
+        """Mean cosine and rank correlation. The rank correlation is NaN for fewer than three sentences."""
         pairs = [_pair_cosines(torch.cat(side)) for side in zip(*self.ranked, strict=True)]
         rank = float(spearmanr(*pairs).statistic) if len(pairs[0]) > 2 else math.nan
         return {self.name: self.cosine / max(self.count, 1), "rank_correlation": rank}
@@ -180,7 +180,7 @@ def _pair_cosines(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 class CosineToDense(Metric):
-    """Mean cosine between the outputs at each position and those of the dense model; for anything else."""
+    """Mean cosine between the outputs at each position and the dense model's: the metric for every other model."""
 
     name = "cosine_to_dense"
 

@@ -1,4 +1,4 @@
-"""Run a converted model over batches and look into its layers, padding left out and memory bounded by one batch."""
+"""Run a converted model over batches with an observer in every layer. Padding is left out; memory holds one batch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..progress import progress
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 # (layer number, layer, x (tokens, d), hidden (E, tokens, s), scores (tokens, E) or None, run (tokens, E) or None);
-# an observer whose attribute `needs_hidden` is false may get `None` for hidden, and the layer is then as fast as ever
+# an observer whose attribute `needs_hidden` is false may get `None` for hidden, and does not slow the layer down
 Observer = Callable[[int, DynamicFFN, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], None]
 
 
 def model_inputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The part of a batch that the model's forward takes, on its device; a decoder is fed the encoder's own tokens."""
+    """The inputs of a batch that the model's forward accepts, on its device. A decoder gets the encoder's tokens."""
     accepted = inspect.signature(model.forward).parameters
     inputs = {k: v for k, v in batch.items() if k in accepted and k != "labels"}
     if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted and "input_ids" in inputs:
@@ -32,19 +32,19 @@ def model_inputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, 
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system; glibc would keep hundreds of megabytes of it after a stage."""
+    """Return freed memory to the system. glibc keeps hundreds of megabytes of it after a stage."""
     gc.collect()
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        # Only what is larger than 32 MB gets pages of its own, which go back when freed; mapping every tensor anew
-        # costs more than a third of a training step.
+        # Allocations above 32 MB get their own pages, which go back to the system when freed. A lower bound would map
+        # every tensor anew, which costs more than a third of a training step.
         libc.mallopt(M_MMAP_THRESHOLD, 2**25)
         libc.mallopt(M_TRIM_THRESHOLD, 2**28)
         libc.malloc_trim(0)
 
 
 class EnoughSeen(Exception):
-    """Raised by an observer that needs nothing from later layers: the pass over this batch ends there."""
+    """Raised by an observer that needs no later layer: it ends the pass over this batch."""
 
 
 @contextmanager
@@ -83,7 +83,7 @@ TOKENS_AT_ONCE = 1024
 
 
 def pieces(batches: Iterable[dict[str, Any]], row_limit: int = 2**30) -> Iterator[dict[str, Any]]:
-    """The batches cut to at most `TOKENS_AT_ONCE` tokens and `row_limit` sequences, which bounds what a pass holds."""
+    """The batches cut to at most `TOKENS_AT_ONCE` tokens and `row_limit` sequences, to bound the memory of a pass."""
     for batch in batches:
         first = next(iter(batch.values()))
         length = batch["input_ids"].shape[1] if "input_ids" in batch else 1
@@ -93,13 +93,13 @@ def pieces(batches: Iterable[dict[str, Any]], row_limit: int = 2**30) -> Iterato
 
 
 def trunk(model: nn.Module) -> nn.Module:
-    """The model without its head where every converted layer is below: logits can be larger than everything else."""
+    """The model without its head, if every converted layer lies below the head: logits can take most of the memory."""
     base = getattr(model, "base_model", model)
     return base if len(layers(base)) == len(layers(model)) else model
 
 
 def trunk_below(model: nn.Module, names: list[str]) -> nn.Module:
-    """The same for a dense model whose modules of interest have these names."""
+    """As `trunk`, for a dense model whose observed modules have these names."""
     prefix = getattr(model, "base_model_prefix", "")
     return model.base_model if prefix and all(name.startswith(f"{prefix}.") for name in names) else model
 

@@ -37,7 +37,7 @@ def parse_layer(text: str) -> dict[str, Any]:
 
 
 class DenseFFN(nn.Module):
-    """What a dense model runs."""
+    """The block as a dense model runs it."""
 
     def __init__(self, d: int, width: int, glu: bool, act: Callable):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a converted layer is timed against: the dense module, compiled or not, and other ways to run experts."""
+"""The rivals of a converted layer in a benchmark: the dense module, compiled or not, and other ways to run experts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .timing import Function
 
 @contextmanager
 def freezing() -> Iterator[None]:
-    """Inductor prepacks weights meanwhile."""
+    """Inside this block, Inductor prepacks frozen weights."""
     import torch._inductor.config as inductor
 
     before, inductor.freezing = inductor.freezing, True
@@ -29,7 +29,7 @@ def freezing() -> Iterator[None]:
 def dense_columns(
     dense: nn.Module, x: Any, columns: tuple[str, ...], call: Callable | None = None
 ) -> dict[str, Function]:
-    """The dense module eager, compiled, and compiled with frozen weights; what does not compile is left out."""
+    """The dense module eager, compiled, and compiled with frozen weights; without variants that do not compile."""
     call = call or (lambda module, x: module(x))
     functions: dict[str, Function] = {"eager": lambda x: call(dense, x)}
     for name in ("compiled", "frozen"):
@@ -43,16 +43,16 @@ def dense_columns(
 
 
 def works(function: Callable, *arguments: Any) -> bool:
-    """Whether a call runs at all, here and with these arguments."""
+    """Whether this call runs on this machine without an exception."""
     try:
         function(*arguments)
-    except Exception:  # a rival that cannot do this dtype or shape, or a compiler that is not there
+    except Exception:  # unsupported dtype or shape, or no compiler
         return False
     return True
 
 
 def expert_loop(layer: DynamicFFN, x: torch.Tensor) -> torch.Tensor:
-    """The plain way: one expert after the other on the tokens that want it."""
+    """A loop over the experts, each on the tokens that selected it."""
     run = select(layer.router(x), layer.gate_state.name, layer.gate_state.tau)
     y = torch.zeros_like(x) if layer.down_bias is None else layer.down_bias.repeat(len(x), 1)
     for e in range(layer.block.experts):

@@ -1,7 +1,7 @@
-"""Times that can be compared: columns are measured in turn, round by round, so that a disturbance hits all of them.
+"""Comparable times: the columns take turns, round by round, so that a disturbance hits all of them.
 
-A figure is a median with the quartiles beside it. Inputs change from call to call: with the same ones the few experts
-of a token would stay in the cache.
+A figure is a median with its quartiles. The inputs change from call to call: with equal inputs the few experts of a
+token would stay in the cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def measure(
 ) -> dict[str, list[float]]:
     """Milliseconds of every call; each function gets about `seconds`, at least five calls, in rounds of a few.
 
-    The clock `cpu` counts what the calling thread has really run: for one thread on a machine that others use too.
+    The clock `cpu` counts the time that the calling thread has run. It suits one thread on a machine that is shared.
     """
     now = CLOCKS[clock]
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -30,7 +30,7 @@ def measure(
         for x in inputs[:2]:
             function(x)
     fastest = min(_timed(function, inputs[0], now) for function in functions.values())
-    burst = max(1, min(20, int(2.0 / fastest)))  # calls in a row: threads are awake and caches as they are in use
+    burst = max(1, min(20, int(2.0 / fastest)))  # calls in a row, so that threads are awake and caches are warm
     turn, started = 0, time.perf_counter()
     while turn < 5 or time.perf_counter() - started < seconds * len(functions):
         for name, function in functions.items():

@@ -1,4 +1,4 @@
-"""The pipeline: stages in order. Nothing numeric."""
+"""The pipeline: the stages in order, nothing numeric."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def convert(
             model, config, calibration, blocks=plan.blocks, work=work, resume=resume, say=say,
             dense=lambda: hub.load_model(source, model_config, revision).to(device),
         )  # fmt: skip
-        cast(model, _output_dtype(config, model_config))  # the figures are those of the checkpoint
+        cast(model, _output_dtype(config, model_config))  # so that the figures describe the checkpoint
         if first:
             figures["rows"] = _figures(model, held_out, processor)
             figures["calibration_tokens"] = calibration.first(config.calibration_tokens).tokens
@@ -107,7 +107,7 @@ def convert(
 
 
 def _tell(plan: Plan, asleep: list[Block], say: Say) -> None:
-    """What will be converted, what will not, and how the experts fit."""
+    """Report the blocks to convert, the blocks that stay dense, and how the experts fit."""
     if asleep:
         say(f"left dense, because they do not run on this data: {', '.join(block.name for block in asleep)}")
     say(f"{len(plan.blocks)} blocks of {plan.blocks[0].experts} experts in {plan.model_class.__name__}")
@@ -116,7 +116,7 @@ def _tell(plan: Plan, asleep: list[Block], say: Say) -> None:
 
 
 def _record(config: ConvertConfig, plan: Plan, command: list[str] | None, started: float) -> dict[str, Any]:
-    """The part of `results.json` that says what was asked for, of which machine, and how long it took."""
+    """The part of `results.json` on the request, the machine and the duration."""
     return {
         "d2dmoe": __version__, "machine": machine(),
         "command": [portable(word) for word in command or ["d2dmoe", "convert", "--model", config.model]],

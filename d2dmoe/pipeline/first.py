@@ -19,7 +19,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class SparsifyStage:
-    """What is trained before the conversion, and where the result goes."""
+    """The training that precedes the conversion, and the folder of its result."""
 
     config: SparsifyConfig
     training: dict[str, Any]
@@ -27,7 +27,7 @@ class SparsifyStage:
 
     @property
     def folder(self) -> str:
-        """Where the sparsified dense model is, once it is complete."""
+        """Folder of the complete sparsified dense model."""
         return self.config.output_dir
 
     def run(self, resume: bool, say: Say) -> dict[str, Any]:
@@ -42,7 +42,7 @@ class SparsifyStage:
 
 
 def prepare_sparsify(config: ConvertConfig, work: Path) -> SparsifyStage:
-    """Its options and data, checked before anything long begins."""
+    """The options and data of the training, checked before any long work."""
     own, training = sparsify_stage(config, str(work / "sparsified"))
     job = prepare(own)
     training_arguments(training, own, str(work / "unused"))

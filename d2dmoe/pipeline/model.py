@@ -102,7 +102,7 @@ def convert_model(
 
 
 def _record(config: ConvertConfig, blocks: list[Block]) -> D2DMoEConfig:
-    """What the checkpoint will say of itself, without budgets yet."""
+    """The record of the checkpoint, before it has budgets."""
     return D2DMoEConfig(
         blocks=blocks, gate=config.gate, stand_in=config.stand_in, router_width=config.router_width,
         router_target=config.router_target, min_experts=config.min_experts, max_experts=config.max_experts,
@@ -161,7 +161,7 @@ def _routers(
 
 
 def _let_go_of_files(model: PreTrainedModel) -> None:
-    """Copy what still lies in the mapped weight files: the dense blocks in them are no longer needed in memory."""
+    """Copy tensors out of the mapped weight files, so that the dense blocks in them leave memory."""
     packed = {id(p) for layer in layers(model) for p in layer.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in packed:

@@ -1,4 +1,4 @@
-"""What a conversion would do, from the config alone: no weights are read and no memory is taken for them."""
+"""The plan of a conversion, from the config alone: no weights are read or allocated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BASE_MEMORY = 700 * 2**20  # Python with torch and transformers imported
 
 @dataclass
 class Plan:
-    """Blocks with their experts, and what they will cost."""
+    """The blocks with their experts, and the cost of the conversion."""
 
     model_class: type[nn.Module]
     discovery: Discovery
@@ -88,7 +88,7 @@ def make_plan(model_config: Any, config: ConvertConfig) -> Plan:
 
 
 def fit_to_data(plan: Plan, batch: dict[str, torch.Tensor], source: str) -> list[Block]:
-    """Leave blocks alone that this data never reaches, before any weights are read; returns them.
+    """Exclude blocks that this data never reaches, before any weights are read; returns them.
 
     Args:
         plan: Its `discovery` is changed.
@@ -130,7 +130,7 @@ def _added(block: Block, config: ConvertConfig, blocks: list[Block]) -> int:
 
 
 def _moments(block: Block, config: ConvertConfig) -> int:
-    """Bytes that the regression of stand-ins holds for its largest block: moments in fp32, a solve in fp64."""
+    """Bytes of the stand-ins' regression for its largest block: moments in fp32, a solve in fp64."""
     if config.stand_in not in ("constants", "refit", "linear"):
         return 0
     n = block.slots + block.experts + block.d_model

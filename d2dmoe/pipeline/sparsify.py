@@ -45,7 +45,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class Job:
-    """Everything that is known before any weights are read."""
+    """All facts that need no weights."""
 
     kind: type[PreTrainedModel]
     original: Any  # the model's config
@@ -176,7 +176,7 @@ def sparsify(
 
 
 def _check_sharding(arguments: Any, state: PartialState) -> None:
-    """accelerate says nothing and trains copies of the model, or one, where it cannot shard it."""
+    """Refuse `--fsdp` where accelerate cannot shard: it would silently train copies of the model, or a single one."""
     wanted = arguments.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
     if wanted and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         where = "on the CPU" if state.device.type == "cpu" else "in one process"
@@ -190,7 +190,7 @@ def default_output(model: str) -> str:
 
 
 def _fitting(training: dict[str, Any], job: Job) -> dict[str, Any]:
-    """Sequences of about one length in a batch, where they differ and nothing else is asked for."""
+    """Batch sequences of similar length, if lengths differ and the user asks for nothing else."""
     lengths = {len(item.get("input_ids", ())) for item in job.train.items}
     return {"train_sampling_strategy": "group_by_length"} | training if len(lengths) > 1 else training
 

@@ -38,7 +38,7 @@ def block_outputs(model: PreTrainedModel, blocks: list) -> dict[str, tuple[torch
 
 @torch.no_grad()
 def model_outputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What the model makes of one small input, every floating-point tensor of it."""
+    """The floating-point outputs of the model for one small input."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         output = model(**dummy_inputs(model))
@@ -53,7 +53,7 @@ def _relative_error(value: torch.Tensor, wanted: torch.Tensor) -> float:
 def verify(
     model: PreTrainedModel, reference: dict[str, tuple[torch.Tensor, torch.Tensor]], output: dict[str, torch.Tensor]
 ) -> None:
-    """Compare every block, executed again with all experts on, and the model as a whole with the dense ones.
+    """Compare every block and the whole model, all experts on, with the dense ones.
 
     Raises:
         UserError: Naming the block or output and its relative error.

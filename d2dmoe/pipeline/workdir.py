@@ -1,4 +1,4 @@
-"""Folders: what stages leave behind, resume, crash safety, and the final folder."""
+"""The working folder with the results of the stages, resume, crash safety, and the final folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def fitted(
     work: Path | None, name: str, resume: bool, model: PreTrainedModel, stored: D2DMoEConfig, fit: Callable[[], None],
     *, everything: bool = False,
 ) -> None:  # fmt: skip
-    """Run a stage that changes fitted parameters (or all) and the budgets, or take both from an earlier run."""
+    """Run a stage that changes parameters and budgets, or load both from an earlier run."""
     record = work / f"{name}.json" if work is not None else None
 
     def compute() -> dict[str, torch.Tensor]:
@@ -61,12 +61,12 @@ def fitted(
 def stage(
     work: Path | None, name: str, resume: bool, compute: Callable[[], dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
-    """Compute tensors, or take them from an earlier run that got past this stage."""
+    """Compute tensors, or load them from an earlier run that finished this stage."""
     if work is None:
         return compute()
     file = work / f"{name}.safetensors"
     known = resume and file.exists()
-    wait_for_everyone()  # nobody writes before everybody has looked
+    wait_for_everyone()  # every process looks before the first one writes
     if known:
         return load_file(file)
     tensors = {k: v.detach().cpu().contiguous() for k, v in compute().items()}
@@ -134,7 +134,7 @@ def prepare_folders(
 
 
 def _is_ours(work: Path) -> bool:
-    """Whether a conversion made this folder: it holds a recipe, or is what a process leaves that died before that."""
+    """Whether a conversion made this folder: it holds a recipe, or only the traces of a process that died before."""
     inside = {path.name for path in work.iterdir()}
     return RECIPE in inside or inside <= {".probe", f"{RECIPE}.tmp"}
 
@@ -146,12 +146,12 @@ def _cannot_write(output: Path, error: OSError) -> UserError:
 
 @contextmanager
 def folder_errors(output: Path, work: Path, useful: Callable[[Path], bool] | None = None) -> Iterator[None]:
-    """Trouble with the disk in the user's words; a working folder that nothing could go on from does not stay.
+    """Report disk errors as sentences, and remove a working folder that holds nothing to resume.
 
     Args:
         output: Where the checkpoint will be.
         work: The working folder.
-        useful: Whether something could go on from that folder; by default, whether tensors lie in it.
+        useful: Whether the folder holds something to resume; by default, whether it holds tensors.
 
     Raises:
         UserError: If the disk is full or cannot be written.
@@ -173,7 +173,7 @@ def folder_errors(output: Path, work: Path, useful: Callable[[Path], bool] | Non
 
 
 def check_recipe(work: Path, recipe: dict[str, Any], files: dict[str, Any], resume: bool) -> None:
-    """A resumed run must be the same conversion; the first key that differs is named."""
+    """Check that a resumed run is the same conversion; the error names the first key that differs."""
     file = work / RECIPE
     wanted = json.loads(json.dumps({"recipe": recipe, "files": files}, default=list))
     if resume and file.exists():

@@ -77,7 +77,7 @@ def model_card(model: Any, recipe: dict[str, Any], results: dict[str, Any]) -> s
 
 
 def auto_class(kind: type) -> str:
-    """The `AutoModel…` that opens checkpoints of this class: that of its task, `PreTraining` only where it has none."""
+    """The `AutoModel…` that opens checkpoints of this class. `AutoModelForPreTraining` only if no task has it."""
     from transformers.models.auto import modeling_auto
 
     found = []

@@ -1,4 +1,4 @@
-"""What figures were made on, and the JSON form in which they are kept."""
+"""The machine that made the figures, and their JSON form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..version import __version__
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were made on; no names or paths."""
+    """The machine and versions that made the figures, without names or paths."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -37,9 +37,9 @@ def _processor() -> str:
 
 
 def portable(text: Any) -> Any:
-    """A value or command-line word for the record: of a path on this machine only its last part stays.
+    """A value or command-line word without the paths of this machine: only the last part of such a path stays.
 
-    Hub ids and paths relative to the working folder say nothing about the machine and stay whole.
+    Hub ids and paths inside the working folder stay whole.
     """
     if not isinstance(text, str):
         return text
@@ -63,7 +63,7 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def recorded_quality(folder: str | Path, active: float) -> dict[str, Any]:
-    """What `convert` has measured at a budget, `{"metric": …, "dense": …}`; nothing if it has not."""
+    """The quality that `convert` has recorded for a budget, `{"metric": …, "dense": …}`; empty if there is none."""
     path = Path(folder) / "results.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     found = [row for row in rows if abs(row.get("active", row["active_fraction"]) - active) < 1e-6]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from ..errors import UserError
 from .tables import short_names
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+LOG_METRICS = ("perplexity", "masked_lm")  # spread over powers of ten when much is skipped
 
 
 def check_plot(path: str | Path) -> None:
-    """Before any long work: can a plot be drawn?
+    """Check, before any long work, that a plot can be drawn.
 
     Raises:
-        UserError: If matplotlib is missing or the file's suffix is none it knows.
+        UserError: If matplotlib is missing, or the file's suffix is not one that matplotlib writes.
     """
     if find_spec("matplotlib") is None:
         raise UserError(f"--plot {path}: matplotlib is not installed; pip install 'd2dmoe-toolkit[plot]'")
@@ -36,10 +38,45 @@ def plot_curves(rows: list[dict[str, Any]], path: str | Path) -> None:
         (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=name)
         axes.axhline(mine[0]["dense"]["value"], color=line.get_color(), linestyle="--", linewidth=1)
     metric = rows[0]["metric"]["name"]
-    if metric in ("perplexity", "masked_lm"):
+    if metric in LOG_METRICS:
         axes.set_yscale("log")
     axes.set(xlabel="FLOPs of the whole model, relative to dense", ylabel=metric, title="dashed: dense")
     axes.grid(alpha=0.3)
     axes.legend()
+    _save(figure, path)
+
+
+def plot_times(rows: list[dict[str, Any]], path: str | Path) -> None:
+    """Draw recorded quality against measured time: a panel per phase and batch, a point per budget, dense as a star.
+
+    Args:
+        rows: Rows of `bench_model`, each with the `metric` and the `dense` value that the conversion recorded.
+        path: File to write.
+    """
+    from matplotlib.figure import Figure
+
+    panels: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["active_fraction"]):
+        panels.setdefault((row["phase"], row["batch"], row["context"]), []).append(row)
+    figure = Figure(figsize=(max(5.0, 3.5 * len(panels)), 3.5), layout="constrained")
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, ((phase, batch, length), mine) in zip(every, panels.items(), strict=True):
+        points = [(row["sparse_ms"], row["metric"]["value"]) for row in mine]
+        dense_ms = statistics.median(row["dense_ms"] for row in mine)  # timed anew beside every budget
+        axes.plot(*zip(*points, strict=True), "o-", label="converted, by active fraction")
+        axes.plot([dense_ms], [mine[0]["dense"]["value"]], "k*", markersize=11, label="dense")
+        for row, point in zip(mine, points, strict=True):
+            axes.annotate(f"{row['active']:.0%}", point, xytext=(7, 3), textcoords="offset points")
+        tokens = f"{length} tokens" if phase == "prefill" else "1 token"
+        axes.set(xlabel="measured time, ms", title=f"{phase}, {batch} × {tokens}")
+        axes.set_xlim(0, 1.15 * max(dense_ms, *(time for time, _ in points)))
+        axes.margins(y=0.12)
+        axes.grid(alpha=0.3)
+    every[0].set_ylabel(rows[0]["metric"]["name"])
+    figure.legend(*every[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

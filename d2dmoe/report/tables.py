@@ -21,7 +21,7 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
 
 
 def eval_table(rows: list[dict[str, Any]]) -> str:
-    """Rows of `evaluate`: quality beside what it costs. One multiply-accumulate is two FLOPs."""
+    """Rows of `evaluate`: quality and cost. One multiply-accumulate is two FLOPs."""
     if not rows:
         return "(no figures: nothing was evaluated)"
     metric, further = rows[0]["metric"]["name"], list(rows[0].get("metrics", {}))
@@ -52,7 +52,7 @@ def compare_table(rows: list[dict[str, Any]]) -> str:
 
 
 def short_names(models: list[str]) -> dict[str, str]:
-    """Last parts of paths where they differ."""
+    """A short name for every model: the last part of its path, if these parts differ."""
     short = [Path(model).name for model in models]
     return dict(zip(models, short if len({*short}) == len(models) else models, strict=True))
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from cli_support import GPT2, save_model
+from conftest import randomise_routers
 from torch.testing import assert_close
+from transformers import GPT2LMHeadModel
 
 from d2dmoe.cli import main
-from d2dmoe.config import UserError
+from d2dmoe.config import Budget, D2DMoEConfig, UserError
+from d2dmoe.discovery import discover
 from d2dmoe.kernels import use_backend
 from d2dmoe.measure import bench
 from d2dmoe.measure.pairs import make_pair, parse_layer
 from d2dmoe.measure.rivals import RIVAL_FUNCTIONS
 from d2dmoe.measure.timing import measure
 from d2dmoe.moe.layer import GateState
+from d2dmoe.moe.loader import attach
 
 
 @pytest.mark.parametrize("glu", [False, True], ids=["ffn", "glu"])
@@ -87,3 +93,73 @@ def test_cpu_clock_wants_one_thread(capsys):
     finally:
         torch.set_num_threads(threads)
     assert "--threads 1" in capsys.readouterr().err
+
+
+# --- the picture -----------------------------------------------------------------------------------------------------
+
+QUALITY = {0.25: 90.0, 0.5: 70.0}
+DENSE_QUALITY = 60.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted GPT-2 with two budgets, and the quality that a conversion would have recorded."""
+    folder = save_model("GPT2LMHeadModel", tmp_path_factory.mktemp("bench") / "model", tokenizer=False, **GPT2)
+    model = GPT2LMHeadModel.from_pretrained(folder)
+    blocks = discover(model).blocks
+    for block in blocks:
+        block.experts = 8
+    budgets = [Budget(active, [1 - active] * len(blocks)) for active in QUALITY]
+    attach(model, D2DMoEConfig(blocks=blocks, router_width=8, gate="topk", budgets=budgets),
+           [torch.arange(b.width) for b in blocks], budgets=0)  # fmt: skip
+    randomise_routers(model)
+    model.save_pretrained(folder)
+    rows = [
+        {
+            "active": active, "active_fraction": active + 0.01, "metric": {"name": "perplexity", "value": value},
+            "dense": {"value": DENSE_QUALITY},
+        }
+        for active, value in QUALITY.items()
+    ]  # fmt: skip
+    (folder / "results.json").write_text(json.dumps({"rows": rows}))
+    return folder
+
+
+BENCH = ("--length", "8", "--seconds", "0.01", "--threads", "1", "--columns", "eager")
+
+
+def test_the_plot_shows_recorded_quality_at_measured_times(folder, tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    argv = ["bench", "--model", str(folder), "--batch", "1,2", *BENCH, "--json", str(tmp_path / "b.json")]
+    assert main([*argv, "--plot", str(tmp_path / "p.svg")]) == 0
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    titles = [axes.get_title() for axes in drawn[0].axes]
+    assert titles == ["prefill, 1 × 8 tokens", "decode, 1 × 1 token", "prefill, 2 × 8 tokens", "decode, 2 × 1 token"]
+    for number, axes in enumerate(drawn[0].axes):
+        quarter, half = rows[2 * number : 2 * number + 2]
+        converted, dense = axes.lines
+        assert converted.get_xydata().tolist() == [[quarter["sparse_ms"], 90.0], [half["sparse_ms"], 70.0]]
+        both = (quarter["dense_ms"] + half["dense_ms"]) / 2
+        assert dense.get_xydata().tolist() == [[pytest.approx(both), DENSE_QUALITY]]
+        assert [text.get_text() for text in axes.texts] == ["25%", "50%"]
+    assert drawn[0].axes[0].get_ylabel() == "perplexity"
+
+
+PLOTS_REFUSED = {
+    "a layer": (["--layer", "d=8,f=16,experts=4"], "p.png", "--plot draws the quality of a model"),
+    "not recorded": (["--active", "0.25,0.3"], "p.png", "records no quality at --active 0.3"),
+    "suffix": ([], "p.txt", "must end in one of .png"),
+}
+
+
+@pytest.mark.parametrize("case", PLOTS_REFUSED)
+def test_plots_that_cannot_be_drawn_are_refused_before_anything_is_timed(case, folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    words, name, said = PLOTS_REFUSED[case]
+    for function in ("bench_layer", "bench_model"):
+        monkeypatch.setattr(bench, function, lambda *_, **__: pytest.fail("timed"))
+    what = words if "--layer" in words else ["--model", str(folder), *words]
+    assert main(["bench", *what, *BENCH, "--plot", str(tmp_path / name)]) == 1
+    assert said in capsys.readouterr().err

@@ -49,12 +49,12 @@ def test_half_precision_is_refused_with_the_remedy(dtype):
     assert not layers(model)
 
 
-def test_the_readme_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_example_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With a tiny model of that name, stored in bf16, and fewer tokens."""
     monkeypatch.chdir(tmp_path)
     save_model("GPT2LMHeadModel", tmp_path / "gpt2", **GPT2)
     AutoModelForCausalLM.from_pretrained("gpt2").to(torch.bfloat16).save_pretrained("gpt2")
-    section = (ROOT / "README.md").read_text().partition("## From Python")[2]
+    section = (ROOT / "docs" / "python.md").read_text().partition("## Convert in memory")[2]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
     sizes = "experts=8, router_tokens=64, router_batch=16, calibration_tokens=200, max_length=32"
     assert "experts=128" in code
