@@ -6,7 +6,6 @@ import copy
 import functools
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,8 +48,7 @@ def read_config(name: str, revision: str | None = None) -> Any:
             f"--model {name}: no such folder; check the path, or give a hub id such as openai-community/gpt2"
         )
     try:
-        with hub_or_cache(name):
-            return AutoConfig.from_pretrained(name, revision=revision, **SAFE)
+        return AutoConfig.from_pretrained(name, revision=revision, local_files_only=local_only(name), **SAFE)
     except UserError:
         raise
     except Exception as error:
@@ -69,26 +67,12 @@ def reachable() -> bool:
     return True
 
 
-@contextmanager
-def hub_or_cache(name: str) -> Iterator[None]:
-    """Look a name up; if it is not local and the hub does not answer, offline as with `HF_HUB_OFFLINE=1`.
+def local_only(name: str) -> bool:
+    """Whether a name is looked up on this machine alone: it is a path, or the hub does not answer.
 
     The hub's client would otherwise retry every file for half a minute. Earlier downloads are still found.
     """
-    if Path(name).exists() or reachable():
-        yield
-        return
-    import datasets
-
-    flags = [(huggingface_hub.constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")]
-    before = [getattr(*flag) for flag in flags]
-    try:
-        for flag in flags:
-            setattr(*flag, True)
-        yield
-    finally:
-        for flag, value in zip(flags, before, strict=True):
-            setattr(*flag, value)
+    return Path(name).exists() or not reachable()
 
 
 def _explain(name: str, error: Exception) -> UserError:
@@ -185,10 +169,10 @@ def load_model(
     check_safetensors(name)
     other = {"config": copy.deepcopy(config)} if changed else {}
     try:
-        with hub_or_cache(name):
-            model, info = model_class(config, name).from_pretrained(
-                name, revision=revision, dtype=dtype, output_loading_info=True, **SAFE, use_safetensors=True, **other
-            )
+        model, info = model_class(config, name).from_pretrained(
+            name, revision=revision, local_files_only=local_only(name), dtype=dtype, output_loading_info=True,
+            use_safetensors=True, **SAFE, **other,
+        )  # fmt: skip
     except UserError:
         raise
     except OSError as error:
@@ -240,8 +224,7 @@ def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
     vision = getattr(model_class(config, name), "main_input_name", "input_ids") == "pixel_values"
     kind = AutoImageProcessor if vision else AutoTokenizer
     try:
-        with hub_or_cache(name):
-            processor = kind.from_pretrained(name, revision=revision, **SAFE)
+        processor = kind.from_pretrained(name, revision=revision, local_files_only=local_only(name), **SAFE)
     except Exception:
         return None
     if not vision and len(processor) < 3:  # made up from nothing, because the folder has no tokenizer files

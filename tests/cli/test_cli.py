@@ -673,9 +673,13 @@ def test_model_and_data_from_the_hub_equal_local_ones(home: Path, d2dmoe, tmp_pa
         argv = convert_argv("org/tiny", "org/texts", "checkpoints/tiny-d2dmoe")
         result = run_python("-m", "d2dmoe", *argv, cwd=tmp_path, environment=environment)
     assert result.code == 0, result.err
+    later = run_python("-m", "d2dmoe", *argv, "--output-dir", "later", cwd=tmp_path, environment=environment)
     d2dmoe(*convert_argv(home / "dense", texts, tmp_path / "local"))
     hub, local = tmp_path / "checkpoints" / "tiny-d2dmoe", tmp_path / "local"
     assert weights(hub) == weights(local)
+    assert later.code == 0, later.err  # the hub is gone, and what was downloaded before is found at once
+    assert "Retrying" not in later.err
+    assert weights(tmp_path / "later") == weights(hub)
     assert weights(hub) != weights(home / "first")  # the data matters
     metrics = [json.loads((folder / "results.json").read_text())["rows"][0]["metric"] for folder in (hub, local)]
     assert metrics[0] == metrics[1]  # the same held-out text
