@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrain
 
 from .config.options import DataConfig
 from .config.record import D2DMoEConfig
-from .errors import UserError
+from .errors import UserError, first_line
 
 Data = TypeVar("Data", bound=DataConfig)
 SAFE = {"trust_remote_code": False}  # a model's own code is never run, and not asked for
@@ -78,7 +78,7 @@ def local_only(name: str) -> bool:
 def _explain(name: str, error: Exception) -> UserError:
     """Which of the usual mishaps this is."""
     if Path(name).is_dir():
-        return UserError(f"--model {name}: its config.json cannot be read ({_first_line(str(error))})")
+        return UserError(f"--model {name}: its config.json cannot be read ({first_line(error)})")
     if "trust_remote_code" in str(error):
         return UserError(f"--model {name}: it needs its own code, which d2dmoe does not run; give another model")
     for cause in _causes(error):
@@ -92,7 +92,7 @@ def _explain(name: str, error: Exception) -> UserError:
             return UserError(f"--model {name}: the hub has no such --revision of it")
         if isinstance(cause, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | ConnectionError):
             return UserError(f"--model {name}: not a local folder, and the hub cannot be reached; {LOCAL_WAYS}")
-    return UserError(f"--model {name}: it cannot be opened ({_first_line(str(error))}); give another model")
+    return UserError(f"--model {name}: it cannot be opened ({first_line(error)}); give another model")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -100,10 +100,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0] if text.strip() else "no reason given"
 
 
 def is_converted(config: Any) -> bool:
@@ -182,10 +178,10 @@ def load_model(
                 f"unpickles nothing; open it with transformers and write it again with save_pretrained"
             ) from None
         if Path(name).is_dir():
-            raise UserError(f"--model {name}: its weights cannot be read ({_first_line(str(error))})") from None
+            raise UserError(f"--model {name}: its weights cannot be read ({first_line(error)})") from None
         raise _explain(name, error) from None
     except SafetensorError as error:
-        raise UserError(f"--model {name}: a safetensors file is damaged ({_first_line(str(error))})") from None
+        raise UserError(f"--model {name}: a safetensors file is damaged ({first_line(error)})") from None
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"--model {name}: the checkpoint lacks {len(missing)} tensors of the model, first {missing[0]}")

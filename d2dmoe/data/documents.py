@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 Document = dict[str, Any]
 SEPARATOR = "<|endoftext|>"
@@ -129,7 +129,7 @@ def _read_file(path: Path, columns: Columns) -> list[Document]:
         try:
             table = load_dataset("parquet", data_files=str(path), split="train")
         except Exception as error:
-            reason = str(error.__cause__ or error).strip().partition("\n")[0]
+            reason = first_line(error.__cause__ or error)
             raise UserError(f"--data {path}: not a parquet file with rows in it ({reason})") from None
         return _from_table(table, str(path), columns)
     try:
@@ -233,9 +233,8 @@ def _hub(source: str, part: str, columns: Columns) -> list[Document]:
     try:
         splits = _splits(name, configuration or None)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"--data {source}: neither a local path nor a data set that can be had from the hub ({reason}); "
+            f"--data {source}: neither a local path nor a data set that can be had from the hub ({first_line(error)}); "
             f"without a network give a text/jsonl/csv/parquet file, a folder of them, or builtin"
         ) from None
     held_out = next((n for n in ("validation", "valid", "dev", "test") if n in splits), None)

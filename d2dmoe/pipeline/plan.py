@@ -15,7 +15,7 @@ from ..discovery.blocks import Discovery, discover
 from ..discovery.inputs import dummy_inputs
 from ..discovery.skeleton import skeleton
 from ..discovery.trace import runs_on
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..hub import is_converted, model_class
 from ..measure.observe import model_inputs
 from ..stages.standins import MEMORY
@@ -109,7 +109,7 @@ def fit_to_data(plan: Plan, batch: dict[str, torch.Tensor], source: str) -> list
         reached = runs_on(plan.skeleton, inputs)
     except Exception as error:
         lacking = ", ".join(sorted(dummy_inputs(plan.skeleton).keys() - inputs.keys()))
-        reason = f"it takes {lacking} as well" if lacking else str(error).strip().partition("\n")[0]
+        reason = f"it takes {lacking} as well" if lacking else first_line(error)
         raise UserError(f"{feeds}, on which {name} does not run ({reason}); {text}") from None
     asleep = [block for block in plan.blocks if not {block.up, block.down, block.gate or block.up} <= reached]
     if len(asleep) == len(plan.blocks):

@@ -24,7 +24,7 @@ from ..data.batches import Batches, make_batches
 from ..data.documents import read_documents
 from ..discovery.blocks import discover
 from ..discovery.skeleton import skeleton
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..files import write_text
 from ..measure.evaluate import evaluate
 from ..progress import progress
@@ -256,7 +256,7 @@ def _with_adapters(model: PreTrainedModel, config: SparsifyConfig) -> torch.nn.M
     try:
         return get_peft_model(model, settings)
     except ValueError as error:
-        raise UserError(f"--lora-targets {config.lora_targets}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"--lora-targets {config.lora_targets}: {first_line(error)}") from None
 
 
 def _trained(trainer: SparsifyTrainer, job: Job, config: SparsifyConfig) -> PreTrainedModel | None:
