@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from cli_support import BERT, GPT2, LAYERS, SMALL, TEXT_SIZES, run_python, save_model, weights
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
@@ -183,6 +184,15 @@ def test_a_fatrelu_checkpoint_opens_with_us_and_fails_loudly_without(fatrelu: Pa
     assert done.code == 0, done.err
     assert "fatrelu_0.05" in done.out
     assert "import d2dmoe  # registers the activation" in (fatrelu / "README.md").read_text()
+
+
+def test_the_card_holds_the_figures_after_training_as_metadata(fatrelu: Path) -> None:
+    data = ModelCard.load(fatrelu / "README.md").data
+    row = json.loads((fatrelu / "results.json").read_text())["rows"][1]
+    shares = {name: row[name] for name in ("nonzero", "near_zero")}
+    expected = {row["metric"]["name"]: row["metric"]["value"], **row["metrics"], **shares}
+    assert {result.metric_type: result.metric_value for result in data.eval_results} == expected
+    assert {result.task_type for result in data.eval_results} == {"text-generation"}
 
 
 def test_a_fatrelu_checkpoint_converts(fatrelu: Path, data: Path, d2dmoe, tmp_path: Path) -> None:
