@@ -25,7 +25,7 @@ BASE_MEMORY = 700 * 2**20  # Python with torch and transformers imported
 
 
 @dataclass
-class Plan:
+class ConversionPlan:
     """Blocks with their experts, and what they will cost."""
 
     model_class: type[nn.Module]
@@ -54,7 +54,7 @@ class Plan:
         }
 
 
-def make_plan(model_config: Any, config: ConvertConfig) -> Plan:
+def make_plan(model_config: Any, config: ConvertConfig) -> ConversionPlan:
     """Discover the blocks on a skeleton of the model, choose their experts and count.
 
     Raises:
@@ -84,10 +84,10 @@ def make_plan(model_config: Any, config: ConvertConfig) -> Plan:
     )
     captured = 4 * min(rows, 8192) * sum(b.d_model + b.experts for b in discovery.blocks)
     peak = BASE_MEMORY + 4 * (dense + added) + max(activations + captured, activations + _moments(block, config))
-    return Plan(kind, discovery, dense, added, peak, stored * (dense + added), model)
+    return ConversionPlan(kind, discovery, dense, added, peak, stored * (dense + added), model)
 
 
-def fit_to_data(plan: Plan, batch: dict[str, torch.Tensor], source: str) -> list[Block]:
+def fit_to_data(plan: ConversionPlan, batch: dict[str, torch.Tensor], source: str) -> list[Block]:
     """Leave blocks alone that this data never reaches, before any weights are read; returns them.
 
     Args:
