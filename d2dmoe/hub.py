@@ -109,7 +109,7 @@ def is_converted(config: Any) -> bool:
     return method == "d2dmoe"
 
 
-def stored_config(config: Any) -> D2DMoEConfig | None:
+def conversion_record(config: Any) -> D2DMoEConfig | None:
     """The conversion's record in this config, `None` for a dense model.
 
     Raises:

@@ -5,9 +5,9 @@ from .cpu import native
 from .cpu.native import Plan, Tiles, identity
 from .dispatch import automatic, bucket, dispatching, fastest
 from .operator import TENSORS, activation_name
-from .reference import dynamic_ffn, hidden_activations
+from .reference import down_product, hidden_activations
 
 __all__ = [
     "TENSORS", "Plan", "Tiles", "activation_name", "automatic", "backends", "bucket", "chosen", "dispatching",
-    "dynamic_ffn", "fastest", "hidden_activations", "identity", "native", "use_backend",
+    "down_product", "fastest", "hidden_activations", "identity", "native", "use_backend",
 ]  # fmt: skip

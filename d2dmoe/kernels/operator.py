@@ -12,8 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .backends import chosen
 from .cpu import native
 from .gates import select
-from .reference import dynamic_ffn as down_product
-from .reference import hidden_activations
+from .reference import down_product, hidden_activations
 
 functional = torch.nn.functional
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

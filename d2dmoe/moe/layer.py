@@ -17,7 +17,7 @@ from ..kernels import (
     automatic,
     bucket,
     chosen,
-    dynamic_ffn,
+    down_product,
     fastest,
     hidden_activations,
     identity,
@@ -179,7 +179,7 @@ class DynamicFFN(nn.Module):
                 constants, down_weight = self.constants[stand_in], self._refitted_down(stand_in)
         if self.observer is not None:
             self.observer(self, x, hidden, scores, run)
-        y = dynamic_ffn(hidden, down_weight, self.down_bias, run, constants)
+        y = down_product(hidden, down_weight, self.down_bias, run, constants)
         if self.linear_in is not None and stand_in is not None:
             y = y + x @ self.linear_in[stand_in] @ self.linear_out[stand_in]
         return y
