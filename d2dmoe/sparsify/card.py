@@ -8,6 +8,7 @@ from typing import Any
 from ..report.card import Figure, fill_card
 from ..report.tables import table
 
+OWN_QUALITY = ("perplexity", "masked_lm", "accuracy", "loss")
 CARD = """---
 {{ card_data }}
 ---
@@ -72,8 +73,11 @@ def sparsified_card(model: Any, recipe: dict[str, Any], results: dict[str, Any])
 
 
 def sparsified_figures(row: dict[str, Any]) -> Iterator[Figure]:
-    """Quality and sparsity of the model after training; nothing where it was not evaluated."""
+    """Quality and sparsity of the model after training; nothing where it was not evaluated.
+
+    Likeness to the dense model is left out: here that is the model itself.
+    """
     if "metric" in row:
-        yield row["metric"]["name"], row["metric"]["value"], {}
-        for name, value in {**row["metrics"], "nonzero": row["nonzero"], "near_zero": row["near_zero"]}.items():
-            yield name, value, {}
+        quality = {row["metric"]["name"]: row["metric"]["value"], **row["metrics"]}
+        for name in (*(name for name in quality if name in OWN_QUALITY), "nonzero", "near_zero"):
+            yield name, quality.get(name, row.get(name)), {}

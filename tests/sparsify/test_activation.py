@@ -22,6 +22,7 @@ from d2dmoe.kernels.operator import activation_name as kernels_name
 from d2dmoe.moe.fatrelu import FATReLU
 from d2dmoe.moe.layer import layers
 from d2dmoe.sparsify.activation import activation_name, swap_activation
+from d2dmoe.sparsify.card import sparsified_figures
 from sparsify.support import DROPOUT, collate, samples, sparsify_argv, tiny
 
 TEXT = TEXT_SIZES | LAYERS | {"intermediate_size": 48}
@@ -193,6 +194,14 @@ def test_the_card_holds_the_figures_after_training_as_metadata(fatrelu: Path) ->
     expected = {row["metric"]["name"]: row["metric"]["value"], **row["metrics"], **shares}
     assert {result.metric_type: result.metric_value for result in data.eval_results} == expected
     assert {result.task_type for result in data.eval_results} == {"text-generation"}
+
+
+def test_likeness_to_itself_is_no_figure_of_the_card():
+    row = {"metric": {"name": "accuracy", "value": 0.5}, "metrics": {"kl_to_dense": 0.0, "agreement": 1.0}}
+    assert list(sparsified_figures({**row, "nonzero": 0.25, "near_zero": 0.75})) == [
+        ("accuracy", 0.5, {}), ("nonzero", 0.25, {}), ("near_zero", 0.75, {}),
+    ]  # fmt: skip
+    assert list(sparsified_figures({"model": "after"})) == []
 
 
 def test_a_fatrelu_checkpoint_converts(fatrelu: Path, data: Path, d2dmoe, tmp_path: Path) -> None:
