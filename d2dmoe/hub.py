@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
-import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,11 +14,12 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub import errors
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from .config.options import DataConfig
 from .config.record import D2DMoEConfig
-from .errors import UserError
+from .errors import UserError, first_line
 
 Data = TypeVar("Data", bound=DataConfig)
 SAFE = {"trust_remote_code": False}  # a model's own code is never run, and not asked for
@@ -49,8 +48,7 @@ def read_config(name: str, revision: str | None = None) -> Any:
             f"--model {name}: no such folder; check the path, or give a hub id such as openai-community/gpt2"
         )
     try:
-        with hub_or_cache(name):
-            return AutoConfig.from_pretrained(name, revision=revision, **SAFE)
+        return AutoConfig.from_pretrained(name, revision=revision, local_files_only=local_only(name), **SAFE)
     except UserError:
         raise
     except Exception as error:
@@ -69,32 +67,18 @@ def reachable() -> bool:
     return True
 
 
-@contextmanager
-def hub_or_cache(name: str) -> Iterator[None]:
-    """Look a name up; if it is not local and the hub does not answer, offline as with `HF_HUB_OFFLINE=1`.
+def local_only(name: str) -> bool:
+    """Whether a name is looked up on this machine alone: it is a path, or the hub does not answer.
 
     The hub's client would otherwise retry every file for half a minute. Earlier downloads are still found.
     """
-    if Path(name).exists() or reachable():
-        yield
-        return
-    import datasets
-
-    flags = [(huggingface_hub.constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")]
-    before = [getattr(*flag) for flag in flags]
-    try:
-        for flag in flags:
-            setattr(*flag, True)
-        yield
-    finally:
-        for flag, value in zip(flags, before, strict=True):
-            setattr(*flag, value)
+    return Path(name).exists() or not reachable()
 
 
 def _explain(name: str, error: Exception) -> UserError:
     """Which of the usual mishaps this is."""
     if Path(name).is_dir():
-        return UserError(f"--model {name}: its config.json cannot be read ({_first_line(str(error))})")
+        return UserError(f"--model {name}: its config.json cannot be read ({first_line(error)})")
     if "trust_remote_code" in str(error):
         return UserError(f"--model {name}: it needs its own code, which d2dmoe does not run; give another model")
     for cause in _causes(error):
@@ -108,7 +92,7 @@ def _explain(name: str, error: Exception) -> UserError:
             return UserError(f"--model {name}: the hub has no such --revision of it")
         if isinstance(cause, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | ConnectionError):
             return UserError(f"--model {name}: not a local folder, and the hub cannot be reached; {LOCAL_WAYS}")
-    return UserError(f"--model {name}: it cannot be opened ({_first_line(str(error))}); give another model")
+    return UserError(f"--model {name}: it cannot be opened ({first_line(error)}); give another model")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -118,10 +102,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0] if text.strip() else "no reason given"
-
-
 def is_converted(config: Any) -> bool:
     """Whether this config is of a checkpoint that `convert` wrote."""
     stored = getattr(config, "quantization_config", None)
@@ -129,7 +109,7 @@ def is_converted(config: Any) -> bool:
     return method == "d2dmoe"
 
 
-def stored_config(config: Any) -> D2DMoEConfig | None:
+def conversion_record(config: Any) -> D2DMoEConfig | None:
     """The conversion's record in this config, `None` for a dense model.
 
     Raises:
@@ -185,10 +165,10 @@ def load_model(
     check_safetensors(name)
     other = {"config": copy.deepcopy(config)} if changed else {}
     try:
-        with hub_or_cache(name):
-            model, info = model_class(config, name).from_pretrained(
-                name, revision=revision, dtype=dtype, output_loading_info=True, **SAFE, use_safetensors=True, **other
-            )
+        model, info = model_class(config, name).from_pretrained(
+            name, revision=revision, local_files_only=local_only(name), dtype=dtype, output_loading_info=True,
+            use_safetensors=True, **SAFE, **other,
+        )  # fmt: skip
     except UserError:
         raise
     except OSError as error:
@@ -198,12 +178,10 @@ def load_model(
                 f"unpickles nothing; open it with transformers and write it again with save_pretrained"
             ) from None
         if Path(name).is_dir():
-            raise UserError(f"--model {name}: its weights cannot be read ({_first_line(str(error))})") from None
+            raise UserError(f"--model {name}: its weights cannot be read ({first_line(error)})") from None
         raise _explain(name, error) from None
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise UserError(f"--model {name}: a safetensors file is damaged ({_first_line(str(error))})") from None
-        raise
+    except SafetensorError as error:
+        raise UserError(f"--model {name}: a safetensors file is damaged ({first_line(error)})") from None
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"--model {name}: the checkpoint lacks {len(missing)} tensors of the model, first {missing[0]}")
@@ -219,7 +197,7 @@ def load_dense(name: str, config: Any, dtype: torch.dtype = torch.float32) -> Pr
 
 
 def check_safetensors(name: str) -> None:
-    """A file shorter than its own header says was cut off while copying.
+    """Whether the headers of the weight files can be read and match their sizes: a copy that was cut off does not.
 
     Raises:
         UserError: Naming the file.
@@ -227,24 +205,14 @@ def check_safetensors(name: str) -> None:
     if not Path(name).is_dir():
         return
     for file in sorted(Path(name).glob("*.safetensors")):
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            head = stream.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
-            header = stream.read(length) if 0 < length <= size - 8 else b""
-        end = _data_end(header)
-        if length < 0 or not header or end is None or 8 + length + end != size:
-            raise UserError(f"--model {name}: {file.name} is truncated or damaged ({size} bytes); copy it again")
-
-
-def _data_end(header: bytes) -> int | None:
-    import json
-
-    try:
-        entries = json.loads(header)
-    except ValueError:
-        return None
-    return max((v["data_offsets"][1] for k, v in entries.items() if k != "__metadata__"), default=0)
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            size = file.stat().st_size
+            raise UserError(
+                f"--model {name}: {file.name} is truncated or damaged ({size} bytes); copy it again"
+            ) from None
 
 
 def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
@@ -252,8 +220,7 @@ def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
     vision = getattr(model_class(config, name), "main_input_name", "input_ids") == "pixel_values"
     kind = AutoImageProcessor if vision else AutoTokenizer
     try:
-        with hub_or_cache(name):
-            processor = kind.from_pretrained(name, revision=revision, **SAFE)
+        processor = kind.from_pretrained(name, revision=revision, local_files_only=local_only(name), **SAFE)
     except Exception:
         return None
     if not vision and len(processor) < 3:  # made up from nothing, because the folder has no tokenizer files

@@ -6,12 +6,9 @@ would have seen, and several processes take disjoint ones, without replaying a d
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -20,13 +17,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, send_to_device
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import get_scheduler
 
 from .config.options import TrainingConfig
 from .errors import UserError
 from .progress import progress
+from .training_state import load_state, recover, remove, save_state
 
 Batch = Any
 LossFunction = Callable[[nn.Module, Batch], torch.Tensor | Mapping[str, torch.Tensor]]
@@ -136,47 +133,62 @@ def train(
         UserError: If the saved state was made with another config (the differing key is named), or the loss
             became NaN or infinite.
     """
-    # Autocast is ours, not the accelerator's: its precision holds for the whole process and patches the model for good.
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if in_turn else []
-    accelerator = Accelerator(device_placement=not placed, kwargs_handlers=handlers)
+    accelerator = _accelerator(placed, in_turn)
     optimizer, scheduler = _optimiser(model, config)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     prepared.train()
-    first, log, running = accelerator.is_main_process, [], {}
-    if state_dir is not None and first:
-        _recover(state_dir) if resume else _remove(state_dir)
-    accelerator.wait_for_everyone()
-    first_step = 0
-    if state_dir is not None and resume and (state_dir / "state.json").exists():
-        first_step, log, running = _load_state(state_dir, model, optimizer, scheduler, config)
-    else:
-        torch.manual_seed(config.seed)
+    first_step, log, running = _begin(accelerator, model, optimizer, scheduler, config, state_dir, resume)
+    first = accelerator.is_main_process
     bar = progress(range(first_step, config.steps), total=config.steps, initial=first_step, desc=name)
     for step in bar:
         _add_gradients(accelerator, prepared, batch_at, loss_function, config, step, placed, running)
-        if config.clip:
-            accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
-        learning_rate = scheduler.get_last_lr()[0]
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
+        learning_rate = _step(accelerator, model, optimizer, scheduler, config)
         last = step + 1 == config.steps
         if (step + 1) % config.log_every == 0 or last:
             log.append(_row(name, step, running, config, learning_rate))
             bar.set_postfix({k: f"{v:.4g}" for k, v in log[-1].items() if k != "step"}, refresh=False)
         saving = state_dir is not None and config.save_every and (step + 1) % config.save_every == 0 and not last
         if evaluate is not None and (saving or last):
-            prepared.eval()
-            if not log or log[-1]["step"] != step + 1:
-                log.append({"step": step + 1})
-            log[-1].update(evaluate(model))
-            prepared.train()
+            _evaluate(prepared, model, evaluate, log, step)
         if saving and first:
-            _save_state(state_dir, model, optimizer, scheduler, config, step + 1, log, running)
+            save_state(state_dir, model, optimizer, scheduler, config, step + 1, log, running)
     prepared.eval()
     if state_dir is not None and first:
-        _remove(state_dir)
+        remove(state_dir)
     return log
+
+
+def _accelerator(placed: bool, in_turn: bool) -> Accelerator:
+    """Autocast is ours, in `_add_gradients`: accelerate's holds for the whole process and patches the model."""
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if in_turn else []
+    return Accelerator(device_placement=not placed, kwargs_handlers=handlers)
+
+
+def _begin(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any,
+    config: TrainingConfig, state_dir: Path | None, resume: bool,
+) -> tuple[int, list[dict[str, float]], dict[str, float]]:  # fmt: skip
+    """First step, log rows and sums of the open row: those of a saved state, or of a start with the config's seed."""
+    if state_dir is not None and accelerator.is_main_process:
+        recover(state_dir) if resume else remove(state_dir)
+    accelerator.wait_for_everyone()
+    if state_dir is not None and resume and (state_dir / "state.json").exists():
+        return load_state(state_dir, model, optimizer, scheduler, config)
+    torch.manual_seed(config.seed)
+    return 0, [], {}
+
+
+def _step(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, config: TrainingConfig
+) -> float:
+    """Clip the gradients and move the parameters; returns the learning rate of this step."""
+    if config.clip:
+        accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
+    learning_rate = scheduler.get_last_lr()[0]
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad(set_to_none=True)
+    return learning_rate
 
 
 def _optimiser(model: nn.Module, config: TrainingConfig) -> tuple[torch.optim.Optimizer, Any]:
@@ -210,6 +222,18 @@ def _add_gradients(
             running[key] = running.get(key, 0.0) + float(value.detach()) / config.accumulation
 
 
+def _evaluate(
+    prepared: nn.Module, model: nn.Module, evaluate: Callable[[nn.Module], Mapping[str, float]],
+    log: list[dict[str, float]], step: int,
+) -> None:  # fmt: skip
+    """Figures of the model in evaluation mode, added to this step's log row."""
+    prepared.eval()
+    if not log or log[-1]["step"] != step + 1:
+        log.append({"step": step + 1})
+    log[-1].update(evaluate(model))
+    prepared.train()
+
+
 def _row(
     name: str, step: int, running: dict[str, float], config: TrainingConfig, learning_rate: float
 ) -> dict[str, float]:
@@ -236,88 +260,3 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
         raise ValueError("the model has no parameter that requires a gradient")
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def _save_state(state_dir, model, optimizer, scheduler, config, step, log, running) -> None:
-    """Write tensors as safetensors and the rest as JSON, under a temporary name that is then renamed."""
-    tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in model.named_parameters() if v.requires_grad}
-    tensors.update(
-        {f"buffer.{k}": v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in model.named_buffers()}
-    )
-    optimizer_state = optimizer.state_dict()["state"]
-    for index, slots in optimizer_state.items():
-        tensors.update({f"optimizer.{index}.{k}": v.cpu().contiguous() for k, v in slots.items()})
-    tensors["rng"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng_cuda"] = torch.cuda.get_rng_state()
-    scratch, old = _beside(state_dir)
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    save_file(tensors, scratch / "state.safetensors")
-    meta = {"step": step, "log": log, "running": running, "config": asdict(config), "scheduler": scheduler.state_dict()}
-    (scratch / "state.json").write_text(json.dumps(meta, default=list))
-    shutil.rmtree(old, ignore_errors=True)
-    if state_dir.exists():
-        os.replace(state_dir, old)
-    os.replace(scratch, state_dir)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def has_state(state_dir: Path | None) -> bool:
-    """Is there something that a resumed run would go on from?"""
-    return state_dir is not None and any(
-        (folder / "state.json").exists() for folder in (state_dir, _beside(state_dir)[1])
-    )
-
-
-def _beside(state_dir: Path) -> tuple[Path, Path]:
-    """Where a state is written first, and where the one before it waits until the new one is in its place."""
-    return state_dir.with_name(state_dir.name + ".tmp"), state_dir.with_name(state_dir.name + ".old")
-
-
-def _recover(state_dir: Path) -> None:
-    """Put the older state back if the process died while a new one took its place."""
-    _, old = _beside(state_dir)
-    if not state_dir.exists() and old.exists():
-        os.replace(old, state_dir)
-
-
-def _remove(state_dir: Path) -> None:
-    """Delete the state and whatever an interrupted `_save_state` left beside it."""
-    for folder in (state_dir, *_beside(state_dir)):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _load_state(state_dir, model, optimizer, scheduler, config) -> tuple[int, list[dict[str, float]], dict[str, float]]:
-    """Restore what `_save_state` wrote; returns the next step, the log so far and the sums of the open log row."""
-    meta = json.loads((state_dir / "state.json").read_text())
-    wanted = json.loads(json.dumps(asdict(config), default=list))
-    for key, value in wanted.items():
-        if meta["config"].get(key) != value:
-            raise UserError(
-                f"cannot resume from {state_dir}: {key} was {meta['config'].get(key)} and is now {value}; "
-                f"use the same recipe, or start again with --overwrite"
-            )
-    tensors = load_file(state_dir / "state.safetensors")
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    slots: dict[int, dict[str, torch.Tensor]] = {}
-    with torch.no_grad():
-        for key, value in tensors.items():
-            kind, _, rest = key.partition(".")
-            if kind == "model":
-                parameters[rest].copy_(value)
-            elif kind == "buffer" and not torch.equal(buffers[rest].cpu(), value):
-                buffers[rest].copy_(value)
-            elif kind == "optimizer":
-                index, _, slot = rest.partition(".")
-                slots.setdefault(int(index), {})[slot] = value
-    state = optimizer.state_dict()
-    state["state"] = slots
-    optimizer.load_state_dict(state)
-    scheduler.load_state_dict(meta["scheduler"])
-    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate  # a scheduler sets it only when it steps
-    torch.set_rng_state(tensors["rng"])
-    if "rng_cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng_cuda"])
-    return meta["step"], meta["log"], meta["running"]

@@ -22,10 +22,10 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 import yaml
 
@@ -34,6 +34,7 @@ from d2dmoe.cli import add_fields
 from d2dmoe.config import ConvertConfig, UserError, resolve, targets
 from d2dmoe.convert import convert_model
 from d2dmoe.measure.evaluate import evaluate, prepare
+from d2dmoe.measure.metrics import quality_loss
 from d2dmoe.pipeline.convert import batches_for
 from d2dmoe.pipeline.plan import make_plan
 from d2dmoe.report import envelope, portable, table, write_json
@@ -65,14 +66,6 @@ class Run:
         settings = {key: portable(value) for key, value in asdict(self.config).items()}
         names = {"model": self.model, "method": self.method, "seed": self.seed, "settings": settings}
         return {**names, "eval_data": portable(self.eval_data), "eval_limit": self.eval_limit}
-
-
-def quality_loss(row: dict[str, Any]) -> float:
-    """What a row of `evaluate` has lost against the dense model."""
-    name, value = row["metric"]["name"], row["metric"]["value"]
-    if name in ("perplexity", "masked_lm"):
-        return row["metrics"]["loss"] - row["dense_metrics"]["loss"]
-    return {"accuracy": row["metrics"].get("kl_to_dense"), "kl_to_dense": value}.get(name, 1.0 - value)
 
 
 def convert_and_evaluate(run: Run) -> dict[str, Any]:
@@ -167,14 +160,12 @@ def _cell(entries: list[dict[str, Any]], paper: list[dict[str, Any]] | None, act
 def paper_at_flops(paper: list[dict[str, Any]], flops: float) -> float | None:
     """The paper's loss at a share of the model's FLOPs, log-linear between its points; `None` outside them."""
     points = []
-    for active in sorted({row["active"] for row in paper[0]["rows"]}):
+    for active in {row["active"] for row in paper[0]["rows"]}:
         rows = _rows(paper, active)
         loss = statistics.mean(quality_loss(row) for row in rows)
         points.append((statistics.mean(row["flops_fraction_model"] for row in rows), math.log(max(loss, 1e-9))))
-    for (low, more), (high, less) in pairwise(sorted(points)):
-        if low <= flops <= high and high > low:
-            return math.exp(more + (flops - low) / (high - low) * (less - more))
-    return None
+    found = float(np.interp(flops, *zip(*sorted(points), strict=True), left=math.nan, right=math.nan))
+    return None if math.isnan(found) else math.exp(found)
 
 
 def dense_lines(done: list[dict[str, Any]]) -> str:

@@ -9,7 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..version import __version__
 from . import bench, convert, env, evaluate, listing, sparsify
 
@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        print(f"d2dmoe: {type(error).__name__}: {first} (--debug shows where)", file=sys.stderr)
+        kind, first = type(error).__name__, first_line(error)
+        print(f"d2dmoe: {kind if first == kind else f'{kind}: {first}'} (--debug shows where)", file=sys.stderr)
         return 1
 
 

@@ -81,7 +81,7 @@ def _bench_model(arguments: argparse.Namespace, options: dict[str, Any]) -> list
     from ..report import recorded_quality
 
     config = hub.read_config(arguments.model)
-    stored = hub.stored_config(config)
+    stored = hub.conversion_record(config)
     if stored is None:
         raise UserError(
             f"--model {arguments.model}: not converted; run `d2dmoe convert --model {arguments.model}` first"

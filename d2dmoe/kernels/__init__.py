@@ -5,10 +5,10 @@ from .cpu import native
 from .cpu.native import Plan, StaleWeights, Tiles, identity
 from .dispatch import automatic, bucket, choose_way, dispatching, fastest, forget_ways, way_taken
 from .operator import TENSORS, activation_name
-from .reference import dynamic_ffn, hidden_activations
+from .reference import down_product, hidden_activations
 
 __all__ = [
     "TENSORS", "Backend", "Plan", "StaleWeights", "Tiles", "activation_name", "automatic", "backends", "bucket",
-    "choose_way", "chosen", "dispatching", "dynamic_ffn", "fastest", "forget_ways", "fused_backend",
+    "choose_way", "chosen", "dispatching", "down_product", "fastest", "forget_ways", "fused_backend",
     "hidden_activations", "identity", "native", "use_backend", "way_taken",
 ]  # fmt: skip

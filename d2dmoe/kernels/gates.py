@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 
-def ranks(scores: torch.Tensor) -> torch.Tensor:
+def score_ranks(scores: torch.Tensor) -> torch.Tensor:
     """Rank of every expert, 0 for the highest score; ties go to the lower number. ``(tokens, experts)``."""
     return torch.argsort(scores, dim=-1, descending=True, stable=True).argsort(dim=-1)
 
@@ -23,7 +23,7 @@ def max_priority(scores: torch.Tensor) -> torch.Tensor:
 
 def topk_priority(scores: torch.Tensor) -> torch.Tensor:
     """`1 - (rank + 0.5) / E`: at threshold tau the best `round((1 - tau) E)` experts run for every token."""
-    return 1.0 - (ranks(scores).to(scores.dtype) + 0.5) / scores.shape[-1]
+    return 1.0 - (score_ranks(scores).to(scores.dtype) + 0.5) / scores.shape[-1]
 
 
 def share_priority(scores: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ def select(
     scores = scores.float()
     run = (GATES[gate](scores) >= tau) & (scores > 0)
     if min_experts or max_experts:
-        rank = ranks(scores)
+        rank = score_ranks(scores)
         run = run | (rank < min_experts)
         if max_experts:
             run = run & (rank < max_experts)

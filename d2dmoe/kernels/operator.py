@@ -1,4 +1,4 @@
-"""`d2dmoe::dynamic_ffn`: schema, fake implementation, gradients and FLOP formula. The kernels are elsewhere."""
+"""The operator `d2dmoe::dynamic_ffn`: definition, fake implementation, gradients and FLOP formula."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .backends import chosen
-from .cpu import native
+from .backends import fused_backend
 from .gates import select
-from .reference import dynamic_ffn as down_product
-from .reference import hidden_activations
+from .reference import down_product, hidden_activations
 
 functional = torch.nn.functional
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -91,31 +89,22 @@ def reference(
 
 ARGUMENTS = tuple(inspect.signature(reference).parameters)
 TENSORS = ARGUMENTS[2:13]  # the layer's
-SCHEMA = (
-    "dynamic_ffn(Tensor x, Tensor? run, Tensor? router_hidden, Tensor? router_score, Tensor up_weight, "
-    "Tensor? up_bias, Tensor? gate_weight, Tensor? gate_bias, Tensor down_weight, Tensor? down_bias, "
-    "Tensor? constants, Tensor? linear_in, Tensor? linear_out, str activation, str gate, float tau, "
-    "int min_experts, int max_experts, int shared) -> Tensor"
-)
-_library = torch.library.Library("d2dmoe", "DEF")
-_library.define(SCHEMA)
+dynamic_ffn = torch.library.custom_op("d2dmoe::dynamic_ffn", reference, mutates_args=())
 
 
+@dynamic_ffn.register_kernel("cpu")
 def _on_cpu(*arguments: Any) -> torch.Tensor:
     named = dict(zip(ARGUMENTS, arguments, strict=True))
     x, run, gate = named["x"], named["run"], named["gate"]
-    if chosen(x, named["activation"], gate) == "reference":
+    backend = fused_backend(x, named["activation"], gate)
+    if backend is None:
         return reference(*arguments)
     tensors = {name: named[name] for name in TENSORS}
     bounds = (named["min_experts"], named["max_experts"], named["shared"])
-    return native.Plan(tensors, named["activation"], gate, named["tau"], *bounds)(x, run)
+    return backend.prepare(tensors, named["activation"], gate, named["tau"], *bounds)(x, run)
 
 
-_library.impl("dynamic_ffn", reference, "CompositeExplicitAutograd")
-_library.impl("dynamic_ffn", _on_cpu, "CPU")
-
-
-@torch.library.register_fake("d2dmoe::dynamic_ffn", lib=_library)
+@dynamic_ffn.register_fake
 def _fake(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     down_weight = arguments[ARGUMENTS.index("down_weight") - 1]
     return x.new_empty((x.shape[0], down_weight.shape[-1]))
@@ -142,7 +131,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
     return tuple(grads)
 
 
-torch.library.register_autograd("d2dmoe::dynamic_ffn", _backward, setup_context=_remember, lib=_library)
+dynamic_ffn.register_autograd(_backward, setup_context=_remember)
 
 
 @register_flop_formula(torch.ops.d2dmoe.dynamic_ffn, get_raw=True)

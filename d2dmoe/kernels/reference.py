@@ -37,7 +37,7 @@ def hidden_activations(
     return act(gate) * up
 
 
-def dynamic_ffn(
+def down_product(
     hidden: torch.Tensor,
     down_weight: torch.Tensor,
     down_bias: torch.Tensor | None,

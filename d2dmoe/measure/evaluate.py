@@ -232,7 +232,7 @@ def prepare(
         UserError: If the model, the data, a setting or the metric does not fit.
     """
     config = hub.read_config(name)
-    stored = hub.stored_config(config)
+    stored = hub.conversion_record(config)
     for setting in settings:
         check_tau(setting.get("tau", 0.0), stored.gate if stored else "max")
     kind = hub.model_class(config, name)

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import torch
+from scipy.spatial.distance import pdist
 from scipy.stats import spearmanr
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 
@@ -167,16 +168,9 @@ class Embedding(Metric):
 
     def figures(self) -> Figures:
         """Mean cosine and rank correlation. The rank correlation is NaN for fewer than three sentences."""
-        pairs = [_pair_cosines(torch.cat(side)) for side in zip(*self.ranked, strict=True)]
+        pairs = [pdist(torch.cat(side).double().numpy(), "cosine") for side in zip(*self.ranked, strict=True)]
         rank = float(spearmanr(*pairs).statistic) if len(pairs[0]) > 2 else math.nan
         return {self.name: self.cosine / max(self.count, 1), "rank_correlation": rank}
-
-
-def _pair_cosines(embeddings: torch.Tensor) -> torch.Tensor:
-    """Cosines of all pairs of different rows."""
-    unit = torch.nn.functional.normalize(embeddings.double(), dim=-1)
-    above = torch.triu_indices(len(unit), len(unit), offset=1)
-    return (unit @ unit.T)[above[0], above[1]]
 
 
 class CosineToDense(Metric):
@@ -247,3 +241,14 @@ def choose_metric(wanted: str | None, kind: type, config: Any, batch: Batch, tok
     if wanted == "masked_lm" and kind.__name__.endswith("ForMaskedLM"):
         raise UserError("--metric masked_lm: the model has no tokenizer with a mask token; give another")
     raise UserError(f"--metric {wanted}: does not fit a {kind.__name__}; possible here: {', '.join(possible)}")
+
+
+def quality_loss(row: dict[str, Any]) -> float:
+    """Quality that a row of `evaluate` has lost against the dense model.
+
+    In nats per token for language models, as the KL divergence for classifiers, else as 1 minus the metric.
+    """
+    name, value = row["metric"]["name"], row["metric"]["value"]
+    if name in ("perplexity", "masked_lm"):
+        return row["metrics"]["loss"] - row["dense_metrics"]["loss"]
+    return {"accuracy": row["metrics"].get("kl_to_dense"), "kl_to_dense": value}.get(name, 1.0 - value)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..config.record import Block
 from ..errors import UserError
-from ..kernels import TENSORS, Backend, activation_name, dynamic_ffn, fused_backend, hidden_activations, way_taken
+from ..kernels import TENSORS, Backend, activation_name, down_product, fused_backend, hidden_activations, way_taken
 from ..kernels.gates import straight_through
 from .gate import Gate, GateState, gates_here, set_gates
 from .prepared import Prepared, settings
@@ -167,8 +167,8 @@ class DynamicFFN(nn.Module):
         if self.observer is not None:
             self.observer(self, x, hidden, scores, run)
         if stand_in is None:
-            return dynamic_ffn(hidden, self.down_weight, self.down_bias, run, None)
-        y = dynamic_ffn(hidden, self.down_weight, self.down_bias, run, self.constants[stand_in])
+            return down_product(hidden, self.down_weight, self.down_bias, run, None)
+        y = down_product(hidden, self.down_weight, self.down_bias, run, self.constants[stand_in])
         if self.delta_in is not None:  # the refitted down projection, in two thin steps
             thin = (hidden * run.T[..., None]).transpose(0, 1).flatten(1) @ self.delta_in[stand_in].flatten(0, 1)
             y = y + thin @ self.delta_out[stand_in]

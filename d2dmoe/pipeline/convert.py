@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,19 @@ from transformers import PreTrainedModel
 from .. import hub
 from ..config.options import ConvertConfig
 from ..config.record import Block
-from ..data.batches import Batches, make_batches
-from ..data.documents import read_documents
-from ..errors import UserError
+from ..data.batches import Batches
 from ..measure.evaluate import evaluate
 from ..moe.gating import stored_config
 from ..moe.loader import cast
+from ..report.card import model_card
 from ..report.machine import machine, portable
 from ..training import first_process, launched, process_device, wait_for_everyone
 from ..version import __version__
-from .first import prepare_sparsify
+from .first import SparsifyStage, prepare_sparsify
 from .model import convert_model
-from .plan import Plan, fit_to_data, make_plan
-from .workdir import (
-    check_recipe,
-    default_output,
-    folder_errors,
-    local_files,
-    prepare_folders,
-    write_checkpoint,
-)
+from .parts import both_parts
+from .plan import ConversionPlan, fit_to_data, make_plan
+from .workdir import check_recipe, folder_errors, local_files, named_folders, prepare_folders, write_checkpoint
 
 Say = Callable[[str], None]
 
@@ -64,11 +56,51 @@ def convert(
     Raises:
         UserError: For anything the user can mend, before any long work starts.
     """
-    device = process_device(config.device)
-    named = config.output_dir or default_output(config.model)
-    output = Path(os.path.abspath(named))
-    work = output.with_name(output.name + ".partial")
-    source, revision, model_config = config.model, config.revision, hub.read_config(config.model, config.revision)
+    named, output, work = named_folders(config.output_dir, config.model, "d2dmoe")
+    job = _prepare(config, work)
+    if first := first_process():
+        keep = (config.model, config.data)
+        prepare_folders(output, work, job.plan, keep=keep, resume=resume, overwrite=overwrite)
+    wait_for_everyone()
+    recipe, results, started = {**asdict(config), "output_dir": named}, {}, time.time()
+    with folder_errors(output, work) if first else nullcontext():
+        if first:
+            files = {"model": hub.fingerprint(config.model, job.model_config), "data": local_files(config.data)}
+            check_recipe(work, recipe, files, resume)
+        wait_for_everyone()
+        sparsified = {"sparsify": job.sparsified.run(resume, say)} if job.sparsified else {}
+        model, log = _converted(job, config, work, resume, say)
+        if first:
+            rows = _figures(model, job.held_out, job.processor)
+            results = _record(config, job.plan, command, started) | {"router_log": log, **sparsified, "rows": rows}
+            results["calibration_tokens"] = job.calibration.first(config.calibration_tokens).tokens
+            write_checkpoint(output, work, model, job.processor, recipe, results, model_card)
+            say(f"saved {named}")
+        wait_for_everyone()
+    return results
+
+
+@dataclass
+class _Job:
+    """Everything that is known before any weights are read."""
+
+    device: torch.device
+    model_config: Any
+    sparsified: SparsifyStage | None
+    plan: ConversionPlan
+    processor: Any
+    calibration: Batches
+    held_out: Batches | None
+    asleep: list[Block]  # blocks that do not run on this data
+
+
+def _prepare(config: ConvertConfig, work: Path) -> _Job:
+    """Check device, model and data against each other.
+
+    Raises:
+        UserError: For anything the user can mend.
+    """
+    device, model_config = process_device(config.device), hub.read_config(config.model, config.revision)
     sparsified = prepare_sparsify(config, work) if config.sparsify != "skip" else None
     if sparsified:
         model_config = sparsified.job.changed  # the activation may be another one
@@ -76,37 +108,30 @@ def convert(
     calibration, held_out = batches_for(config, model_config, plan, processor)
     asleep = fit_to_data(plan, calibration[0], config.data)
     hub.check_safetensors(config.model)
-    if first := first_process():
-        prepare_folders(output, work, plan, keep=(config.model, config.data), resume=resume, overwrite=overwrite)
-    wait_for_everyone()
-    recipe = {**asdict(config), "output_dir": named}
-    started, results, figures = time.time(), {}, {}
-    with folder_errors(output, work) if first else nullcontext():
-        if first:
-            files = {"model": hub.fingerprint(config.model, model_config), "data": local_files(config.data)}
-            check_recipe(work, recipe, files, resume)
-        wait_for_everyone()
-        if sparsified:
-            figures["sparsify"] = sparsified.run(resume, say)
-            source, revision, model_config = sparsified.folder, None, hub.read_config(sparsified.folder)
-        model = hub.load_model(source, model_config, revision).to(device)
-        _tell(plan, asleep, say)
-        log = convert_model(
-            model, config, calibration, blocks=plan.blocks, work=work, resume=resume, say=say,
-            dense=lambda: hub.load_model(source, model_config, revision).to(device),
-        )  # fmt: skip
-        cast(model, _output_dtype(config, model_config))  # so that the figures describe the checkpoint
-        if first:
-            figures["rows"] = _figures(model, held_out, processor)
-            figures["calibration_tokens"] = calibration.first(config.calibration_tokens).tokens
-            results = _record(config, plan, command, started) | {"router_log": log, **figures}
-            write_checkpoint(output, work, model, processor, recipe, results, config)
-            say(f"saved {named}")
-        wait_for_everyone()
-    return results
+    return _Job(device, model_config, sparsified, plan, processor, calibration, held_out, asleep)
 
 
-def _tell(plan: Plan, asleep: list[Block], say: Say) -> None:
+def _converted(
+    job: _Job, config: ConvertConfig, work: Path, resume: bool, say: Say
+) -> tuple[PreTrainedModel, list[dict[str, float]]]:
+    """The converted model in the dtype of the checkpoint, whose figures it gives, and the router training log."""
+    source, revision, model_config = config.model, config.revision, job.model_config
+    if job.sparsified:
+        source, revision, model_config = job.sparsified.folder, None, hub.read_config(job.sparsified.folder)
+
+    def dense() -> PreTrainedModel:
+        return hub.load_model(source, model_config, revision).to(job.device)
+
+    model = dense()
+    _tell(job.plan, job.asleep, say)
+    log = convert_model(
+        model, config, job.calibration, blocks=job.plan.blocks, work=work, resume=resume, say=say, dense=dense
+    )
+    cast(model, _output_dtype(config, model_config))
+    return model, log
+
+
+def _tell(plan: ConversionPlan, asleep: list[Block], say: Say) -> None:
     """Report the blocks to convert, the blocks that stay dense, and how the experts fit."""
     if asleep:
         say(f"left dense, because they do not run on this data: {', '.join(block.name for block in asleep)}")
@@ -115,7 +140,7 @@ def _tell(plan: Plan, asleep: list[Block], say: Say) -> None:
         say(f"padded with {padded} zero neurons in memory, because the experts do not divide the width")
 
 
-def _record(config: ConvertConfig, plan: Plan, command: list[str] | None, started: float) -> dict[str, Any]:
+def _record(config: ConvertConfig, plan: ConversionPlan, command: list[str] | None, started: float) -> dict[str, Any]:
     """The part of `results.json` on the request, the machine and the duration."""
     return {
         "d2dmoe": __version__, "machine": machine(),
@@ -132,23 +157,12 @@ def _figures(model: PreTrainedModel, held_out: Batches | None, processor: Any) -
     return evaluate(model, held_out, settings, tokenizer=processor)
 
 
-def batches_for(config: ConvertConfig, model_config: Any, plan: Plan, processor: Any) -> tuple[Batches, Batches | None]:
+def batches_for(
+    config: ConvertConfig, model_config: Any, plan: ConversionPlan, processor: Any
+) -> tuple[Batches, Batches | None]:
     """Calibration batches, shuffled, and held-out batches (`None` when `eval_tokens` is 0)."""
-    data = hub.fit_length(config, model_config)
-    causal = hub.is_causal(plan.model_class)
-    label2id = model_config.label2id if hub.is_classifier(plan.model_class, model_config) else None
-
-    def make(part: str) -> Batches:
-        documents = read_documents(config.data, part, config.text_column, config.label_column)
-        return make_batches(documents, processor, data, packed=causal, label2id=label2id)
-
-    calibration = make("calibration").shuffled(config.seed)
-    if not config.eval_tokens:
-        return calibration, None
-    try:
-        return calibration, make("held_out").first(config.eval_tokens)
-    except UserError as error:
-        raise UserError(f"{error} (this is the part held out for the figures; --eval-tokens 0 skips them)") from None
+    calibration, held_out = both_parts(config, plan.model_class, model_config, processor)
+    return calibration.shuffled(config.seed), held_out
 
 
 def _output_dtype(config: ConvertConfig, model_config: Any) -> torch.dtype:

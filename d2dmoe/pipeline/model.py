@@ -30,7 +30,8 @@ from ..stages.heal import heal
 from ..stages.routers.fit import fit_routers
 from ..stages.routers.training import train_routers
 from ..stages.split import split_neurons
-from ..training import first_process, has_state
+from ..training import first_process
+from ..training_state import has_state
 from .verify import block_outputs, model_outputs, verify
 from .workdir import (
     fitted,

@@ -15,7 +15,7 @@ from ..discovery.blocks import Discovery, discover
 from ..discovery.inputs import dummy_inputs
 from ..discovery.skeleton import skeleton
 from ..discovery.trace import runs_on
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..hub import is_converted, model_class
 from ..measure.observe import model_inputs
 from ..stages.standins import MEMORY
@@ -25,7 +25,7 @@ BASE_MEMORY = 700 * 2**20  # Python with torch and transformers imported
 
 
 @dataclass
-class Plan:
+class ConversionPlan:
     """The blocks with their experts, and the cost of the conversion."""
 
     model_class: type[nn.Module]
@@ -54,7 +54,7 @@ class Plan:
         }
 
 
-def make_plan(model_config: Any, config: ConvertConfig) -> Plan:
+def make_plan(model_config: Any, config: ConvertConfig) -> ConversionPlan:
     """Discover the blocks on a skeleton of the model, choose their experts and count.
 
     Raises:
@@ -84,10 +84,10 @@ def make_plan(model_config: Any, config: ConvertConfig) -> Plan:
     )
     captured = 4 * min(rows, 8192) * sum(b.d_model + b.experts for b in discovery.blocks)
     peak = BASE_MEMORY + 4 * (dense + added) + max(activations + captured, activations + _moments(block, config))
-    return Plan(kind, discovery, dense, added, peak, stored * (dense + added), model)
+    return ConversionPlan(kind, discovery, dense, added, peak, stored * (dense + added), model)
 
 
-def fit_to_data(plan: Plan, batch: dict[str, torch.Tensor], source: str) -> list[Block]:
+def fit_to_data(plan: ConversionPlan, batch: dict[str, torch.Tensor], source: str) -> list[Block]:
     """Exclude blocks that this data never reaches, before any weights are read; returns them.
 
     Args:
@@ -109,7 +109,7 @@ def fit_to_data(plan: Plan, batch: dict[str, torch.Tensor], source: str) -> list
         reached = runs_on(plan.skeleton, inputs)
     except Exception as error:
         lacking = ", ".join(sorted(dummy_inputs(plan.skeleton).keys() - inputs.keys()))
-        reason = f"it takes {lacking} as well" if lacking else str(error).strip().partition("\n")[0]
+        reason = f"it takes {lacking} as well" if lacking else first_line(error)
         raise UserError(f"{feeds}, on which {name} does not run ({reason}); {text}") from None
     asleep = [block for block in plan.blocks if not {block.up, block.down, block.gate or block.up} <= reached]
     if len(asleep) == len(plan.blocks):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,18 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 from .. import hub
 from ..config.record import Block
-from ..data.batches import Batches, make_batches
-from ..data.documents import read_documents
+from ..data.batches import Batches
 from ..discovery.blocks import discover
 from ..discovery.skeleton import skeleton
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..files import write_text
 from ..measure.evaluate import evaluate
 from ..progress import progress
@@ -38,7 +34,8 @@ from ..sparsify.tasks import choose_task, collator
 from ..sparsify.trainer import SparsifyTrainer
 from ..training import accelerate_state_kept, on_cpu, pick_device
 from ..version import __version__
-from .workdir import check_recipe, folder_errors, local_files, prepare_folders, publish
+from .parts import both_parts
+from .workdir import check_recipe, folder_errors, local_files, named_folders, prepare_folders, write_checkpoint
 
 Say = Callable[[str], None]
 
@@ -77,22 +74,7 @@ def prepare(config: SparsifyConfig) -> Job:
         changed = swapped_config(kind, original, activation_name(config.activation, config.threshold))
     blocks = discover(skeleton(kind, changed)).blocks
     processor = hub.load_processor(config.model, original, config.revision)
-    data, label2id = hub.fit_length(config, original), None
-    if hub.is_classifier(kind, original):
-        label2id = original.label2id
-
-    def make(part: str) -> Batches:
-        documents = read_documents(config.data, part, config.text_column, config.label_column)
-        return make_batches(documents, processor, data, packed=hub.is_causal(kind), label2id=label2id)
-
-    train, held_out = make("calibration"), None
-    if config.eval_tokens:
-        try:
-            held_out = make("held_out").first(config.eval_tokens)
-        except UserError as error:
-            raise UserError(
-                f"{error} (this is the part held out for the figures; --eval-tokens 0 skips them)"
-            ) from None
+    train, held_out = both_parts(config, kind, original, processor)
     task = choose_task(config.task, kind, original, train, processor, config.data)
     _with_adapters(skeleton(kind, changed), config)
     hub.check_safetensors(config.model)
@@ -134,16 +116,14 @@ def sparsify(
     say = say if first else lambda _: None
     device = state.device if state.num_processes > 1 else pick_device(config.device)
     job = prepare(config)
-    named = config.output_dir or default_output(config.model)
-    output = Path(os.path.abspath(named))
-    work = output.with_name(output.name + ".partial")
+    named, output, work = named_folders(config.output_dir, config.model, "sparse")
     arguments = training_arguments(_fitting(training or {}, job), config, str(work / "training"))
     _check_sharding(arguments, state)
     if first:
         keep = (config.model, config.data)
         prepare_folders(output, work, job, keep=keep, resume=resume, overwrite=overwrite)
     state.wait_for_everyone()
-    recipe = {**asdict(config), "output_dir": named, **(training or {})}
+    recipe, results = {**asdict(config), "output_dir": named, **(training or {})}, {}
     started = time.time()
     with folder_errors(output, work, any_state) if first else nullcontext():
         if first:
@@ -152,27 +132,39 @@ def sparsify(
         state.wait_for_everyone()
         before = _before(job, config, work, resume, device, say) if first else {}
         state.wait_for_everyone()
-        model = hub.load_model(config.model, job.changed, config.revision, changed=True)
-        trainer = _trainer(model, job, config, arguments, compute_loss_func)
-        last = last_complete(work / "training") if resume else None
-        say(f"{job.task} on {len(job.train.items)} samples, {config.regulariser} α {config.alpha:g}")
-        trainer.train(resume_from_checkpoint=last)
-        model = _trained(trainer, job, config)
-        results: dict[str, Any] = {}
+        trainer, model = _train(job, config, arguments, compute_loss_func, work if resume else None, say)
         if first:
-            after = figures(model.to(device), job, config)
-            results = {
-                "d2dmoe": __version__, "machine": machine(), "seed": config.seed, "task": job.task,
-                "command": [portable(word) for word in command or ["d2dmoe", "sparsify", "--model", config.model]],
-                "minutes": round((time.time() - started) / 60, 2), "processes": state.num_processes,
-                "distributed": trainer.accelerator.distributed_type.value,
-                "rows": [{"model": "before", **before}, {"model": "after", **after}],
-                "log": [row for row in trainer.state.log_history if "loss" in row],
-            }  # fmt: skip
-            _write(output, work, model.cpu(), job, recipe, results, config)
+            rows = [{"model": "before", **before}, {"model": "after", **figures(model.to(device), job, config)}]
+            results = _record(config, job, trainer, command, started) | {"rows": rows}
+            results["log"] = [row for row in trainer.state.log_history if "loss" in row]
+            write_checkpoint(output, work, model.cpu(), job.processor, recipe, results, sparsified_card)
             say(f"saved {named}")
         state.wait_for_everyone()
     return results
+
+
+def _train(
+    job: Job, config: SparsifyConfig, arguments: Any, loss: Callable | None, interrupted: Path | None, say: Say
+) -> tuple[SparsifyTrainer, PreTrainedModel | None]:
+    """Train, from the last state in the working folder of an interrupted run on; see `_trained` for the model."""
+    model = hub.load_model(config.model, job.changed, config.revision, changed=True)
+    trainer = _trainer(model, job, config, arguments, loss)
+    last = last_complete(interrupted / "training") if interrupted else None
+    say(f"{job.task} on {len(job.train.items)} samples, {config.regulariser} α {config.alpha:g}")
+    trainer.train(resume_from_checkpoint=last)
+    return trainer, _trained(trainer, job, config)
+
+
+def _record(
+    config: SparsifyConfig, job: Job, trainer: SparsifyTrainer, command: list[str] | None, started: float
+) -> dict[str, Any]:
+    """The part of `results.json` that says what was asked for, of which machines, and how long it took."""
+    return {
+        "d2dmoe": __version__, "machine": machine(), "seed": config.seed, "task": job.task,
+        "command": [portable(word) for word in command or ["d2dmoe", "sparsify", "--model", config.model]],
+        "minutes": round((time.time() - started) / 60, 2), "processes": PartialState().num_processes,
+        "distributed": trainer.accelerator.distributed_type.value,
+    }  # fmt: skip
 
 
 def _check_sharding(arguments: Any, state: PartialState) -> None:
@@ -181,12 +173,6 @@ def _check_sharding(arguments: Any, state: PartialState) -> None:
     if wanted and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         where = "on the CPU" if state.device.type == "cpu" else "in one process"
         raise UserError(f"--fsdp: a model is sharded over several GPUs, and this training is {where}; leave it out")
-
-
-def default_output(model: str) -> str:
-    """`checkpoints/<model>-sparse`, the last part of a path or id."""
-    path = Path(model).resolve() if Path(model).is_dir() else Path(model)
-    return f"checkpoints/{path.name}-sparse"
 
 
 def _fitting(training: dict[str, Any], job: Job) -> dict[str, Any]:
@@ -256,7 +242,7 @@ def _with_adapters(model: PreTrainedModel, config: SparsifyConfig) -> torch.nn.M
     try:
         return get_peft_model(model, settings)
     except ValueError as error:
-        raise UserError(f"--lora-targets {config.lora_targets}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"--lora-targets {config.lora_targets}: {first_line(error)}") from None
 
 
 def _trained(trainer: SparsifyTrainer, job: Job, config: SparsifyConfig) -> PreTrainedModel | None:
@@ -294,17 +280,3 @@ class _Bar(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()
-
-
-def _write(
-    output: Path, work: Path, model: PreTrainedModel, job: Job, recipe: dict, results: dict, config: SparsifyConfig
-) -> None:
-    scratch, recipe = work / "checkpoint", {key: portable(value) for key, value in recipe.items()}
-    shutil.rmtree(scratch, ignore_errors=True)
-    model.save_pretrained(scratch, max_shard_size=config.max_shard_size)
-    if job.processor is not None:
-        job.processor.save_pretrained(scratch)
-    (scratch / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    (scratch / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (scratch / "README.md").write_text(sparsified_card(type(model), recipe, results))
-    publish(scratch, output, work)

@@ -16,19 +16,18 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from ..config.options import ConvertConfig
 from ..config.record import Budget, D2DMoEConfig
 from ..errors import UserError
 from ..files import replacing, write_text
 from ..measure.observe import release_memory
 from ..moe.layer import layers
-from ..report.card import model_card
 from ..report.machine import portable
 from ..training import first_process, wait_for_everyone
-from .plan import Plan
+from .plan import ConversionPlan
 
 # Keys that may change between an interrupted run and the one that resumes it.
 FREE_ON_RESUME = {"output_dir", "eval_tokens", "max_shard_size", "device"}
+Card = Callable[[PreTrainedModel, dict[str, Any], dict[str, Any]], str]
 RECIPE, REPLACED = "recipe.json", "replaced"  # in the working folder: its mark, and the output folder before this one
 
 
@@ -78,14 +77,25 @@ def stage(
     return load_file(file) if not first_process() else tensors
 
 
-def default_output(model: str) -> str:
-    """`checkpoints/<model>-d2dmoe`, the last part of a path or id."""
+def named_folders(output_dir: str | None, model: str, ending: str) -> tuple[str, Path, Path]:
+    """The output folder as it was named, its absolute path, and the working folder beside it.
+
+    Without a name it is `checkpoints/<model>-<ending>`, of a path or hub id the last part.
+    """
     path = Path(model).resolve() if Path(model).is_dir() else Path(model)
-    return f"checkpoints/{path.name}-d2dmoe"
+    named = output_dir or f"checkpoints/{path.name}-{ending}"
+    output = Path(os.path.abspath(named))
+    return named, output, output.with_name(output.name + ".partial")
 
 
 def prepare_folders(
-    output: Path, work: Path, plan: Plan, *, keep: tuple[str, ...] = (), resume: bool = False, overwrite: bool = False
+    output: Path,
+    work: Path,
+    plan: ConversionPlan,
+    *,
+    keep: tuple[str, ...] = (),
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Check the output folder and make the working folder.
 
@@ -202,17 +212,27 @@ def _short(value: Any) -> str:
 
 
 def write_checkpoint(
-    output: Path, work: Path, model: PreTrainedModel, processor: Any, recipe: dict, results: dict, config: ConvertConfig
+    output: Path, work: Path, model: PreTrainedModel, processor: Any, recipe: dict, results: dict, card: Card
 ) -> None:
-    """Write everything under a temporary name, then rename it to the output folder."""
+    """Write everything under a temporary name, then rename it to the output folder.
+
+    Args:
+        output: Where the checkpoint will be.
+        work: The working folder, which is deleted.
+        model: With its weights.
+        processor: Its tokenizer or image processor, if any.
+        recipe: What was asked for, with `max_shard_size`.
+        results: The contents of `results.json`.
+        card: Makes the README.
+    """
     scratch, recipe = work / "checkpoint", {key: portable(value) for key, value in recipe.items()}
     shutil.rmtree(scratch, ignore_errors=True)
-    model.save_pretrained(scratch, max_shard_size=config.max_shard_size)
+    model.save_pretrained(scratch, max_shard_size=recipe["max_shard_size"])
     if processor is not None:
         processor.save_pretrained(scratch)
     (scratch / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     (scratch / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (scratch / "README.md").write_text(model_card(model, recipe, results))
+    (scratch / "README.md").write_text(card(model, recipe, results))
     publish(scratch, output, work)
 
 

@@ -1,49 +1,52 @@
-"""The checkpoint's README."""
+"""The READMEs of checkpoints: text from a template, figures as a table and as metadata that the hub reads."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .tables import eval_table
 
+Figure = tuple[str, float, dict[str, Any]]  # a metric, its value and the setting it belongs to
 CARD = """---
-{metadata}
+{{ card_data }}
 ---
 
-# {name}
+# {{ name }}
 
-`{base}` as a dynamic-k Mixture-of-Experts: {blocks} feed-forward blocks of {experts} experts each, of which a router
-picks as many as a token needs. Made by [d2dmoe](https://arxiv.org/abs/2310.04361) {version}, preset `{preset}`, split
-`{split}`, gate `{gate}`, skipped experts replaced by `{stand_in}`.
+`{{ base }}` as a dynamic-k Mixture-of-Experts: {{ blocks }} feed-forward blocks of {{ experts }} experts each, of which
+a router picks as many as a token needs. Made by [d2dmoe](https://arxiv.org/abs/2310.04361) {{ version }}, preset
+`{{ preset }}`, split `{{ split }}`, gate `{{ gate }}`, skipped experts replaced by `{{ stand_in }}`.
 
 ## Use
 
 ```python
 import d2dmoe                      # registers the loader
-from transformers import {auto}
+from transformers import {{ auto }}
 
-model = {auto}.from_pretrained("path/to/this/folder")
-d2dmoe.set_gate(model, active=0.5)   # stored budgets: {budgets}; 1 is exactly the dense model
+model = {{ auto }}.from_pretrained("path/to/this/folder")
+d2dmoe.set_gate(model, active=0.5)   # stored budgets: {{ budgets }}; 1 is exactly the dense model
 ```
 
 Without `import d2dmoe` the same folder opens as the dense model, its neurons in another order.
 
 ## Figures
 
-On the held-out part of `{data}`. One multiply-accumulate is two FLOPs; routers, gates and stand-ins are counted,
-padding is not. Times are whole forward passes on {processor}, {threads} threads.
+On the held-out part of `{{ data }}`. One multiply-accumulate is two FLOPs; routers, gates and stand-ins are counted,
+padding is not. Times are whole forward passes on {{ processor }}, {{ threads }} threads.
 
-{table}
+{{ table }}
 
-Command: `{command}`
+Command: `{{ command }}`
 
 ## Limits
 
-The routers were trained on `{data}`; on text unlike it they choose less well. Figures other than those above were not
-measured. The times were measured with what `d2dmoe env` calls live there; without the CPU kernels every expert is
+The routers were trained on `{{ data }}`; on text unlike it they choose less well. Figures other than those above were
+not measured. The times were measured with what `d2dmoe env` calls live there; without the CPU kernels every expert is
 computed and no time is saved.
 
 ## Citation
@@ -54,26 +57,75 @@ arXiv 2310.04361.
 
 
 def model_card(model: Any, recipe: dict[str, Any], results: dict[str, Any]) -> str:
-    """The checkpoint's README, with metadata that the hub accepts."""
-    base = recipe["model"]
-    name = Path(str(recipe["output_dir"])).name
-    data = ModelCardData(
-        base_model=base if "/" in base and not Path(base).exists() else None,
-        library_name="transformers",
-        tags=["d2dmoe", "mixture-of-experts", "dynamic-k"],
-    )
+    """The README of a converted checkpoint."""
     stored = model.config.quantization_config.d2dmoe
-    text = CARD.format(
-        metadata=data.to_yaml(), name=name, base=Path(base).name if Path(base).exists() else base,
+    return fill_card(
+        CARD, type(model), recipe, results, ["mixture-of-experts", "dynamic-k"],
+        list(converted_figures(results["rows"])),
         blocks=len(stored.blocks), experts="/".join(map(str, sorted({b.experts for b in stored.blocks}))),
-        version=results["d2dmoe"], preset=recipe["preset"], split=recipe["split"], gate=recipe["gate"],
-        stand_in=recipe["stand_in"], auto=auto_class(type(model)),
+        preset=recipe["preset"], split=recipe["split"], gate=recipe["gate"], stand_in=recipe["stand_in"],
         budgets=", ".join(f"{b.active:g}" for b in stored.budgets) or "none",
-        data=Path(recipe["data"]).name if Path(recipe["data"]).exists() else recipe["data"],
         processor=results["machine"]["processor"], threads=results["machine"]["threads"],
-        table=eval_table(results["rows"]), command=" ".join(results["command"]),
+        table=eval_table(results["rows"]),
     )  # fmt: skip
-    return str(ModelCard(text))
+
+
+def converted_figures(rows: list[dict[str, Any]]) -> Iterator[Figure]:
+    """Every metric of rows of `evaluate`, with the share of experts and of FLOPs that it took."""
+    for row in rows:
+        setting = {key: row[key] for key in ("active_fraction", "flops_fraction_model")}
+        for name, value in {row["metric"]["name"]: row["metric"]["value"], **row["metrics"]}.items():
+            yield name, value, setting
+
+
+def fill_card(
+    template: str, kind: type, recipe: dict[str, Any], results: dict[str, Any], tags: list[str], figures: list[Figure],
+    **words: Any,
+) -> str:  # fmt: skip
+    """Fill the template of a README.
+
+    Args:
+        template: Jinja text that begins with `card_data`, the metadata.
+        kind: The model's class.
+        recipe: What was asked for.
+        results: The contents of `results.json`.
+        tags: Further tags for the hub.
+        figures: What becomes `model-index` in the metadata; none that are not finite.
+        words: What the template names besides `name`, `base`, `data`, `auto`, `version` and `command`.
+    """
+    base, data, name = str(recipe["model"]), _shown(str(recipe["data"])), Path(str(recipe["output_dir"])).name
+    auto = auto_class(kind)
+    found = [
+        EvalResult(
+            task_type=_task(auto), dataset_type=data, dataset_name=data, dataset_split="held out", metric_type=metric,
+            metric_value=value, metric_name=", ".join([metric, *(f"{k} {v:.3g}" for k, v in setting.items())]),
+            metric_args=setting or None,
+        )
+        for metric, value, setting in figures
+        if math.isfinite(value)
+    ]  # fmt: skip
+    metadata = ModelCardData(
+        base_model=base if "/" in base and not Path(base).exists() else None, library_name="transformers",
+        tags=["d2dmoe", *tags], model_name=name, eval_results=found or None,
+    )  # fmt: skip
+    card = ModelCard.from_template(
+        metadata, template_str=template, name=name, base=_shown(base), data=data, auto=auto,
+        version=results["d2dmoe"], command=" ".join(results["command"]), **words,
+    )  # fmt: skip
+    return f"{card}\n"
+
+
+def _shown(source: str) -> str:
+    """A hub id as it is; of a path the last part."""
+    return Path(source).name if Path(source).exists() else source
+
+
+def _task(auto: str) -> str:
+    """The hub's name of the task that an `AutoModel…` class is for."""
+    from transformers.pipelines import SUPPORTED_TASKS
+
+    found = (task for task, entry in SUPPORTED_TASKS.items() if auto in {kind.__name__ for kind in entry["pt"]})
+    return next(found, "feature-extraction")
 
 
 def auto_class(kind: type) -> str:

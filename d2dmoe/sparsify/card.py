@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-
-from ..report.card import auto_class
+from ..report.card import Figure, fill_card
 from ..report.tables import table
 
+OWN_QUALITY = ("perplexity", "masked_lm", "accuracy", "loss")
 CARD = """---
-{metadata}
+{{ card_data }}
 ---
 
-# {name}
+# {{ name }}
 
-`{base}` with sparser activations: fine-tuned with the `{regulariser}` regulariser, α {alpha:g}, activation
-`{activation}`, task `{task}`. It is a dense model like the one before{needs}, and made to be
-converted by [d2dmoe](https://arxiv.org/abs/2310.04361) {version}: `d2dmoe convert --model path/to/this/folder`.
+`{{ base }}` with sparser activations: fine-tuned with the `{{ regulariser }}` regulariser, α {{ alpha }}, activation
+`{{ activation }}`, task `{{ task }}`. It is a dense model like the one before{{ needs }}, and made to be
+converted by [d2dmoe](https://arxiv.org/abs/2310.04361) {{ version }}: `d2dmoe convert --model path/to/this/folder`.
 
 ## Use
 
 ```python
-{imports}from transformers import {auto}
+{{ imports }}from transformers import {{ auto }}
 
-model = {auto}.from_pretrained("path/to/this/folder")
+model = {{ auto }}.from_pretrained("path/to/this/folder")
 ```
 
 ## Figures
 
-On the held-out part of `{data}`. `nonzero` is the share of hidden activations that are not zero, `near zero` the share
-that is at most 1 % of the token's largest one; means over {blocks} feed-forward blocks.
+On the held-out part of `{{ data }}`. `nonzero` is the share of hidden activations that are not zero, `near zero` the
+share that is at most 1 % of the token's largest one; means over {{ blocks }} feed-forward blocks.
 
-{table}
+{{ table }}
 
-Command: `{command}`
+Command: `{{ command }}`
 
 ## Citation
 
@@ -61,21 +60,24 @@ def sparsity_table(rows: list[dict[str, Any]]) -> str:
     )  # fmt: skip
 
 
-def sparsified_card(kind: type, recipe: dict[str, Any], results: dict[str, Any]) -> str:
-    """The folder's README, with metadata that the hub accepts."""
-    base, data = str(recipe["model"]), str(recipe["data"])
-    local = Path(base).exists()
-    metadata = ModelCardData(
-        base_model=None if local else base, library_name="transformers", tags=["d2dmoe", "activation-sparsity"]
-    )
+def sparsified_card(model: Any, recipe: dict[str, Any], results: dict[str, Any]) -> str:
+    """The README of a sparsified checkpoint."""
     own = recipe["activation"] == "fatrelu"
-    text = CARD.format(
-        metadata=metadata.to_yaml(), name=Path(str(recipe["output_dir"])).name, base=Path(base).name if local else base,
-        regulariser=recipe["regulariser"], alpha=recipe["alpha"], activation=recipe["activation"],
-        task=results["task"], version=results["d2dmoe"], auto=auto_class(kind),
-        needs=", except that transformers refuses its activation unless d2dmoe is imported" if own else "",
-        imports="import d2dmoe  # registers the activation\n" if own else "",
-        data=Path(data).name if Path(data).exists() else data, table=sparsity_table(results["rows"]),
-        blocks=len(results["rows"][-1].get("blocks", [])) or "all", command=" ".join(results["command"]),
+    return fill_card(
+        CARD, type(model), recipe, results, ["activation-sparsity"], list(sparsified_figures(results["rows"][-1])),
+        regulariser=recipe["regulariser"], alpha=f"{recipe['alpha']:g}", activation=recipe["activation"],
+        task=results["task"], needs=", except that transformers refuses its activation unless d2dmoe is imported" * own,
+        imports="import d2dmoe  # registers the activation\n" * own,
+        table=sparsity_table(results["rows"]), blocks=len(results["rows"][-1].get("blocks", [])) or "all",
     )  # fmt: skip
-    return str(ModelCard(text))
+
+
+def sparsified_figures(row: dict[str, Any]) -> Iterator[Figure]:
+    """Quality and sparsity of the model after training; nothing where it was not evaluated.
+
+    Likeness to the dense model is left out: here that is the model itself.
+    """
+    if "metric" in row:
+        quality = {row["metric"]["name"]: row["metric"]["value"], **row["metrics"]}
+        for name in (*(name for name in quality if name in OWN_QUALITY), "nonzero", "near_zero"):
+            yield name, quality.get(name, row.get(name)), {}

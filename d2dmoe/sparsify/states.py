@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, set_seed
+
+from ..files import write_text
 
 COMPLETE = "complete"  # the file that lists what belongs to a training state, written last
 
@@ -24,9 +25,7 @@ class Marks(TrainerCallback):
         processes.wait_for_everyone()
         if processes.is_main_process:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            scratch = folder / f"{COMPLETE}.tmp"
-            scratch.write_text(json.dumps(_sizes(folder)))
-            os.replace(scratch, folder / COMPLETE)
+            write_text(folder / COMPLETE, json.dumps(_sizes(folder)))
 
 
 class Epochs(TrainerCallback):

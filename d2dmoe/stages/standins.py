@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.linalg import cho_factor, cho_solve
 from torch import nn
 
 from ..config.record import D2DMoEConfig
 from ..measure.observe import EnoughSeen, release_memory, run_observed
 from ..moe.gating import gate_state, set_gate
 from ..moe.layer import DynamicFFN, layers
+from .ridge import ridge
 
 RIDGES = (1e-3, 1e-2, 1e-1)  # relative to the diagonal
 COLUMNS = 256  # of a Gram matrix computed at a time
@@ -162,8 +162,8 @@ def best_fit(fit_on: Moments, check_on: Moments, layer: DynamicFFN, config: D2DM
         return best
     ranks = {"constants": (0, 0), "refit": (layer.delta_rank, 0), "linear": (layer.delta_rank, layer.linear_rank)}
     for level in dict.fromkeys(("constants", config.stand_in)):
-        for ridge in RIDGES:
-            fit = _solve(fit_on, width, experts, *ranks[level], ridge)
+        for penalty in RIDGES:
+            fit = _solve(fit_on, width, experts, *ranks[level], penalty)
             scale = check.best_scale(fit.theta)
             residual = check.error(scale * fit.theta) / check.energy
             if residual < best.residual:
@@ -177,34 +177,30 @@ def _scaled(fit: Fit, scale: float, level: str, residual: float) -> Fit:
     return Fit(scale * fit.theta, delta, linear, level, residual)
 
 
-def _solve(m: Moments, width: int, experts: int, delta_rank: int, linear_rank: int, ridge: float) -> Fit:
+def _solve(m: Moments, width: int, experts: int, delta_rank: int, linear_rank: int, penalty: float) -> Fit:
     """Ridge regression; the linear term, then the change of the down projection cut to low rank, the rest refitted."""
     neurons, constants = slice(0, width), slice(width, width + experts)
     inputs, rest, everything = slice(width + experts, None), slice(0, width + experts), slice(None)
     theta = torch.zeros(m.cross.shape, dtype=torch.float64)
     linear = delta = None
     if linear_rank:
-        theta[:] = _ridge(m, everything, theta, ridge)
+        theta[:] = _ridge(m, everything, theta, penalty)
         linear = _cut(m, inputs, theta, linear_rank)
         theta[inputs] = linear[0] @ linear[1]
     if delta_rank:
         theta[rest] = 0
-        theta[rest] = _ridge(m, rest, theta, ridge)
+        theta[rest] = _ridge(m, rest, theta, penalty)
         delta = _cut(m, neurons, theta, delta_rank)
         theta[neurons] = delta[0] @ delta[1]
     theta[constants] = 0
-    theta[constants] = _ridge(m, constants, theta, ridge)
+    theta[constants] = _ridge(m, constants, theta, penalty)
     return Fit(theta, delta, linear)
 
 
-def _ridge(m: Moments, part: slice, others: torch.Tensor, ridge: float) -> torch.Tensor:
+def _ridge(m: Moments, part: slice, others: torch.Tensor, penalty: float) -> torch.Tensor:
     """Coefficients of some regressors, given those of the others (zero in `part`)."""
-    damped = m.gram[part, part].double()
-    diagonal = damped.diagonal().clone()
-    damped.diagonal().add_(ridge * diagonal + 1e-8 * diagonal.mean().clamp_min(1e-12))
-    target = m.cross[part].double() - (m.gram[part] @ others.to(m.gram)).double()
-    factor = cho_factor(damped.numpy().T, overwrite_a=True, check_finite=False)  # in place: one matrix, not three
-    return torch.from_numpy(cho_solve(factor, target.numpy(), check_finite=False))
+    left = m.cross[part].double() - (m.gram[part] @ others.to(m.gram)).double()
+    return ridge(m.gram[part, part], left, penalty)
 
 
 def _cut(m: Moments, part: slice, theta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

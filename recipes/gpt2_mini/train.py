@@ -13,6 +13,8 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -57,8 +59,43 @@ def held_out_loss(model: GPT2LMHeadModel, batches: Batches, limit: int | None = 
     return sum(losses) / rows
 
 
-def main() -> None:
-    """Train, save, measure."""
+def new_model(vocabulary: int, seed: int) -> GPT2LMHeadModel:
+    """Six layers of width 256 with random weights, without dropout."""
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocabulary, n_positions=256, n_embd=256, n_layer=6, n_head=4, n_inner=1024,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def by_epoch(pool: Batches, seed: int) -> Callable[[int], dict[str, torch.Tensor]]:
+    """Batches by number, shuffled anew in each epoch; the last batch of an epoch is left out where it is not full."""
+    per_epoch = len(pool.items) // pool.batch_size
+    shuffled = lru_cache(maxsize=1)(lambda epoch: pool.shuffled(seed=seed + epoch))
+    return lambda number: shuffled(number // per_epoch)[number % per_epoch]
+
+
+def fit(
+    model: GPT2LMHeadModel, pool: Batches, held_out: dict[str, Batches], arguments: argparse.Namespace
+) -> list[dict[str, float]]:
+    """Train on the pool; returns the log."""
+    step_model = torch.compile(model) if arguments.compile else model
+    config = TrainingConfig(
+        steps=arguments.steps, learning_rate=arguments.learning_rate, weight_decay=0.1, bf16=True, seed=arguments.seed,
+        save_every=200, log_every=50,
+    )  # fmt: skip
+    return train(
+        model, by_epoch(pool, arguments.seed),
+        lambda _, b: step_model(input_ids=b["input_ids"], labels=b["input_ids"]).loss, config, name="gpt2-mini",
+        state_dir=arguments.output_dir.with_name(arguments.output_dir.name + ".state"), resume=arguments.resume,
+        evaluate=lambda m: {name: held_out_loss(m, b, limit=8) for name, b in held_out.items()},
+    )  # fmt: skip
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("D2DMOE_DATA", "../shared/data")))
     parser.add_argument("--output-dir", type=Path, default=Path("checkpoints/gpt2-mini"))
@@ -68,58 +105,25 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="torch.compile the training step (needs a C++ compiler)")
     parser.add_argument("--resume", action="store_true")
-    arguments = parser.parse_args()
+    return parser.parse_args()
 
-    started = time.time()
+
+def main() -> None:
+    """Train, save, measure."""
+    arguments, started = parse(), time.time()
     data = DataConfig(max_length=256, batch_size=arguments.batch_size)
     texts = {name: documents(arguments.data_dir, *sources[0]) for name, sources in SOURCES.items()}
     tokenizer = make_tokenizer([d["text"] for rows in texts.values() for d in rows], vocabulary=8192)
     training = [make_batches(rows, tokenizer, data, packed=True) for rows in texts.values()]
-    pool = Batches([item for batches in training for item in batches.items], data.batch_size)
     held_out = {
         name: make_batches(documents(arguments.data_dir, *sources[1]), tokenizer, data, packed=True)
         for name, sources in SOURCES.items()
     }
     print({name: b.tokens for name, b in zip(SOURCES, training, strict=True)}, "training tokens", flush=True)
-
-    torch.manual_seed(arguments.seed)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokenizer), n_positions=256, n_embd=256, n_layer=6, n_head=4, n_inner=1024,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-        )
-    )  # fmt: skip
-    step_model = torch.compile(model) if arguments.compile else model
-    per_epoch = len(pool.items) // data.batch_size
-    epochs: dict[int, Batches] = {}
-
-    def batch_at(number: int) -> dict[str, torch.Tensor]:
-        epoch, index = divmod(number, per_epoch)
-        if epoch not in epochs:
-            epochs.clear()
-            epochs[epoch] = pool.shuffled(seed=arguments.seed + epoch)
-        return epochs[epoch][index]
-
-    log = train(
-        model,
-        batch_at,
-        lambda _, b: step_model(input_ids=b["input_ids"], labels=b["input_ids"]).loss,
-        TrainingConfig(
-            steps=arguments.steps,
-            learning_rate=arguments.learning_rate,
-            weight_decay=0.1,
-            bf16=True,
-            seed=arguments.seed,
-            save_every=200,
-            log_every=50,
-        ),
-        name="gpt2-mini",
-        state_dir=arguments.output_dir.with_name(arguments.output_dir.name + ".state"),
-        resume=arguments.resume,
-        evaluate=lambda m: {name: held_out_loss(m, b, limit=8) for name, b in held_out.items()},
-    )
-    model = model.to(torch.bfloat16)
-    model.save_pretrained(arguments.output_dir)
+    model = new_model(len(tokenizer), arguments.seed)
+    pool = Batches([item for batches in training for item in batches.items], data.batch_size)
+    log = fit(model, pool, held_out, arguments)
+    model.to(torch.bfloat16).save_pretrained(arguments.output_dir)
     tokenizer.save_pretrained(arguments.output_dir)
     reloaded = GPT2LMHeadModel.from_pretrained(arguments.output_dir, dtype=torch.float32)
     results = {

@@ -123,6 +123,23 @@ def test_the_model_card_is_valid_and_shows_how_to_open_the_model(home: Path) -> 
     assert type(opened["model"]).__name__ == "GPT2LMHeadModel"
 
 
+def test_the_model_card_holds_the_figures_as_metadata(home: Path) -> None:
+    data, rows = ModelCard.load(home / "first" / "README.md").data, figures(home / "first" / "results.json")["rows"]
+    assert data.model_name == "first"
+    assert {(r.task_type, r.dataset_name, r.dataset_split) for r in data.eval_results} == {
+        ("text-generation", "text.txt", "held out")
+    }
+    expected = {}
+    for row in rows:
+        for name, value in {"perplexity": row["metric"]["value"], **row["metrics"]}.items():
+            expected[name, row["active_fraction"], row["flops_fraction_model"]] = value
+    assert len(expected) > len(rows)
+    assert expected == {
+        (r.metric_type, r.metric_args["active_fraction"], r.metric_args["flops_fraction_model"]): r.metric_value
+        for r in data.eval_results
+    }
+
+
 def test_convert_tells_what_it_does_and_prints_the_figures(home: Path, d2dmoe, tmp_path: Path) -> None:
     result = d2dmoe(*convert_argv(home / "dense", home / "text.txt", tmp_path / "out", "--json", tmp_path / "f.json"))
     assert "2 blocks of 8 experts in GPT2LMHeadModel" in result.err
@@ -673,9 +690,13 @@ def test_model_and_data_from_the_hub_equal_local_ones(home: Path, d2dmoe, tmp_pa
         argv = convert_argv("org/tiny", "org/texts", "checkpoints/tiny-d2dmoe")
         result = run_python("-m", "d2dmoe", *argv, cwd=tmp_path, environment=environment)
     assert result.code == 0, result.err
+    later = run_python("-m", "d2dmoe", *argv, "--output-dir", "later", cwd=tmp_path, environment=environment)
     d2dmoe(*convert_argv(home / "dense", texts, tmp_path / "local"))
     hub, local = tmp_path / "checkpoints" / "tiny-d2dmoe", tmp_path / "local"
     assert weights(hub) == weights(local)
+    assert later.code == 0, later.err  # the hub is gone, and what was downloaded before is found at once
+    assert "Retrying" not in later.err
+    assert weights(tmp_path / "later") == weights(hub)
     assert weights(hub) != weights(home / "first")  # the data matters
     metrics = [json.loads((folder / "results.json").read_text())["rows"][0]["metric"] for folder in (hub, local)]
     assert metrics[0] == metrics[1]  # the same held-out text

@@ -169,6 +169,12 @@ def test_byte_order_mark_is_not_text(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["comma.csv", "t.tsv"])
+def test_words_that_look_like_something_else_are_text(tmp_path, name):
+    rows = ["NA", "null", "12", "1e3", "true", "2024-01-01"]
+    assert texts(write_table(tmp_path / name, [{"text": t, "n": 1} for t in rows])) == rows
+
+
+@pytest.mark.parametrize("name", ["comma.csv", "t.tsv"])
 def test_table_of_one_column(tmp_path, name):
     rows = ["hello world", "two; three", "four, five", "six"]
     assert texts(write_table(tmp_path / name, [{"text": t} for t in rows])) == rows
@@ -387,9 +393,10 @@ def test_bad_json(tmp_path, name, content, where):
     refused(tmp_path / name, where)
 
 
-def test_csv_row_with_too_many_fields(tmp_path):
-    (tmp_path / "b.csv").write_text("text,n\nfine,1\nnot, quoted,2\n")
-    refused(tmp_path / "b.csv", "line 3.*quote")
+@pytest.mark.parametrize("rows", ["fine,1\nnot, quoted,2\n", "not, quoted,2\nnor, this,3\n"], ids=["one", "all"])
+def test_csv_row_with_too_many_fields(tmp_path, rows):
+    (tmp_path / "b.csv").write_text(f"text,n\n{rows}")
+    refused(tmp_path / "b.csv", rf"line {3 if rows.startswith('fine') else 2} .*quote")
 
 
 def test_bad_parquet(tmp_path):

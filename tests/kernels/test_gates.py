@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from d2dmoe.kernels.gates import GATES, ranks, select
+from d2dmoe.kernels.gates import GATES, score_ranks, select
 from d2dmoe.moe.router import Router, expert_norms
 
 FAST = settings(max_examples=80, deadline=None, derandomize=True)
@@ -150,7 +150,7 @@ def test_max_runs_the_best_expert_at_tau_one():
 @FAST
 def test_ranks(rows):
     expected = [[best_first(row).index(e) for e in range(len(row))] for row in rows]
-    assert ranks(tensor(rows)).tolist() == expected
+    assert score_ranks(tensor(rows)).tolist() == expected
 
 
 @pytest.mark.parametrize(("tokens", "d_model", "width", "experts"), [(1, 1, 1, 1), (7, 5, 9, 11), (3, 16, 2, 6)])

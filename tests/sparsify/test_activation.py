@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from cli_support import BERT, GPT2, LAYERS, SMALL, TEXT_SIZES, run_python, save_model, weights
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
@@ -21,6 +22,7 @@ from d2dmoe.kernels.operator import activation_name as kernels_name
 from d2dmoe.moe.fatrelu import FATReLU
 from d2dmoe.moe.layer import layers
 from d2dmoe.sparsify.activation import activation_name, swap_activation
+from d2dmoe.sparsify.card import sparsified_figures
 from sparsify.support import DROPOUT, collate, samples, sparsify_argv, tiny
 
 TEXT = TEXT_SIZES | LAYERS | {"intermediate_size": 48}
@@ -183,6 +185,23 @@ def test_a_fatrelu_checkpoint_opens_with_us_and_fails_loudly_without(fatrelu: Pa
     assert done.code == 0, done.err
     assert "fatrelu_0.05" in done.out
     assert "import d2dmoe  # registers the activation" in (fatrelu / "README.md").read_text()
+
+
+def test_the_card_holds_the_figures_after_training_as_metadata(fatrelu: Path) -> None:
+    data = ModelCard.load(fatrelu / "README.md").data
+    row = json.loads((fatrelu / "results.json").read_text())["rows"][1]
+    shares = {name: row[name] for name in ("nonzero", "near_zero")}
+    expected = {row["metric"]["name"]: row["metric"]["value"], **row["metrics"], **shares}
+    assert {result.metric_type: result.metric_value for result in data.eval_results} == expected
+    assert {result.task_type for result in data.eval_results} == {"text-generation"}
+
+
+def test_likeness_to_itself_is_no_figure_of_the_card():
+    row = {"metric": {"name": "accuracy", "value": 0.5}, "metrics": {"kl_to_dense": 0.0, "agreement": 1.0}}
+    assert list(sparsified_figures({**row, "nonzero": 0.25, "near_zero": 0.75})) == [
+        ("accuracy", 0.5, {}), ("nonzero", 0.25, {}), ("near_zero", 0.75, {}),
+    ]  # fmt: skip
+    assert list(sparsified_figures({"model": "after"})) == []
 
 
 def test_a_fatrelu_checkpoint_converts(fatrelu: Path, data: Path, d2dmoe, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from ...config.options import ConvertConfig
 from ...measure.observe import run_observed
 from ...moe.gating import set_gate
 from ...moe.layer import DynamicFFN, layers
+from ..ridge import ridge
 from .targets import RouterTarget
 
 CANDIDATES = 512  # neurons tried per block, each with both signs
@@ -37,7 +38,7 @@ def fit_routers(model: nn.Module, batches: Sequence, config: ConvertConfig) -> N
     linear = _moments(model, batches, target, [torch.eye(d) for d in width], lambda x, basis: x @ basis.T)
     bases = []
     for index, layer in enumerate(converted):
-        directions = _ridge(*linear[index]).T  # (experts, d)
+        directions = ridge(*linear[index], RIDGE).float().T  # (experts, d)
         rows = torch.cat([directions, _neurons(layer, config.seed * 1000 + index)])
         rows = torch.nn.functional.normalize(rows, dim=1)
         bases.append(torch.cat([rows, -rows]))
@@ -48,7 +49,7 @@ def fit_routers(model: nn.Module, batches: Sequence, config: ConvertConfig) -> N
         layer.router.hidden.data.zero_()
         layer.router.score.data.zero_()
         layer.router.hidden.data[: len(chosen)] = bases[index][chosen].to(layer.router.hidden)
-        weights = _ridge(gram[chosen][:, chosen], cross[chosen])
+        weights = ridge(gram[chosen][:, chosen], cross[chosen], RIDGE).float()
         layer.router.score.data[:, : len(chosen)] = weights.T.to(layer.router.score)
 
 
@@ -76,11 +77,6 @@ def _moments(model, batches, target, bases, features) -> list[tuple[torch.Tensor
     with set_gate(model, tau=0):
         run_observed(model, batches, collect, name="routers")
     return sums
-
-
-def _ridge(gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    damped = gram + torch.diag(RIDGE * gram.diagonal() + 1e-8 * gram.diagonal().mean().clamp_min(1e-12))
-    return torch.linalg.solve(damped, cross).float()
 
 
 def select_features(gram: torch.Tensor, cross: torch.Tensor, count: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from ...measure.observe import run_observed
 from ...moe.gating import set_gate
 from ...moe.layer import DynamicFFN, layers
 from ...moe.router import expert_norms
+from ..ridge import ridge
 
 RIDGE = 1e-3  # relative to the diagonal
 
@@ -62,8 +63,6 @@ def _linear_maps(model: nn.Module, batches: Sequence, *, inputs: bool) -> list[t
         run_observed(model, batches, collect, name="router targets")
     maps = []
     for index, layer in enumerate(converted):
-        gram, cross = (t.double().cpu() for t in sums.pop(index))
-        gram += torch.diag(RIDGE * gram.diagonal() + 1e-9 * gram.diagonal().max())
-        fitted = torch.linalg.solve(gram, cross).float()
+        fitted = ridge(*sums.pop(index), RIDGE).float()
         maps.append(fitted.unflatten(1, (layer.block.experts, -1)).transpose(0, 1).contiguous())
     return maps
