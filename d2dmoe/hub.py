@@ -260,6 +260,7 @@ def load_model(
         raise _explain(name, error) from None
     except SafetensorError as error:
         raise UserError(f"--model {name}: a safetensors file is damaged ({first_line(error)})") from None
+    _pad_by_end(model.config)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _beside_an_adapter(name)
     if info["missing_keys"]:

@@ -195,7 +195,8 @@ def test_a_classifier_of_a_decoder_needs_no_padding_token(home, d2dmoe, tmp_path
     assert config.get("pad_token_id") is None
     rows = [{"text": f"{'good' if n % 2 else 'bad'} one {n}", "label": n % 2} for n in range(80)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert "| ffn | gelu_new" in d2dmoe("list", "--model", tmp_path / "classifier").out
+    listed = d2dmoe("list", "--model", tmp_path / "classifier").out
+    assert "16->64 | yes" in listed, listed
     d2dmoe(*convert_argv(tmp_path / "classifier", tmp_path / "rows.jsonl", tmp_path / "out"))
     kept = AutoConfig.from_pretrained(tmp_path / "out")
     assert kept.pad_token_id == kept.eos_token_id
