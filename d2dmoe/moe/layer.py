@@ -36,6 +36,7 @@ class DynamicFFN(nn.Module):
             `hidden` is `None` if it has an attribute `needs_hidden` that is false.
         activation: The kernels' name of `act`, or `None` for a function that they do not have.
         merged: Does it hold one budget only (`merge`)?
+        soft_gate: Do gradients reach the router through the gate (`trainable`)?
         keep_dense: Does it keep the dense layout beside the packed one (`keep_dense`)?
     """
 
@@ -80,7 +81,7 @@ class DynamicFFN(nn.Module):
         self.delta_rank, self.linear_rank = delta_rank, linear_rank
         self.router = Router(block.d_model, router_width, block.experts, device=device, dtype=dtype)
         self.gate, self.prepared = Gate(), Prepared()
-        self.merged = self.keep_dense = False
+        self.merged = self.keep_dense = self.soft_gate = False
         self.observer: Callable | None = None
 
     @property
@@ -163,7 +164,9 @@ class DynamicFFN(nn.Module):
         scores = run = None
         if state.tau > 0:
             scores = self._true_scores(hidden, state.oracle) if state.oracle else self.router(x)
-            run = straight_through(scores, state.select(scores)) if state.soft else state.select(scores)
+            run = state.select(scores)
+            if (state.soft or self.soft_gate) and torch.is_grad_enabled():
+                run = straight_through(scores, run)
         if self.observer is not None:
             self.observer(self, x, hidden, scores, run)
         if stand_in is None:
