@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 from zoo import tiny
 
+from d2dmoe import trainable
 from d2dmoe.config import Budget, D2DMoEConfig
 from d2dmoe.data import Batches
 from d2dmoe.discovery import discover, dummy_inputs
