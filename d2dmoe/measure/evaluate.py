@@ -219,7 +219,7 @@ def prepare(
         check_tau(setting.get("tau", 0.0), stored.gate if stored else "max")
     kind = hub.model_class(config, name)
     data = hub.fit_length(data, config)
-    documents = read_documents(data.data, part, data.text_column, data.label_column)
+    documents = read_documents(data.data, part, data.text_column, data.label_column, data.header)
     processor = hub.load_processor(name, config)
     label2id = config.label2id if hub.is_classifier(kind, config) else None
     batches = make_batches(documents, processor, data, packed=hub.is_causal(kind), label2id=label2id)

@@ -33,7 +33,7 @@ def both_parts(
     label2id = model_config.label2id if hub.is_classifier(kind, model_config) else None
 
     def make(part: str) -> Batches:
-        documents = read_documents(config.data, part, config.text_column, config.label_column)
+        documents = read_documents(config.data, part, config.text_column, config.label_column, config.header)
         return make_batches(documents, processor, data, packed=hub.is_causal(kind), label2id=label2id)
 
     calibration = make("calibration")
