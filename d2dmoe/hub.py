@@ -80,8 +80,7 @@ def _pad_by_end(config: Any) -> None:
     text = config.get_text_config()
     classifies = any("ForSequenceClassification" in name for name in getattr(config, "architectures", None) or [])
     if classifies and getattr(text, "pad_token_id", None) is None:
-        end = getattr(text, "eos_token_id", None)
-        text.pad_token_id = end[0] if isinstance(end, list) else end if end is not None else 0
+        text.pad_token_id = vocabulary.token_of(config, "eos") or 0  # batches are padded with it, so it is a real token
 
 
 def refuse_quantised(name: str, config: Any) -> None:

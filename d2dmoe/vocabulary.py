@@ -31,6 +31,7 @@ def token_of(config: Any, name: str) -> int | None:
     size = size_of(config)
     for part in (config, config.get_text_config()):
         value = getattr(part, f"{name}_token_id", None)
+        value = value[0] if isinstance(value, list) and value else value  # several ends of a text
         if isinstance(value, int) and value >= 0 and (size is None or value < size):
             return value
     return None

@@ -194,6 +194,20 @@ def test_ids_that_are_not_really_there():
     assert special_tokens(bert, beyond).mask_token_id is None
 
 
+@pytest.mark.parametrize("end", [50256, 7])
+def test_a_short_text_is_classified_the_same_beside_a_long_one(tmp_path, end):
+    """A decoder classifies by its last token before the padding, so the padding is that of its config."""
+    sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "eos_token_id": end}
+    save_model("GPT2ForSequenceClassification", tmp_path / "m", False, **sizes)
+    rows = [{"input_ids": [9, 8, 5], "label": 0}, {"input_ids": [3, 4, 5, 6, 8, 9, 11], "label": 1}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    subject = prepare(str(tmp_path / "m"), DataConfig(data=str(tmp_path / "t.jsonl"), batch_size=2), [])
+    model = hub.load_model(str(tmp_path / "m"), subject.config)
+    both = model(**{k: v for k, v in subject.batches[0].items() if k != "labels"}).logits
+    alone = torch.cat([model(torch.tensor([row["input_ids"]])).logits for row in rows])
+    torch.testing.assert_close(both, alone)
+
+
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
 def test_a_tokenizer_larger_than_the_model(tmp_path, suffix):
     model = save_model("GPT2LMHeadModel", tmp_path / "m", vocab_size=70, n_embd=16, n_layer=1, n_head=2)

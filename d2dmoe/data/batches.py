@@ -119,7 +119,7 @@ def make_batches(
         packed: Join the documents and cut full sequences (for causal language models).
         label2id: Numbers of a classifier's classes; without them labels that are names are left out.
         vocabulary: Number of the model's embeddings, to check token ids by; `None` if unknown.
-        pad_id: The model's padding token, where the tokenizer has none.
+        pad_id: The model's padding token, by which some models find the end of a text; by default the tokenizer's.
         no_tokenizer: The reason why there is no tokenizer, asked for if text needs one.
 
     Raises:
@@ -133,7 +133,7 @@ def make_batches(
         if processor is None or not hasattr(processor, "image_mean"):
             raise UserError(f"--data {config.data} holds images, and the model comes with no image processor")
         return Batches(documents, config.batch_size, image_processor=processor)
-    pad_id = _usable(vocabulary, getattr(processor, "pad_token_id", None), pad_id)
+    pad_id = _usable(vocabulary, pad_id, getattr(processor, "pad_token_id", None))
     if "input_ids" in documents[0]:
         return Batches(sequences_of(documents, config, vocabulary), config.batch_size, pad_id=pad_id)
     if processor is None or not callable(getattr(processor, "encode", None)):
@@ -167,18 +167,12 @@ def _number_labels(documents: list[Document], label2id: dict[str, int] | None, c
     numbers = {str(number): number for number in label2id.values()} | label2id
     numbered = []
     for document in documents:
-        place = where(document, config.data)
-        if document.get("label") is None:
-            raise UserError(
-                f"--data {place}: no label, and other rows have one; give each row a label, or leave labels out with "
-                f"--label-column none"
-            )
-        label = str(document["label"]).strip()
+        label = str(document.get("label")).strip()  # None if it is missing
         label = label if label in numbers else _label_text(label)
         if label not in numbers:
             raise UserError(
-                f"--data {place}: label {document['label']!r} is none of the model's, {names} or "
-                f"their numbers; name the right column with --label-column, or --label-column none"
+                f"--data {where(document, config.data)}: label {document.get('label')!r} is none of the model's, "
+                f"{names} or their numbers; name the right column with --label-column, or --label-column none"
             )
         numbered.append(_with_label(document, numbers[label]))
     return numbered

@@ -112,8 +112,11 @@ def _content_column(table: Table, columns: Columns, label: str | None) -> tuple[
             return "image", name
     others = [name for name in names if name not in (*LABEL_COLUMNS, label)]
     strings = [name for name in others if any(isinstance(row.get(name), str) for row in table.rows)]
-    named = [name for name in TEXT_COLUMNS if name in strings] or (strings if len(strings) == 1 else [])
-    if not named and not strings:  # columns of text without any text
+    named = [name for name in TEXT_COLUMNS if name in strings]
+    if not named and TEXT_COLUMNS[0] in names:  # without any text in it; another column would be a guess
+        named = [TEXT_COLUMNS[0]]
+    named = named or (strings if len(strings) == 1 else [])
+    if not named and not strings:
         named = [name for name in (*TEXT_COLUMNS, "input_ids") if name in names]
     if not named:
         raise UserError(

@@ -122,7 +122,9 @@ def _divide(documents: list[Document], part: str) -> list[Document]:
         text = documents[0]["text"]
         most = int(len(text) * (1 - HELD_OUT_SHARE))
         cut = text.rfind("\n", len(text) // 2, most) + 1 or most
-        return [{"text": text[:cut] if part == "calibration" else text[cut:]}]
+        begin, source = (0 if part == "calibration" else cut), getattr(documents[0], "source", "")
+        piece = text[begin : cut if part == "calibration" else None]
+        return [Document({"text": piece}, source)]
     cut = max(1, min(len(documents) - 1, round(len(documents) * (1 - HELD_OUT_SHARE))))
     return documents[:cut] if part == "calibration" else documents[cut:]
 

@@ -42,11 +42,10 @@ def read_file(path: Path, columns: Columns, header: bool = True) -> list[Documen
     Raises:
         UserError: If it cannot be read, or has no usable column.
     """
-    data = _contents(path)
     kind = kind_of(path) or "text"
     if kind == "parquet":
         return _parquet(path, columns)
-    text = _decoded(path, data)
+    text = _decoded(path, _contents(path))
     if kind == "text" and _has_header(text, columns):
         kind = "csv"
     if kind == "text":
@@ -59,9 +58,8 @@ def read_file(path: Path, columns: Columns, header: bool = True) -> list[Documen
 
 def _contents(path: Path) -> bytes:
     """The bytes of a file, unpacked; whether they are packed is told by the first ones, not by the name."""
+    _check_fetched(path)
     data = path.read_bytes()
-    if is_lfs_pointer(data):
-        raise UserError(f"--data {path}: a Git LFS pointer instead of the file; fetch it with git lfs pull")
     try:
         if data.startswith(GZIP):
             data = gzip.decompress(data)
@@ -72,6 +70,16 @@ def _contents(path: Path) -> bytes:
     if not data:
         raise UserError(f"--data {path}: the file is empty")
     return data
+
+
+def _check_fetched(path: Path) -> None:
+    """Whether this is a file with something in it."""
+    with path.open("rb") as handle:
+        begin = handle.read(100)
+    if not begin:
+        raise UserError(f"--data {path}: the file is empty")
+    if is_lfs_pointer(begin):
+        raise UserError(f"--data {path}: a Git LFS pointer instead of the file; fetch it with git lfs pull")
 
 
 def _zstd(path: Path, data: bytes) -> bytes:
@@ -149,9 +157,12 @@ def _json_table(path: Path, text: str) -> Table:
 
 
 def _parquet(path: Path, columns: Columns) -> list[Document]:
+    import pyarrow.parquet
     from datasets import load_dataset
 
+    _check_fetched(path)
     try:
+        pyarrow.parquet.read_schema(path)  # `datasets` would print its own line for a damaged file
         table = load_dataset("parquet", data_files=str(path), split="train")
     except Exception as error:
         reason = first_line(error.__cause__ or error)

@@ -97,6 +97,16 @@ def test_a_null_leaves_its_row_out_and_no_other(tmp_path, name, at):
     assert documents == [{"text": f"story {i}"} for i in range(4) if i != at]
 
 
+def test_another_column_does_not_take_the_place_of_an_empty_one(tmp_path):
+    rows = [{"text": None, "title": "x"}, {"text": None, "title": "y"}]
+    refused(lines(tmp_path / "a.jsonl", *rows), "no usable text")
+    refused(lines(tmp_path / "b.jsonl", *rows, {"text": 3, "title": "z"}), "line 3: column 'text'")
+    documents = [{"text": "x"}, {"text": "y"}]
+    assert read_documents(str(tmp_path / "a.jsonl"), text_column="title") == documents
+    write_table(tmp_path / "c.jsonl", [{"document": 17, "title": "x"}, {"document": None, "title": "y"}])
+    assert read_documents(str(tmp_path / "c.jsonl")) == documents  # a number of a document, not the document
+
+
 def test_a_key_that_only_later_rows_have_is_a_column(tmp_path):
     path = lines(tmp_path / "t.jsonl", {"id": "a"}, {"id": "b", "body": "long"}, {"body": "longer", "id": "c"})
     assert read_documents(str(path), text_column="body") == [{"text": "long"}, {"text": "longer"}]
@@ -176,7 +186,7 @@ def test_one_missing_label(tmp_path, missing):
     rows = [{"text": "some text", "label": v} for v in (1, 0, missing, 1)]
     rows[2] = {"text": "some text"} if missing == "absent" else rows[2]
     path = lines(tmp_path / "t.jsonl", *rows)
-    with pytest.raises(UserError, match=r"t\.jsonl, line 3: no label, and other rows have one.*--label-column none"):
+    with pytest.raises(UserError, match=r"t\.jsonl, line 3: label None is none of .*--label-column none"):
         labels_of(path, label2id=CLASSES)
     assert labels_of(path) is None  # a model without classes has no use for them
 
@@ -253,8 +263,8 @@ def test_a_tokenizer_of_another_model(tmp_path, packed):
 def test_the_padding_token_is_one_of_the_model():
     rows = [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}]
     for tokenizer, vocabulary, pad, expected in (
-        (None, None, None, 0), (None, 100, 3, 3), (byte_tokenizer(), 300, 3, 258), (byte_tokenizer(), 256, 3, 3),
-        (byte_tokenizer(), 256, 900, 0),
+        (None, None, None, 0), (None, 100, 3, 3), (byte_tokenizer(), 300, None, 258), (byte_tokenizer(), 300, 3, 3),
+        (byte_tokenizer(), 300, 900, 258), (byte_tokenizer(), 256, 900, 0),
     ):  # fmt: skip
         batches = make_batches(rows, tokenizer, DataConfig(), packed=False, vocabulary=vocabulary, pad_id=pad)
         assert batches[0]["input_ids"].tolist() == [[5, 6, 7], [8, 9, expected]]
