@@ -2,13 +2,13 @@
 
 from .backends import Backend, backends, chosen, fused_backend, use_backend
 from .cpu import native
-from .cpu.native import Plan, StaleWeights, Tiles, identity
+from .cpu.native import Plan, StaleWeights, Tiles, Watch, identity
 from .dispatch import automatic, bucket, choose_way, dispatching, fastest, forget_ways, way_taken
 from .operator import TENSORS, activation_name
 from .reference import down_product, hidden_activations
 
 __all__ = [
-    "TENSORS", "Backend", "Plan", "StaleWeights", "Tiles", "activation_name", "automatic", "backends", "bucket",
-    "choose_way", "chosen", "dispatching", "down_product", "fastest", "forget_ways", "fused_backend",
+    "TENSORS", "Backend", "Plan", "StaleWeights", "Tiles", "Watch", "activation_name", "automatic", "backends",
+    "bucket", "choose_way", "chosen", "dispatching", "down_product", "fastest", "forget_ways", "fused_backend",
     "hidden_activations", "identity", "native", "use_backend", "way_taken",
 ]  # fmt: skip

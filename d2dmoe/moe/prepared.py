@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from ..kernels import StaleWeights, Tiles, automatic, choose_way, identity
+from ..kernels import StaleWeights, Tiles, Watch, automatic, choose_way, identity
 from .gate import GateState
 from .packing import unpack
 
@@ -41,11 +41,18 @@ def offloaded(module: torch.nn.Module) -> bool:
     return hook is not None and any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
 
 
+class Fold:
+    """The refitted down projection of a budget, and a watch on what it was made from."""
+
+    def __init__(self, down_weight: torch.Tensor, watch: Watch):
+        self.down_weight, self.watch = down_weight, watch
+
+
 class Entry:
     """One gate setting: the ways of computing the layer, which all give the same up to rounding."""
 
-    def __init__(self, versions: Versions | None, sparse: Way, tensors: dict[str, torch.Tensor | None]):
-        self.versions, self.sparse, self.tensors = versions, sparse, tensors
+    def __init__(self, versions: Versions, sparse: Way, tensors: dict[str, torch.Tensor | None], fold: Fold | None):
+        self.versions, self.sparse, self.tensors, self.fold = versions, sparse, tensors, fold
         self.dense: Way | None = None
 
 
@@ -69,8 +76,9 @@ class Prepared:
         """Drop everything."""
         self.entries: dict[GateState, Entry] = {}
         self.tiles: Tiles = {}
-        self._folded: WeakValueDictionary[tuple, torch.Tensor] = WeakValueDictionary()
-        self.last_folded: tuple[tuple | None, torch.Tensor | None] = (None, None)  # for compiled code
+        self._folded: WeakValueDictionary[tuple, Fold] = WeakValueDictionary()
+        # Stays until it is stored with an entry; compiled code reads it as well.
+        self.last_folded: tuple[tuple | None, Fold | None] = (None, None)
 
     def run(self, layer: Layer, state: GateState, x: torch.Tensor, run: torch.Tensor | None) -> torch.Tensor:
         """The layer's output ``(tokens, d_out)``, computed as is fastest; `run` replaces router and gate."""
@@ -109,7 +117,7 @@ class Prepared:
         sparse = layer.backend.prepare(
             tensors, layer.activation, *settings(state), sources=sources(layer, state), tiles=self.tiles
         )
-        entry = Entry(versions, sparse, tensors)
+        entry = Entry(versions, sparse, tensors, self._folded.get((_fold_of(state), versions)))
         entries = {s: e for s, e in self.entries.items() if e.versions == versions and s != state}
         for oldest in list(entries)[: max(len(entries) - KEPT + 1, 0)]:
             del entries[oldest]
@@ -151,17 +159,24 @@ class Prepared:
 
     def _fold(self, layer: Layer, state: GateState, versions: Versions | None) -> torch.Tensor:
         """The down projection of a budget; settings that share its stand-ins at one scale share it."""
-        stand_in, setting = state.stand_in, (state.stand_in, state.fade)
+        stand_in, setting = state.stand_in, _fold_of(state)
         if torch.compiler.is_compiling() and self.last_folded[0] == setting:  # cannot ask for versions
-            return self.last_folded[1]
-        key = (setting, versions)
-        folded = None if versions is None else self._folded.get(key)
-        if folded is None:
-            folded = (layer.down_weight + layer.delta_in[stand_in] @ state.faded(layer.delta_out[stand_in])).detach()
-            if versions is not None:
-                self._folded[key] = folded
-                self.last_folded = (setting, folded)
-        return folded
+            return self.last_folded[1].down_weight
+        fold = None if versions is None else self._folded.get((setting, versions))
+        if fold is None or fold.watch.changed():
+            sources = (layer.down_weight, layer.delta_in[stand_in], layer.delta_out[stand_in])
+            down, delta_in, delta_out = (tensor.detach() for tensor in sources)
+            folded = down + delta_in @ state.faded(delta_out)
+            if versions is None:
+                return folded
+            fold = self._folded[setting, versions] = Fold(folded, Watch((down, delta_in, delta_out)))
+            self.last_folded = (setting, fold)
+        return fold.down_weight
+
+
+def _fold_of(state: GateState) -> tuple[int | None, float]:
+    """What a folded down projection depends on besides the parameters."""
+    return state.stand_in, state.fade
 
 
 def settings(state: GateState) -> tuple[str, float, int, int, int]:

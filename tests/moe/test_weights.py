@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from test_memory import small
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.testing import assert_close
 
-from d2dmoe import keep_dense, set_gate
+from d2dmoe import keep_dense, set_gate, use_gate
 from d2dmoe.discovery import dummy_inputs
 from d2dmoe.kernels import dispatching, native, use_backend
-from d2dmoe.moe.layer import DynamicFFN, layers
+from d2dmoe.moe.layer import DynamicFFN, GateState, layers
 
 needs_native = pytest.mark.skipif(not native.LIVE, reason="the CPU kernels were not built")
 NAMES = ("up_weight", "up_bias", "down_weight", "down_bias", "constants", "delta_in", "delta_out", "linear_in")
@@ -214,3 +218,70 @@ def test_tensors_that_are_not_in_memory_never_reach_native_code():
 
 def set_gate_of(layer: DynamicFFN) -> None:
     layer.gate_state = replace(layer.gate_state, tau=0.5)
+
+
+ACTIONS = {
+    "averaged": averaged,
+    "swapped": swapped,
+    "in place": lambda m: each(m, lambda layer: layer.constants.mul_(0.7)),
+    "through .data": lambda m: each(m, lambda layer: layer.delta_in.data.add_(0.1)),
+    "loaded": lambda m: m.load_state_dict({k: v * 0.95 for k, v in m.state_dict().items()}),
+    "cast": lambda m: m.double().float(),
+    "frozen": lambda m: m.requires_grad_(False),
+    "gate 0.25": lambda m: set_gate(m, active=0.25),
+    "gate 0.75": lambda m: set_gate(m, active=0.75),
+    "gate 1": lambda m: set_gate(m, active=1),
+    "dense kept": keep_dense,
+    "adapter on": lambda m: None if adapted(m) else parametrised(m),
+    "adapter changed": lambda m: parametrisation_changed(m) if adapted(m) else None,
+    "adapter off": lambda m: parametrisation_removed(m) if adapted(m) else None,
+}
+
+
+def adapted(model: nn.Module) -> bool:
+    return any(parametrize.is_parametrized(layer) for layer in layers(model))
+
+
+@needs_native
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from(sorted(ACTIONS)), min_size=1, max_size=7))
+def test_any_sequence_of_changes_equals_a_model_that_never_derived_anything(actions):
+    """After each of them, three threads with budgets of their own and one without, all at once."""
+    with torch.no_grad():
+        model = small()
+        ids = dummy_inputs(model)["input_ids"][:1]
+
+        def logits(of: nn.Module, active: float | None) -> torch.Tensor:
+            with torch.no_grad(), use_gate(of, active=active) if active else nullcontext():
+                return of(input_ids=ids).logits
+
+        with ThreadPoolExecutor(4) as pool:
+            for action in actions:
+                ACTIONS[action](model)
+                fresh = copy.deepcopy(model)
+                budgets = [None, 0.25, 0.5, 1]
+                expected = [logits(fresh, active) for active in budgets]
+                for y, wanted in zip(pool.map(lambda a: logits(model, a), budgets), expected, strict=True):
+                    assert torch.equal(y, wanted), actions
+                with use_backend("reference"):
+                    assert_close(logits(model, None), expected[0], rtol=1e-4, atol=1e-4)
+
+
+@needs_native
+@torch.no_grad()
+def test_settings_that_share_stand_ins_share_their_down_projection():
+    """And not after a change that a setting is the first to see."""
+    model = small()
+    layer = layers(model)[0]
+    x = torch.randn(3, layer.block.d_model)
+    for tau in (0.5, 0.6, 0.7):
+        layer.gate_state = GateState("topk", tau, 1)
+        layer(x)
+    folds = {entry.tensors["down_weight"].data_ptr() for entry in layer.prepared.entries.values()}
+    assert len(layer.prepared.entries) == 3
+    assert len(folds) == 1
+    layer.delta_out.data.mul_(3)
+    layer.gate_state = GateState("topk", 0.8, 1)
+    y = layer(x)
+    with use_backend("reference"):
+        assert_close(y, layer(x), rtol=1e-4, atol=1e-4)

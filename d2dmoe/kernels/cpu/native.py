@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -139,7 +138,33 @@ def in_tiles(weight: torch.Tensor) -> torch.Tensor:
     return weight.view(experts, -(-k // 32), 16, 2, -(-n // 32), 2, 16).permute(0, 4, 1, 5, 2, 6, 3).contiguous()
 
 
-Tiles = dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]  # identity of a weight -> the weight, its tiles
+class Watch:
+    """A fingerprint of tensors, by which a change shows that leaves no other trace: a write through `.data`.
+
+    It is made of 32 words of each tensor, at places that look random, and takes about a microsecond for a layer.
+    """
+
+    __slots__ = ("fingerprint", "layer", "places", "tensors")
+
+    def __init__(self, tensors: Sequence[torch.Tensor]):
+        self.tensors = list(tensors)  # stay alive, so that nothing else can lie at their addresses
+        wholes = [(t.untyped_storage(), t) for t in tensors]
+        parts = [(t, t.nbytes) if t.is_contiguous() else (whole, whole.nbytes()) for whole, t in wholes]
+        self.places = (_Source * len(parts))(*((part.data_ptr(), size) for part, size in parts))
+        self.layer = _Layer(sources=ctypes.addressof(self.places), source_count=len(parts))
+        self.fingerprint = self.now()
+
+    def now(self) -> int:
+        """The fingerprint that the tensors have now."""
+        return library()[0].d2dmoe_fingerprint(ctypes.byref(self.layer))
+
+    def changed(self) -> bool:
+        """Do the tensors hold other values than before?"""
+        return self.now() != self.fingerprint
+
+
+# Identity of a weight -> the weight, its tiles, and a watch on it.
+Tiles = dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, Watch]]
 
 
 def identity(weight: torch.Tensor) -> tuple[int, int]:
@@ -154,7 +179,7 @@ class Plan:
         extra_bytes: Memory of the weights that are kept a second time, for AMX; 0 until a call has enough tokens.
     """
 
-    __slots__ = ("call", "d_out", "dtype", "extra_bytes", "forward", "keep", "layer", "sources", "tiles")
+    __slots__ = ("call", "d_out", "dtype", "extra_bytes", "forward", "keep", "layer", "tiles", "watch")
 
     def __init__(
         self,
@@ -171,8 +196,7 @@ class Plan:
     ):
         """See `operator.reference`; `kernels` forces an instruction set.
 
-        At each call, samples of the values of `sources` are compared with what they were now: a write through `.data`
-        leaves no other trace. 32 words of each tensor take about a microsecond for a layer.
+        At each call, `sources` are compared with what they are now, see `Watch`.
 
         With `tiles` the plan may keep bf16 weights a second time, in tiles, where the instruction set gains by that;
         plans of one layer share them through it. It pays for a plan that is used again.
@@ -213,7 +237,9 @@ class Plan:
         self.tiles = tiles if wanted else None
         self.call = ctypes.byref(layer)
         self.forward: Callable = library()[0].d2dmoe_forward
-        self.sources = self._watch([*sources, *copied])
+        self.watch = Watch([*sources, *copied])
+        layer.sources, layer.source_count = self.watch.layer.sources, self.watch.layer.source_count
+        layer.fingerprint = self.watch.fingerprint
 
     def __call__(self, x: torch.Tensor, run: torch.Tensor | None = None) -> torch.Tensor:
         """``(tokens, d_out)`` of ``(tokens, d_model)``; `run` ``(tokens, experts)`` replaces router and gate."""
@@ -233,18 +259,9 @@ class Plan:
             raise StaleWeights if failed == STALE else MemoryError(f"no memory for {tokens} tokens")
         return y
 
-    def _watch(self, tensors: list[torch.Tensor]) -> tuple[Any, ...]:
-        """Take the fingerprint of these tensors; returns what has to stay alive."""
-        wholes = [(t.untyped_storage(), t) for t in tensors]
-        parts = [(t, t.nbytes) if t.is_contiguous() else (whole, whole.nbytes()) for whole, t in wholes]
-        places = (_Source * len(parts))(*((part.data_ptr(), size) for part, size in parts))
-        self.layer.sources, self.layer.source_count = ctypes.addressof(places), len(parts)
-        self.layer.fingerprint = library()[0].d2dmoe_fingerprint(self.call)
-        return places, tensors
-
     def check(self) -> None:
         """Raise `StaleWeights` if a source has changed."""
-        if library()[0].d2dmoe_fingerprint(self.call) != self.layer.fingerprint:
+        if self.watch.changed():
             raise StaleWeights
 
     def _keep_tiles(self) -> None:
@@ -252,7 +269,9 @@ class Plan:
         for field, name in _TILED.items():
             weight = self.keep[name]
             if weight is not None and tiles is not None:  # another thread may be here as well, or have been
-                tiled = tiles.get(identity(weight)) or tiles.setdefault(identity(weight), (weight, in_tiles(weight)))
+                tiled = tiles.get(identity(weight))
+                if tiled is None or tiled[2].changed():
+                    tiled = tiles[identity(weight)] = (weight, in_tiles(weight), Watch([weight]))
                 self.keep[field] = tiled[1]
                 setattr(self.layer, field, tiled[1].data_ptr())
         self.extra_bytes = sum(self.keep[field].nbytes for field in _TILED if field in self.keep)
