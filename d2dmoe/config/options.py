@@ -108,7 +108,10 @@ class ConvertConfig(DataConfig):
     )
     flops: list[float] = knob([], "shares of the dense model's FLOPs to calibrate and store", many=float)
     max_loss: list[float] = knob(
-        [], "relative losses on held-out calibration text to calibrate and store, for instance 1%%", many=float
+        [],
+        "relative losses to calibrate and store, for instance 1%%, on calibration text kept from thresholds and "
+        "stand-ins (not from routers)",
+        many=float,
     )
     speedup: list[float] = knob(
         [],
