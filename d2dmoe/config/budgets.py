@@ -9,6 +9,7 @@ from itertools import compress, pairwise
 from typing import Any
 
 LEAST_ACTIVE = 0.01  # where calibration curves begin
+HAND_OVER, FADE = 1 / 3, 2  # of the way between two budgets; a power. Measured: LAB.md, 2026-11-26
 
 
 @dataclass
@@ -138,13 +139,9 @@ class Budgets(Sequence):
         """Number of the budget stored for this active fraction."""
         return next((number for number, a in enumerate(self.actives) if abs(a - active) < 1e-6), None)
 
-    def nearest(self, active: float) -> int | None:
-        """Number of the budget whose active fraction is nearest; `None` without any."""
-        return _nearest(self.actives, active)
-
     def nearest_tau(self, index: int, tau: float) -> int | None:
         """Number of the budget whose threshold in one block is nearest; `None` without any."""
-        return _nearest([budget.taus[index] for budget in self.stored], tau)
+        return min(range(len(self.stored)), key=lambda n: abs(self.stored[n].taus[index] - tau), default=None)
 
     def sort(self) -> list[int]:
         """Order the budgets by rising active fraction; returns their former numbers."""
@@ -184,16 +181,19 @@ class Budgets(Sequence):
     def stand_ins(self, active: float) -> tuple[int | None, float]:
         """Number of the budget whose stand-ins serve an active fraction, and their scale in [0, 1].
 
-        Beyond the last budget the stand-ins fade out linearly: with everything on there are none.
+        Stand-ins of a budget fade out above it: with everything on there are none. Those of the next budget
+        take over, at full scale, where they lose less.
         """
-        number = self.nearest(active)
-        if number is None or active <= max(self.actives):
-            return number, 1.0
-        return number, (1 - active) / (1 - self.stored[number].active)
-
-
-def _nearest(values: list[float], wanted: float) -> int | None:
-    return min(range(len(values)), key=lambda i: abs(values[i] - wanted)) if values else None
+        order = sorted(range(len(self.stored)), key=self.actives.__getitem__)
+        if not order:
+            return None, 1.0
+        right = bisect_left([self.actives[number] for number in order], active)
+        if right == 0:
+            return order[0], 1.0
+        low = self.actives[order[right - 1]]
+        if right < len(order) and active - low > HAND_OVER * (self.actives[order[right]] - low):
+            return order[right], 1.0
+        return order[right - 1], ((1 - active) / (1 - low)) ** FADE
 
 
 def _mix(ends: Sequence[float], weight: float) -> float:

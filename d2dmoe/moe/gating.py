@@ -42,7 +42,7 @@ class set_gate:
         model: Converted model; other models, copies included, are not touched.
         active: Active fraction. 1 runs everything (exactly the dense model); a stored budget brings its own
             thresholds and stand-ins; any other fraction takes thresholds between those of its neighbours and the
-            nearest budget's stand-ins, which fade out beyond the last budget, and warns once.
+            stand-ins of one of them, see `Budgets.stand_ins`, and warns once.
         tau: Threshold instead; 0 runs everything, larger runs less.
         budget: Number of a stored budget instead, 0 for the one that runs least.
         layers: Numbers or names of the converted layers to set; all of them by default.

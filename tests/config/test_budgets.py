@@ -20,13 +20,12 @@ def record(gate: str = "max", curve: list | None = None, **settings) -> D2DMoECo
     return D2DMoEConfig(blocks, gate, curve=POINTS if curve is None else curve, budgets=budgets, **settings)
 
 
-def test_find_and_nearest():
+def test_find_by_active_fraction_and_by_threshold():
     budgets = Budgets([Budget(0.5, [0.1, 0.9]), Budget(0.25, [0.4, 0.6])])
     assert [budgets.find(a) for a in (0.25, 0.5, 0.5 + 1e-7, 0.3)] == [1, 0, 0, None]
-    assert [budgets.nearest(a) for a in (0.01, 0.36, 0.4, 1.0)] == [1, 1, 0, 0]
     assert [budgets.nearest_tau(0, tau) for tau in (0.0, 0.24, 0.26)] == [0, 0, 1]
     assert [budgets.nearest_tau(1, tau) for tau in (0.0, 0.74, 0.76)] == [1, 1, 0]
-    assert Budgets().find(0.5) is Budgets().nearest(0.5) is Budgets().nearest_tau(0, 0.5) is None
+    assert Budgets().find(0.5) is Budgets().nearest_tau(0, 0.5) is None
 
 
 def test_sort_returns_the_former_numbers():
@@ -126,10 +125,11 @@ def test_thresholds_are_exact_monotone_and_continuous(actives, taus, gate):
                 assert config.thresholds(budget.active + step) == pytest.approx(budget.taus, abs=1e-3)
 
 
-def test_stand_ins_are_the_nearest_and_fade_out():
-    budgets = Budgets([Budget(0.25, []), Budget(0.5, [])])
-    assert [budgets.stand_ins(a) for a in (0.1, 0.26, 0.37, 0.38, 0.5)] == [(0, 1), (0, 1), (0, 1), (1, 1), (1, 1)]
-    assert budgets.stand_ins(0.75) == (1, 0.5)
-    assert budgets.stand_ins(0.9) == (1, pytest.approx(0.2))
-    assert budgets.stand_ins(1 - 1e-9) == (1, pytest.approx(0, abs=1e-8))
+def test_stand_ins_fade_out_until_the_next_ones_take_over():
+    budgets = Budgets([Budget(0.5, []), Budget(0.2, [])])  # 0.3 is a third of the way
+    assert [budgets.stand_ins(a) for a in (0.01, 0.2, 0.31, 0.4, 0.5)] == [(1, 1), (1, 1), (0, 1), (0, 1), (0, 1)]
+    assert budgets.stand_ins(0.28) == (1, pytest.approx(0.81))
+    assert budgets.stand_ins(0.75) == (0, 0.25)
+    assert budgets.stand_ins(0.9) == (0, pytest.approx(0.04))
+    assert budgets.stand_ins(1 - 1e-9) == (0, pytest.approx(0, abs=1e-8))
     assert Budgets().stand_ins(0.5) == (None, 1.0)

@@ -88,7 +88,8 @@ class BudgetFits:
             if config.gate == "topk" and not (config.min_experts or config.max_experts):
                 budget.measured = measure(budget.active)
                 return
-            point, budget.measured = bisect(measure, budget.active, low=LEAST_ACTIVE, high=1.0, start=budget.active)
+            low = LEAST_ACTIVE * min(1.0, budget.active / max(shares))  # where every layer is at the curve's beginning
+            point, budget.measured = bisect(measure, budget.active, low=low, high=1.0, start=budget.active)
             measure(point)
 
 
