@@ -77,7 +77,8 @@ def calibrate_again(
 ) -> None:
     """Restore the active fractions of all budgets after training, and measure their objectives again.
 
-    Arguments are those of `calibrate`.
+    Arguments are those of `calibrate`. Distillation trains on all calibration batches, so the losses measured here are
+    no longer those of unseen text.
     """
     fits = BudgetFits(model, batches, config)
     fits.match_active(range(len(config.budgets)))
