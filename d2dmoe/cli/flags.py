@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import types
 import typing
 from dataclasses import MISSING, fields
@@ -13,11 +14,19 @@ from ..errors import UserError
 
 
 def add_fields(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """Add a flag for every field. Flags have no defaults: a flag that is not given must not override a recipe."""
+    """Add a flag for every field. Flags have no defaults: a flag that is not given must not override a recipe.
+
+    The help has a group for each dataclass that this one inherits fields from.
+    """
     hints = typing.get_type_hints(config_class)
+    groups: dict[type, Any] = {}
     for f in fields(config_class):
         if f.metadata.get("hidden"):
             continue
+        owner = next(c for c in config_class.__mro__ if f.name in inspect.get_annotations(c))
+        if owner not in groups:
+            title = inspect.cleandoc(owner.__doc__ or "").split("\n")[0].rstrip(".")
+            groups[owner] = parser.add_argument_group(title)
         default = f.default if f.default is not MISSING else f.default_factory()
         many, kind = f.metadata.get("many"), _plain(hints[f.name])
         shown = ",".join(map(str, default)) if many else default
@@ -25,11 +34,11 @@ def add_fields(parser: argparse.ArgumentParser, config_class: type) -> None:
         options["help"] = f.metadata["help"] + ("" if default in (None, "", 0) else f" (default: {shown})")
         flag = "--" + f.name.replace("_", "-")
         if kind is bool:
-            parser.add_argument(
+            groups[owner].add_argument(
                 flag, action=argparse.BooleanOptionalAction, **{k: options[k] for k in ("default", "dest", "help")}
             )
         else:
-            parser.add_argument(
+            groups[owner].add_argument(
                 flag, type=numbers if many else kind, metavar=None if options["choices"] else f.name.upper(), **options
             )
 

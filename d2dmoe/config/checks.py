@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..errors import UserError
-from .record import LEAST_ACTIVE
+from .budgets import LEAST_ACTIVE
 
 
 def check(config: Any) -> None:

@@ -1,6 +1,6 @@
 """Every knob of the project, once: defaults, help texts and recipe keys. No torch here.
 
-One dataclass per stage. `ConvertConfig` is their union as the command line and recipes see it.
+One dataclass per stage. `ConvertConfig` inherits from all of them: names on the command line and in recipes are flat.
 """
 
 from __future__ import annotations
@@ -65,15 +65,33 @@ REGULARISER_NAMES = ("hoyer", "l1", "clamped", "density", "none")
 
 
 @dataclass
-class ConvertConfig(DataConfig):
-    """Everything `d2dmoe convert` can be told; the keys of a recipe."""
+class CalibrationConfig:
+    """Settings that several stages share."""
+
+    calibration_tokens: int = knob(32_768, "tokens for thresholds and stand-ins")
+    seed: int = knob(0, "seed of everything random")
+
+
+@dataclass
+class SourceConfig:
+    """Which model is converted, where the result goes, and where to start from."""
 
     model: str = knob("", "hub id or local folder of the dense model")
     output_dir: str = knob("", "output folder (default: checkpoints/<model>-d2dmoe)")
     revision: str | None = knob(None, "branch, tag or commit of a hub model")
     preset: str = knob(
-        "default", "starting point for the keys below", choices=("default", "paper", "moefication", "training-free")
+        "default", "starting point for the other keys", choices=("default", "paper", "moefication", "training-free")
     )
+    dtype: str = knob("auto", "dtype of the written checkpoint", choices=("auto", "float32", "bfloat16", "float16"))
+    max_shard_size: str = knob("5GB", "largest safetensors file")
+    device: str = knob("auto", "where to convert: auto (a GPU if there is one), cpu, cuda or cuda:N")
+    eval_tokens: int = knob(16_384, "held-out tokens for the figures in results.json; 0 skips them")
+
+
+@dataclass
+class SparsifyFirstConfig:
+    """Fine-tuning of the dense model before the conversion."""
+
     sparsify: str = knob(
         "skip",
         "first fine-tune with this sparsity regulariser; every flag of d2dmoe sparsify is one here with --sparsify- "
@@ -81,6 +99,12 @@ class ConvertConfig(DataConfig):
         choices=("skip", *REGULARISER_NAMES),
     )
     sparsify_options: dict[str, Any] = knob({}, "those further flags", hidden=True)
+
+
+@dataclass
+class SplitConfig(CalibrationConfig):
+    """How neurons become experts."""
+
     experts: int = knob(0, "experts per block; 0 picks experts of about 32 neurons")
     expert_size: int = knob(0, "neurons per expert, instead of --experts, where widths differ between blocks")
     split: str = knob(
@@ -89,33 +113,21 @@ class ConvertConfig(DataConfig):
         choices=("weights", "coactivation", "coactivation-signed", "shared_experts", "random"),
     )
     shared_experts: int = knob(0, "always-on experts per block (--split shared_experts); 0 for an eighth of them")
+
+
+@dataclass
+class GateConfig:
+    """Which experts run."""
+
     gate: str = knob("share", "which experts run for a token", choices=("max", "share", "topk", "topp", "absolute"))
-    stand_in: str = knob(
-        "linear", "what replaces skipped experts", choices=("zero", "mean", "constants", "refit", "linear")
-    )
-    delta_rank: int = knob(0, "rank of the change of the down projection (refit, linear); 0 for a quarter of d_model")
-    linear_rank: int = knob(0, "rank of the linear term (linear); 0 for an eighth of d_model")
-    thresholds: str = knob("per-layer", "one threshold for all layers, or one each", choices=("global", "per-layer"))
-    allocation: str = knob(
-        "sensitivity",
-        "active fraction of each layer: the same, or by what skipping in that layer costs the output",
-        choices=("uniform", "sensitivity"),
-    )
-    active: list[float] = knob(
-        [],
-        "active fractions to calibrate and store, comma separated (default 0.25,0.5,0.75 where no other goal is given)",
-        many=float,
-    )
-    flops: list[float] = knob([], "shares of the dense model's FLOPs to calibrate and store", many=float)
-    max_loss: list[float] = knob(
-        [], "relative losses on held-out calibration text to calibrate and store, for instance 1%%", many=float
-    )
-    speedup: list[float] = knob(
-        [],
-        "speed-ups over the dense model to calibrate and store, as measured on this machine with batches of the "
-        "calibration data, for instance 1.5",
-        many=float,
-    )
+    min_experts: int = knob(0, "run at least this many experts per token")
+    max_experts: int = knob(0, "run at most this many experts per token; 0 for no bound")
+
+
+@dataclass
+class RouterConfig(CalibrationConfig):
+    """What routers are, and how they come about."""
+
     router_width: int = knob(0, "hidden width of the routers; 0 for 128, or half of d_model where that is less")
     router_fit: str = knob(
         "refined",
@@ -134,8 +146,53 @@ class ConvertConfig(DataConfig):
     router_tokens: int = knob(200_000, "tokens that the routers are trained on, repetitions included")
     router_batch: int = knob(256, "tokens per router step")
     router_learning_rate: float = knob(1e-3, "peak learning rate of the routers")
-    calibration_tokens: int = knob(32_768, "tokens for thresholds and stand-ins")
-    eval_tokens: int = knob(16_384, "held-out tokens for the figures in results.json; 0 skips them")
+
+
+@dataclass
+class StandInConfig:
+    """What replaces skipped experts."""
+
+    stand_in: str = knob(
+        "linear", "what replaces skipped experts", choices=("zero", "mean", "constants", "refit", "linear")
+    )
+    delta_rank: int = knob(0, "rank of the change of the down projection (refit, linear); 0 for a quarter of d_model")
+    linear_rank: int = knob(0, "rank of the linear term (linear); 0 for an eighth of d_model")
+
+
+@dataclass
+class BudgetConfig:
+    """Which operating points are stored, and how they are shared out among the layers."""
+
+    active: list[float] = knob(
+        [],
+        "active fractions to calibrate and store, comma separated (default 0.25,0.5,0.75 where no other goal is given)",
+        many=float,
+    )
+    flops: list[float] = knob([], "shares of the dense model's FLOPs to calibrate and store", many=float)
+    max_loss: list[float] = knob(
+        [],
+        "relative losses to calibrate and store, for instance 1%%, on calibration text kept from thresholds and "
+        "stand-ins (not from routers)",
+        many=float,
+    )
+    speedup: list[float] = knob(
+        [],
+        "speed-ups over the dense model to calibrate and store, as measured on this machine with batches of the "
+        "calibration data, for instance 1.5",
+        many=float,
+    )
+    thresholds: str = knob("per-layer", "one threshold for all layers, or one each", choices=("global", "per-layer"))
+    allocation: str = knob(
+        "sensitivity",
+        "active fraction of each layer: the same, or by what skipping in that layer costs the output",
+        choices=("uniform", "sensitivity"),
+    )
+
+
+@dataclass
+class HealConfig(CalibrationConfig):
+    """Distillation after calibration."""
+
     heal: int = knob(0, "steps of distillation from the dense model with the gate in the loop, after calibration")
     heal_parameters: str = knob(
         "stand-ins",
@@ -144,9 +201,11 @@ class ConvertConfig(DataConfig):
     )
     heal_tokens: int = knob(4096, "tokens per distillation step")
     heal_learning_rate: float = knob(1e-3, "peak learning rate of the distillation")
-    min_experts: int = knob(0, "run at least this many experts per token")
-    max_experts: int = knob(0, "run at most this many experts per token; 0 for no bound")
-    dtype: str = knob("auto", "dtype of the written checkpoint", choices=("auto", "float32", "bfloat16", "float16"))
-    max_shard_size: str = knob("5GB", "largest safetensors file")
-    device: str = knob("auto", "where to convert: auto (a GPU if there is one), cpu, cuda or cuda:N")
-    seed: int = knob(0, "seed of everything random")
+
+
+@dataclass
+class ConvertConfig(
+    HealConfig, BudgetConfig, StandInConfig, RouterConfig, GateConfig, SplitConfig, SparsifyFirstConfig, SourceConfig,
+    DataConfig,
+):  # fmt: skip
+    """Everything `d2dmoe convert` can be told; the keys of a recipe. Each stage takes the part that it inherits."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from itertools import compress
 from typing import Any
 
 from ..errors import UserError
+from .budgets import Budget, Budgets, Curve
 
 
 @dataclass
@@ -53,31 +55,8 @@ class Block:
         return self.experts * self.size
 
 
-@dataclass
-class Budget:
-    """One stored operating point.
-
-    Attributes:
-        active: Active fraction asked for, or found for the objective.
-        taus: Threshold of each block.
-        measured: Active fraction on the calibration tokens.
-        stand_ins: Kind of stand-in chosen for each block, where they are fitted by regression.
-        residuals: Share of what skipping loses that is still lost with it, on held-out calibration tokens.
-        objective: What was asked for where that is not the active fraction, for instance `max-loss=0.01`.
-        achieved: The objective's figure on held-out calibration tokens.
-    """
-
-    active: float
-    taus: list[float]
-    measured: float = 0.0
-    stand_ins: list[str] = field(default_factory=list)
-    residuals: list[float] = field(default_factory=list)
-    objective: str = ""
-    achieved: float = 0.0
-
-
 CHECKPOINT_VERSION = 1
-LEAST_ACTIVE = 0.01  # where calibration curves begin
+CALIBRATED = ("budgets", "default_active", "curve")
 
 
 @dataclass
@@ -91,9 +70,9 @@ class D2DMoEConfig:
         delta_rank, linear_rank: Ranks of the stored change of the down projection and of the linear term.
         router_width: Hidden width of the routers, see `router_width()`.
         router_target: What their scores stand for.
-        budgets: Stored operating points, by rising active fraction.
+        budgets: Stored operating points, by rising active fraction. A plain list is taken as well.
         default_active: Budget in force after loading.
-        curve: Thresholds at further active fractions, `[[active, [tau per block]], …]`, for budgets not stored.
+        curve: Thresholds at further active fractions, for budgets not stored. A plain list is taken as well.
         min_experts, max_experts: Bounds on the experts per token (0: no upper bound).
         shared_experts: The first so many experts of every block always run.
     """
@@ -105,17 +84,71 @@ class D2DMoEConfig:
     linear_rank: int = 0
     router_width: int = 0
     router_target: str = "norm"
-    budgets: list[Budget] = field(default_factory=list)
+    budgets: Budgets = field(default_factory=Budgets)
     default_active: float = 1.0
-    curve: list[list[Any]] = field(default_factory=list)
+    curve: Curve = field(default_factory=Curve)
     min_experts: int = 0
     max_experts: int = 0
     shared_experts: int = 0
     version: int = CHECKPOINT_VERSION
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.budgets, Budgets):
+            self.budgets = Budgets([b if isinstance(b, Budget) else Budget(**_known(Budget, b)) for b in self.budgets])
+        if not isinstance(self.curve, Curve):
+            self.curve = Curve(list(self.curve))
+
+    @property
+    def block_curve(self) -> Curve:
+        """Thresholds against the active fraction of each block: known for the gate `topk`, else calibrated."""
+        if self.gate == "topk":
+            return Curve.of_ranks([block.experts for block in self.blocks], self.shared_experts)
+        return self.curve
+
+    def equal_thresholds(self, active: float) -> list[float]:
+        """Thresholds that give every block the same active fraction.
+
+        Raises:
+            UserError: If the checkpoint holds no calibration curve, or none that goes so low.
+        """
+        curve = self.block_curve
+        if not curve:
+            raise UserError(f"active={active:g}: this checkpoint holds no calibration; give tau=… instead")
+        least = curve[0][0]
+        if active < least:
+            raise UserError(f"active={active:g}: the {self.gate} gate is calibrated from {least:g} on; give tau=…")
+        return curve.thresholds(active)
+
+    def thresholds(self, active: float) -> list[float]:
+        """Threshold of each block for an active fraction of the model, see `Budgets.thresholds`.
+
+        Raises:
+            UserError: If the fraction is below the budgets and the calibration curve.
+        """
+        if not self.budgets or active < min(self.budgets.actives):
+            equal = self.equal_thresholds(active)
+            return self.budgets.thresholds(active, self.block_curve) if self.budgets else equal
+        return self.budgets.thresholds(active, self.block_curve)
+
+    def keep_blocks(self, keep: list[bool]) -> None:
+        """Drop the record of the blocks for which `keep` is false."""
+        self.blocks = list(compress(self.blocks, keep))
+        self.budgets.keep_blocks(keep)
+        self.curve.keep_blocks(keep)
+
+    def calibration(self) -> dict[str, Any]:
+        """Budgets, default and curve as plain JSON values."""
+        return {key: value for key, value in self.to_dict().items() if key in CALIBRATED}
+
+    def take_calibration(self, values: dict[str, Any]) -> None:
+        """Replace budgets, default and curve by those of a `calibration()`."""
+        other = D2DMoEConfig(**{key: values[key] for key in CALIBRATED})
+        self.budgets, self.curve, self.default_active = other.budgets, other.curve, other.default_active
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        values = asdict(self)
+        return {**values, "budgets": values["budgets"]["stored"], "curve": values["curve"]["points"]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> D2DMoEConfig:
@@ -132,9 +165,6 @@ class D2DMoEConfig:
             )
         values = _known(cls, values)
         values["blocks"] = [b if isinstance(b, Block) else Block(**_known(Block, b)) for b in values.get("blocks", [])]
-        values["budgets"] = [
-            b if isinstance(b, Budget) else Budget(**_known(Budget, b)) for b in values.get("budgets", [])
-        ]
         return cls(**values)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import UserError
-from .options import ConvertConfig
+from .options import BudgetConfig, ConvertConfig, StandInConfig
 from .record import Block, can_split
 
 DEFAULT_ACTIVE = (0.25, 0.5, 0.75)
@@ -22,7 +22,7 @@ class Target:
         return f"{self.kind}={self.value:g}"
 
 
-def targets(config: ConvertConfig) -> list[Target]:
+def targets(config: BudgetConfig) -> list[Target]:
     """The operating points that a conversion stores, without repetitions; running everything needs no storing."""
     asked = {"active": config.active, "flops": config.flops, "max-loss": config.max_loss, "speedup": config.speedup}
     if not any(asked.values()):
@@ -47,7 +47,7 @@ def shared_experts(config: ConvertConfig, blocks: list[Block]) -> int:
     return shared
 
 
-def ranks(config: ConvertConfig, blocks: list[Block]) -> dict[str, int]:
+def ranks(config: StandInConfig, blocks: list[Block]) -> dict[str, int]:
     """Ranks of the stand-ins, resolved for a model: `delta_rank` and `linear_rank` of `D2DMoEConfig`."""
     width = max(block.d_model for block in blocks)
     delta = (config.delta_rank or max(1, width // 4)) if config.stand_in in ("refit", "linear") else 0

@@ -28,6 +28,7 @@ class GateState:
         soft: Let gradients reach the router through the gate (`gates.straight_through`), for training.
         oracle: Select by the true values of this router target, `norm` or `root`, instead of the router's scores (for
             analysis only).
+        fade: Scale of the stand-ins in [0, 1]; below 1 above the budget that they were fitted for.
     """
 
     name: str = "topk"
@@ -38,6 +39,11 @@ class GateState:
     shared: int = 0
     soft: bool = False
     oracle: str = ""
+    fade: float = 1.0
+
+    def faded(self, stand_in: torch.Tensor) -> torch.Tensor:
+        """A stand-in at the scale in force."""
+        return stand_in if self.fade == 1 else stand_in * self.fade
 
     def select(self, scores: torch.Tensor) -> torch.Tensor:
         """Which experts run, boolean ``(tokens, experts)``, for scores of that shape; see `gates.select`."""

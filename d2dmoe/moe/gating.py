@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -42,8 +41,8 @@ class set_gate:
     Args:
         model: Converted model; other models, copies included, are not touched.
         active: Active fraction. 1 runs everything (exactly the dense model); a stored budget brings its own
-            thresholds and stand-ins; any other fraction takes thresholds from the calibration curve and the nearest
-            budget's stand-ins, and warns once.
+            thresholds and stand-ins; any other fraction takes thresholds between those of its neighbours and the
+            stand-ins of one of them, see `Budgets.stand_ins`, and warns once.
         tau: Threshold instead; 0 runs everything, larger runs less.
         budget: Number of a stored budget instead, 0 for the one that runs least.
         layers: Numbers or names of the converted layers to set; all of them by default.
@@ -163,9 +162,10 @@ def _choose(model: nn.Module, wanted: Sequence[int | str] | None) -> list[tuple[
     return chosen
 
 
-def gate_state(config: D2DMoEConfig, tau: float, stand_in: int | None = None) -> GateState:
-    """The checkpoint's gate at a threshold, with the stand-ins of a stored budget or none."""
-    return GateState(config.gate, tau, stand_in, config.min_experts, config.max_experts, config.shared_experts)
+def gate_state(config: D2DMoEConfig, tau: float, stand_in: int | None = None, fade: float = 1.0) -> GateState:
+    """The checkpoint's gate at a threshold, with the stand-ins of a stored budget or none, scaled by `fade`."""
+    bounds = (config.min_experts, config.max_experts, config.shared_experts)
+    return GateState(config.gate, tau, stand_in, *bounds, fade=fade)
 
 
 def _states_of_budget(config: D2DMoEConfig, number: int) -> list[GateState]:
@@ -178,31 +178,25 @@ def _states_for_active(config: D2DMoEConfig, active: float) -> list[GateState]:
     check_active(active)
     if active == 1:
         return [gate_state(config, 0.0, None) for _ in config.blocks]
-    for number, budget in enumerate(config.budgets):
-        if abs(budget.active - active) < 1e-6:
-            return _states_of_budget(config, number)
-    number = _nearest([b.active for b in config.budgets], active)
+    stored = config.budgets.find(active)
+    if stored is not None:
+        return _states_of_budget(config, stored)
+    taus = config.thresholds(active)
+    number, fade = config.budgets.stand_ins(active)
     if number is not None and config.stand_in != "zero":
         _say_once(config, f"active={active:g}", config.budgets[number].active)
-    return [gate_state(config, tau, number) for tau in taus_on_curve(config, active)]
+    return [gate_state(config, tau, number, fade) for tau in taus]
 
 
 def _states_for_tau(config: D2DMoEConfig, tau: float, chosen: list) -> list[GateState]:
     check_tau(tau, config.gate)
     if tau == 0:
         return [gate_state(config, 0.0, None) for _ in config.blocks]
-    states = []
-    for index in range(len(config.blocks)):
-        number = _nearest([b.taus[index] for b in config.budgets], tau)
-        states.append(gate_state(config, tau, number))
+    states = [gate_state(config, tau, config.budgets.nearest_tau(i, tau)) for i in range(len(config.blocks))]
     exact = all(any(abs(b.taus[i] - tau) < 1e-9 for b in config.budgets) for i, _ in chosen)
     if config.budgets and config.stand_in != "zero" and not exact:
         _say_once(config, f"tau={tau:g}", config.budgets[states[chosen[0][0]].stand_in].active)
     return states
-
-
-def _nearest(values: list[float], wanted: float) -> int | None:
-    return min(range(len(values)), key=lambda i: abs(values[i] - wanted)) if values else None
 
 
 def _say_once(config: D2DMoEConfig, asked: str, active: float) -> None:
@@ -212,30 +206,7 @@ def _say_once(config: D2DMoEConfig, asked: str, active: float) -> None:
         return
     said.add(asked)
     warnings.warn(
-        f"{asked} is not a stored budget ({', '.join(f'{b.active:g}' for b in config.budgets)}): "
+        f"{asked} is not a stored budget ({', '.join(f'{a:g}' for a in config.budgets.actives)}): "
         f"using the stand-ins fitted for active={active:g}",
         stacklevel=5,
     )
-
-
-def taus_on_curve(config: D2DMoEConfig, active: float) -> list[float]:
-    """Thresholds per block for an active fraction between the calibrated ones, linearly interpolated.
-
-    Those of the gate `topk` are known for every fraction; the curve of every other gate ends where everything runs.
-
-    Raises:
-        UserError: If the checkpoint holds no calibration curve, or none that goes so low.
-    """
-    if config.gate == "topk":
-        shared, counts = config.shared_experts, [block.experts for block in config.blocks]
-        return [1.0 - max((active * n - shared) / (n - shared), 0.0) for n in counts]
-    if not config.curve:
-        raise UserError(f"active={active:g}: this checkpoint holds no calibration; give tau=… instead")
-    curve = [*config.curve, [1.0, [0.0] * len(config.blocks)]]
-    points = [point for point, _ in curve]
-    if active < points[0]:
-        raise UserError(f"active={active:g}: the {config.gate} gate is calibrated from {points[0]:g} on; give tau=…")
-    right = max(bisect_left(points, active), 1)
-    left = right - 1
-    share = (active - points[left]) / (points[right] - points[left])
-    return [a + share * (b - a) for a, b in zip(curve[left][1], curve[right][1], strict=True)]

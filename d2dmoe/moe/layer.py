@@ -168,12 +168,12 @@ class DynamicFFN(nn.Module):
             self.observer(self, x, hidden, scores, run)
         if stand_in is None:
             return down_product(hidden, self.down_weight, self.down_bias, run, None)
-        y = down_product(hidden, self.down_weight, self.down_bias, run, self.constants[stand_in])
+        y = down_product(hidden, self.down_weight, self.down_bias, run, state.faded(self.constants[stand_in]))
         if self.delta_in is not None:  # the refitted down projection, in two thin steps
             thin = (hidden * run.T[..., None]).transpose(0, 1).flatten(1) @ self.delta_in[stand_in].flatten(0, 1)
-            y = y + thin @ self.delta_out[stand_in]
+            y = y + thin @ state.faded(self.delta_out[stand_in])
         if self.linear_in is not None:
-            y = y + x @ self.linear_in[stand_in] @ self.linear_out[stand_in]
+            y = y + x @ self.linear_in[stand_in] @ state.faded(self.linear_out[stand_in])
         return y
 
     def _fused(self, x: torch.Tensor, state: GateState) -> torch.Tensor:

@@ -50,7 +50,7 @@ def finish(model: PreTrainedModel, config: D2DMoEConfig, dtype: torch.dtype | No
         cast(model, dtype)
     if len(layers(model)) != len(config.blocks):
         keep = {layer.number for layer in layers(model)}
-        _drop_blocks(config, [number in keep for number in range(len(config.blocks))])
+        config.keep_blocks([number in keep for number in range(len(config.blocks))])
     set_gate(model, active=config.default_active)
 
 
@@ -98,14 +98,6 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         kept = any(_matches(model, attribute, name) for attribute in KEEP.get(dtype, ()))
         parameter.data = parameter.data.to(torch.float32 if kept else dtype)
-
-
-def _drop_blocks(config: D2DMoEConfig, keep: list[bool]) -> None:
-    """A part of the model was opened (an encoder alone): keep the record of the blocks that are there."""
-    config.blocks = [b for b, k in zip(config.blocks, keep, strict=True) if k]
-    for budget in config.budgets:
-        budget.taus = [t for t, k in zip(budget.taus, keep, strict=True) if k]
-    config.curve = [[a, [t for t, k in zip(taus, keep, strict=True) if k]] for a, taus in config.curve]
 
 
 def _prefixes(model: PreTrainedModel) -> list[tuple[str, str]]:

@@ -68,7 +68,7 @@ def _merge(layer: DynamicFFN) -> None:
     state = layer.gate_state
     kept = state.stand_in if state.tau > 0 else None
     if kept is not None and layer.delta_in is not None:
-        layer.down_weight.data += layer.delta_in[kept] @ layer.delta_out[kept]
+        layer.down_weight.data += layer.delta_in[kept] @ (layer.delta_out[kept] * state.fade)
     layer.delta_in = layer.delta_out = None
     for name, value in layer.stand_ins().items():
         setattr(

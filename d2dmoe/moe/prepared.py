@@ -70,7 +70,7 @@ class Prepared:
         self.entries: dict[GateState, Entry] = {}
         self.tiles: Tiles = {}
         self._folded: WeakValueDictionary[tuple, torch.Tensor] = WeakValueDictionary()
-        self.last_folded: tuple[int | None, torch.Tensor | None] = (None, None)  # for compiled code
+        self.last_folded: tuple[tuple | None, torch.Tensor | None] = (None, None)  # for compiled code
 
     def run(self, layer: Layer, state: GateState, x: torch.Tensor, run: torch.Tensor | None) -> torch.Tensor:
         """The layer's output ``(tokens, d_out)``, computed as is fastest; `run` replaces router and gate."""
@@ -141,24 +141,26 @@ class Prepared:
         }  # fmt: skip
         stand_in = layer.stand_in_of(state)
         if stand_in is not None:
-            tensors["constants"] = layer.constants[stand_in]
+            tensors["constants"] = state.faded(layer.constants[stand_in])
             if layer.delta_in is not None:
-                tensors["down_weight"] = self._fold(layer, stand_in, versions)
+                tensors["down_weight"] = self._fold(layer, state, versions)
             if layer.linear_in is not None:
-                tensors["linear_in"], tensors["linear_out"] = layer.linear_in[stand_in], layer.linear_out[stand_in]
+                tensors["linear_in"] = layer.linear_in[stand_in]
+                tensors["linear_out"] = state.faded(layer.linear_out[stand_in])
         return {name: None if t is None else t.detach() for name, t in tensors.items()}
 
-    def _fold(self, layer: Layer, stand_in: int, versions: Versions | None) -> torch.Tensor:
-        """The down projection of a budget; settings that share its stand-ins share it."""
-        if torch.compiler.is_compiling() and self.last_folded[0] == stand_in:  # cannot ask for versions
+    def _fold(self, layer: Layer, state: GateState, versions: Versions | None) -> torch.Tensor:
+        """The down projection of a budget; settings that share its stand-ins at one scale share it."""
+        stand_in, setting = state.stand_in, (state.stand_in, state.fade)
+        if torch.compiler.is_compiling() and self.last_folded[0] == setting:  # cannot ask for versions
             return self.last_folded[1]
-        key = (stand_in, versions)
+        key = (setting, versions)
         folded = None if versions is None else self._folded.get(key)
         if folded is None:
-            folded = (layer.down_weight + layer.delta_in[stand_in] @ layer.delta_out[stand_in]).detach()
+            folded = (layer.down_weight + layer.delta_in[stand_in] @ state.faded(layer.delta_out[stand_in])).detach()
             if versions is not None:
                 self._folded[key] = folded
-                self.last_folded = (stand_in, folded)
+                self.last_folded = (setting, folded)
         return folded
 
 

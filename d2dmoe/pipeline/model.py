@@ -24,7 +24,7 @@ from ..moe.layer import layers
 from ..moe.loader import attach
 from ..moe.packing import Neurons
 from ..progress import progress
-from ..stages.budgets.calibrate import calibrate, settle
+from ..stages.budgets.calibrate import calibrate, calibrate_again
 from ..stages.coactivation import activation_profiles
 from ..stages.heal import heal
 from ..stages.routers.fit import fit_routers
@@ -95,7 +95,7 @@ def convert_model(
     if config.heal and stored.budgets:
         say(f"healing: {config.heal} steps of distillation from the dense model")
         fitted(
-            work, "healed", resume, model, stored, lambda: _heal(model, config, stored, batches, work, resume),
+            work, "healed", resume, model, stored, lambda: _heal(model, config, stored, batches, dense, work, resume),
             everything=config.heal_parameters == "all",
         )  # fmt: skip
     set_gate(model, active=stored.default_active)
@@ -175,14 +175,20 @@ def _zero_constants(model: PreTrainedModel) -> None:
             value.data.zero_()
 
 
-def _calibrate(
-    model: PreTrainedModel, config: ConvertConfig, stored: D2DMoEConfig, batches: Batches,
-    dense: Callable[[], PreTrainedModel] | None,
-) -> None:  # fmt: skip
+def _calibration_text(config: ConvertConfig, batches: Batches) -> tuple[Batches, Batches]:
+    """Batches for thresholds and stand-ins, and batches that these do not see, for losses."""
     fitting, unseen = batches.first(config.calibration_tokens), batches.after(config.calibration_tokens)
     if config.max_loss and unseen.tokens < LEAST_UNSEEN:  # too little text for both: a fifth is kept from the fits
         fitting = batches.first(batches.tokens * 4 // 5)
         unseen = batches.after(batches.tokens * 4 // 5)
+    return fitting, unseen
+
+
+def _calibrate(
+    model: PreTrainedModel, config: ConvertConfig, stored: D2DMoEConfig, batches: Batches,
+    dense: Callable[[], PreTrainedModel] | None,
+) -> None:  # fmt: skip
+    fitting, unseen = _calibration_text(config, batches)
     calibrate(
         model, fitting, stored, targets(config),
         thresholds=config.thresholds, allocation=config.allocation, unseen=unseen, dense=dense,
@@ -191,8 +197,9 @@ def _calibrate(
 
 def _heal(
     model: PreTrainedModel, config: ConvertConfig, stored: D2DMoEConfig, batches: Batches,
-    work: Path | None, resume: bool,
+    dense: Callable[[], PreTrainedModel] | None, work: Path | None, resume: bool,
 ) -> None:  # fmt: skip
     state_dir = work / "heal-state" if work is not None else None
     heal(model, batches, config, stored, state_dir=state_dir, resume=resume)
-    settle(model, batches.first(config.calibration_tokens), stored)
+    fitting, unseen = _calibration_text(config, batches)
+    calibrate_again(model, fitting, stored, targets(config), unseen=unseen, dense=dense)

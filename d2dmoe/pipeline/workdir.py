@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from ..config.record import Budget, D2DMoEConfig
+from ..config.record import D2DMoEConfig
 from ..errors import UserError
 from ..files import replacing, write_text
 from ..measure.observe import release_memory
@@ -41,8 +41,7 @@ def fitted(
     def compute() -> dict[str, torch.Tensor]:
         fit()
         if record is not None and first_process():
-            kept = {k: v for k, v in stored.to_dict().items() if k in ("budgets", "curve", "default_active")}
-            write_text(record, json.dumps(kept))
+            write_text(record, json.dumps(stored.calibration()))
         return {key: parameters[key].data for key in changed}
 
     parameters = dict(model.named_parameters())
@@ -50,9 +49,7 @@ def fitted(
     changed = [key for key, value in parameters.items() if everything or id(value) in known]
     tensors = stage(work, name, resume, compute)
     if record is not None:
-        kept = json.loads(record.read_text())
-        stored.budgets = [Budget(**b) for b in kept["budgets"]]
-        stored.curve, stored.default_active = kept["curve"], kept["default_active"]
+        stored.take_calibration(json.loads(record.read_text()))
     for key in changed:
         parameters[key].data.copy_(tensors[key])
 

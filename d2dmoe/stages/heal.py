@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from ..config.options import ConvertConfig, TrainingConfig
+from ..config.options import HealConfig, TrainingConfig
 from ..config.record import D2DMoEConfig
 from ..data.batches import Batches
 from ..kernels import dispatching
@@ -57,7 +57,7 @@ def _hidden(output: Any) -> torch.Tensor:
 def heal(
     model: nn.Module,
     batches: Batches,
-    config: ConvertConfig,
+    config: HealConfig,
     stored: D2DMoEConfig,
     *,
     state_dir: Path | None = None,
@@ -68,7 +68,7 @@ def heal(
     Args:
         model: Converted and calibrated model.
         batches: Calibration batches.
-        config: `heal` steps, `heal_parameters`, `heal_tokens` per step, `heal_learning_rate`, `seed`.
+        config: Steps, sizes and seed.
         stored: The model's own record; its budgets are what is trained.
         state_dir: Where resumable states go.
         resume: Continue from there.

@@ -92,16 +92,15 @@ def fit_stand_ins(
     """
     converted = layers(model)
     numbers = range(len(config.budgets)) if numbers is None else numbers
-    for budget in (config.budgets[number] for number in numbers):
-        budget.stand_ins, budget.residuals = ["zero"] * len(converted), [1.0] * len(converted)
+    for number in numbers:
+        config.budgets[number].forget_fits()
     for group in _groups(converted, numbers):
         release_memory()
         moments = _accumulate(model, batches, config, group)
         for index, number in sorted(group & moments.keys()):
             fit = best_fit(*moments.pop((index, number)), converted[index], config)
             _store(converted[index], number, fit)
-            config.budgets[number].stand_ins[index] = fit.level
-            config.budgets[number].residuals[index] = round(fit.residual, 4)
+            config.budgets[number].note_fit(index, fit.level, round(fit.residual, 4))
 
 
 def _groups(converted: list[DynamicFFN], numbers: Sequence[int]) -> list[set[tuple[int, int]]]:

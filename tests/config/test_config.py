@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import fields
+
 import pytest
 from transformers import GPT2Config
 
-from d2dmoe.config import Block, ConvertConfig, UserError, can_split, choose_experts, resolve, targets
+from d2dmoe.cli import add_fields
+from d2dmoe.config import Block, ConvertConfig, UserError, can_split, choose_experts, options, resolve, targets
 from d2dmoe.hub import fit_length
 
 
@@ -63,3 +67,32 @@ def test_goals_out_of_range(values, said):
 def test_every_kind_of_goal_becomes_a_target():
     config = resolve(ConvertConfig, {"active": "0.5,1", "flops": "0.8", "max_loss": "2%", "speedup": "2,1.5"})
     assert list(map(str, targets(config))) == ["active=0.5", "flops=0.8", "max-loss=0.02", "speedup=1.5", "speedup=2"]
+
+
+def test_every_key_belongs_to_the_options_of_one_stage():
+    """Names stay flat: one keyword each, and a stage that takes its part takes the whole configuration as well."""
+    stages = [
+        options.DataConfig, options.SourceConfig, options.SparsifyFirstConfig, options.SplitConfig,
+        options.GateConfig, options.RouterConfig, options.StandInConfig, options.BudgetConfig, options.HealConfig,
+    ]  # fmt: skip
+    shared = {f.name for f in fields(options.CalibrationConfig)}
+    own = [{f.name for f in fields(stage)} - shared for stage in stages]
+    assert sum(map(len, own)) + len(shared) == len(fields(ConvertConfig))
+    assert set().union(shared, *own) == {f.name for f in fields(ConvertConfig)}
+    config = ConvertConfig(experts=8, active=[0.5], heal=3, router_tokens=7, seed=2)
+    assert (config.experts, config.active, config.heal, config.router_tokens, config.seed) == (8, [0.5], 3, 7, 2)
+    assert all(isinstance(config, stage) for stage in stages)
+    for stage in stages:
+        for name, value in vars(stage()).items():
+            assert getattr(ConvertConfig(), name) == value
+
+
+def test_help_has_a_group_for_every_stage():
+    parser = argparse.ArgumentParser()
+    add_fields(parser, ConvertConfig)
+    groups = {g.title: [a.dest for a in g._group_actions] for g in parser._action_groups}
+    assert groups["How neurons become experts"] == ["experts", "expert_size", "split", "shared_experts"]
+    assert groups["Distillation after calibration"] == [
+        f"heal{end}" for end in ("", "_parameters", "_tokens", "_learning_rate")
+    ]
+    assert parser.parse_args(["--active", "25%,0.5", "--experts", "4"]).active == [0.25, 0.5]

@@ -13,7 +13,8 @@ from d2dmoe import set_gate
 from d2dmoe.moe.gating import gate_state
 from d2dmoe.moe.layer import layers
 from d2dmoe.stages.budgets.allocate import SPREAD, _interpolate, allocate, layer_costs, share_out
-from d2dmoe.stages.budgets.calibrate import calibrate, measure_active
+from d2dmoe.stages.budgets.calibrate import calibrate
+from d2dmoe.stages.budgets.fit import measure_active
 from d2dmoe.stages.heal import divergence
 
 ACTIVES = [0.25, 0.5, 0.75]

@@ -20,12 +20,14 @@ from d2dmoe.kernels.gates import select
 from d2dmoe.measure.bench import speedup
 from d2dmoe.measure.evaluate import evaluate
 from d2dmoe.measure.observe import observing
-from d2dmoe.moe.gating import stored_config, taus_on_curve
+from d2dmoe.moe.gating import stored_config
 from d2dmoe.moe.layer import DynamicFFN, layers
 from d2dmoe.moe.loader import attach
-from d2dmoe.stages.budgets import calibrate as calibrate_module
-from d2dmoe.stages.budgets.calibrate import calibrate, measure_active, relative_loss
+from d2dmoe.stages.budgets import goals as goals_module
+from d2dmoe.stages.budgets.calibrate import calibrate
 from d2dmoe.stages.budgets.curve import threshold_curve
+from d2dmoe.stages.budgets.fit import measure_active
+from d2dmoe.stages.budgets.goals import relative_loss
 from d2dmoe.stages.budgets.search import SEARCH_STEPS, SEARCH_TOLERANCE, bisect
 from d2dmoe.stages.standins import fit_means
 
@@ -163,7 +165,7 @@ def test_budgets_are_met_on_the_calibration_tokens(thresholds, stand_in, bounds)
         fit_means(model, batches, config, range(len(config.budgets)))
     for layer, constants in zip(layers(model), fitted, strict=bool(fitted)):
         assert torch.equal(layer.constants, constants)  # the stand-ins belong to the thresholds that are stored
-    assert bounds[0] < 3 or config.budgets[0].taus != taus_on_curve(config, 0.25)
+    assert bounds[0] < 3 or config.budgets[0].taus != config.equal_thresholds(0.25)
     assert config.budgets[0].measured < config.budgets[1].measured
     for first, second in zip(*(b.taus for b in config.budgets), strict=True):
         assert first > second
@@ -300,7 +302,7 @@ def test_constants_are_means_over_the_tokens_that_skip(gate):
     batches = documents()
     tiny_tau = 1e-4  # hardly anything is skipped: some experts have no token to average over
     taus = [[0.75, 0.5], [0.25, 0.75], [tiny_tau, tiny_tau]]
-    config.budgets = [Budget(0.1 * i, row) for i, row in enumerate(taus, 1)]
+    config.budgets.replace([Budget(0.1 * i, row) for i, row in enumerate(taus, 1)])
     fit_means(model, batches, config, range(len(config.budgets)))
     never = 0
     for number, row in enumerate(taus):
@@ -390,15 +392,15 @@ def test_interpolation_is_linear():
     config = D2DMoEConfig(blocks, "max", curve=[[0.2, [0.9, 0.5]], [0.4, [0.7, 0.1]], [0.8, [0.3, 0.0]]])
     expected = {0.2: [0.9, 0.5], 0.3: [0.8, 0.3], 0.4: [0.7, 0.1], 0.5: [0.6, 0.075], 0.8: [0.3, 0.0], 0.9: [0.15, 0.0]}
     for active, taus in expected.items():
-        assert_close(taus_on_curve(config, active), taus)
+        assert_close(config.equal_thresholds(active), taus)
     with pytest.raises(UserError, match=r"active=0\.1: the max gate is calibrated from 0\.2 on"):
-        taus_on_curve(config, 0.1)
+        config.equal_thresholds(0.1)
 
 
 @pytest.mark.parametrize("active", [0.001, 0.015, 0.3, 0.985, 0.999])
 def test_topk_is_exact_at_every_fraction(active):
     config = D2DMoEConfig([Block("a", "ffn", "relu", 8, 1000, "up", None, "down", experts=1000)], "topk")
-    (tau,) = taus_on_curve(config, active)
+    (tau,) = config.equal_thresholds(active)
     run = select(torch.rand(3, 1000) + 0.1, "topk", tau)
     assert run.sum(1).tolist() == [round(active * 1000)] * 3
 
@@ -643,7 +645,7 @@ def by_active(model: torch.nn.Module, batches: Batches, fixed: float = 0.2):
 def test_speedup_is_hit_by_the_clock_and_monotone(gate, monkeypatch):
     model, config = converted(budgets=3, gate=gate, stand_in="constants")
     batches = documents(60)
-    monkeypatch.setattr(calibrate_module, "speedup", by_active(model, batches))
+    monkeypatch.setattr(goals_module, "speedup", by_active(model, batches))
     calibrate(model, batches, config, asked(active=[0.9], speedup=[1.3, 2.0]), dense=lambda: "the dense model")
     faster, fast, budget = config.budgets
     assert [b.objective for b in config.budgets] == ["speedup=2", "speedup=1.3", ""]
@@ -657,7 +659,7 @@ def test_speedup_is_hit_by_the_clock_and_monotone(gate, monkeypatch):
 def test_a_speedup_out_of_reach_says_what_is_possible(monkeypatch):
     model, config = converted(budgets=1, gate="topk", stand_in="zero")
     batches = documents()
-    monkeypatch.setattr(calibrate_module, "speedup", by_active(model, batches, fixed=0.7))
+    monkeypatch.setattr(goals_module, "speedup", by_active(model, batches, fixed=0.7))
     with pytest.raises(UserError, match=r"--speedup 3: at 0\.0\d active .* 1\.4\d? times as fast"):
         calibrate(model, batches, config, asked(speedup=[3.0]), dense=lambda: "the dense model")
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import nn
 
-from ...config.record import LEAST_ACTIVE, D2DMoEConfig
+from ...config.budgets import LEAST_ACTIVE, Curve
+from ...config.record import D2DMoEConfig
 from ...kernels.gates import GATES
 from ...measure.observe import run_observed
-from ...moe.gating import set_gate, taus_on_curve
+from ...moe.gating import set_gate
 from ...moe.layer import layers
 
 GRID = (
@@ -39,11 +39,11 @@ CURVE_TOKENS = 4096  # tokens of every layer whose priorities are kept for the q
 
 
 @torch.no_grad()
-def threshold_curve(model: nn.Module, batches: Sequence, config: D2DMoEConfig, thresholds: str) -> list[list]:
-    """`[[active, [tau per layer]], …]`: quantiles of the gate's priorities on the inputs of the dense model."""
+def threshold_curve(model: nn.Module, batches: Sequence, config: D2DMoEConfig, thresholds: str) -> Curve:
+    """Quantiles of the gate's priorities on the inputs of the dense model."""
     converted, shared = layers(model), config.shared_experts
     if config.gate == "topk":  # priorities are ranks, so the quantile is known
-        return [[active, taus_on_curve(config, active)] for active in GRID]
+        return Curve([[active, config.equal_thresholds(active)] for active in GRID])
     kept: list[list[torch.Tensor]] = [[] for _ in converted]
     stride = max(1, getattr(batches, "tokens", 0) // CURVE_TOKENS)
 
@@ -55,7 +55,7 @@ def threshold_curve(model: nn.Module, batches: Sequence, config: D2DMoEConfig, t
     pools = [torch.cat(rows).flatten().sort(descending=True).values for rows in kept]
     if thresholds == "global":
         pools = [torch.cat(pools).sort(descending=True).values] * len(pools)
-    curve = []
+    points = []
     for active in GRID:
         taus = []
         for layer, pool in zip(converted, pools, strict=True):
@@ -63,19 +63,5 @@ def threshold_curve(model: nn.Module, batches: Sequence, config: D2DMoEConfig, t
             place = min(max(round(share * len(pool)) - 1, 0), len(pool) - 1)
             between = (pool[place] + pool[min(place + 1, len(pool) - 1)]) / 2  # away from where rounding decides
             taus.append(float(between.clamp_min(1e-12)))
-        curve.append([active, taus])
-    return curve
-
-
-def taus_by_layer(config: D2DMoEConfig, actives: Sequence[float]) -> list[float]:
-    """Thresholds that give every block an active fraction of its own."""
-    return [taus_on_curve(config, active)[index] for index, active in enumerate(actives)]
-
-
-def active_on_curve(config: D2DMoEConfig, index: int, tau: float) -> float:
-    """The active fraction at which a block's curve has this threshold."""
-    points = [(taus[index], active) for active, taus in config.curve]
-    for (high, less), (low, more) in pairwise(points):
-        if low <= tau <= high:
-            return less + (more - less) * ((high - tau) / (high - low) if high > low else 0.0)
-    return points[0][1] if tau > points[0][0] else points[-1][1]
+        points.append([active, taus])
+    return Curve(points)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ...config.options import ConvertConfig
+from ...config.options import RouterConfig
 from ...measure.observe import run_observed
 from ...moe.gating import set_gate
 from ...moe.layer import DynamicFFN, layers
@@ -24,7 +24,7 @@ RIDGE = 1e-4  # relative to the diagonal
 
 
 @torch.no_grad()
-def fit_routers(model: nn.Module, batches: Sequence, config: ConvertConfig) -> None:
+def fit_routers(model: nn.Module, batches: Sequence, config: RouterConfig) -> None:
     """Fit the routers of all layers in two passes over the dense model.
 
     Args:

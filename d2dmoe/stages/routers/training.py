@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...config.options import TrainingConfig
+from ...config.options import RouterConfig, TrainingConfig
 from ...data.batches import Batches
 from ...measure.observe import run_observed
 from ...moe.gating import set_gate
@@ -98,14 +98,14 @@ class RouterSamples:
 
 
 def train_routers(
-    model: nn.Module, batches: Batches, config: Any, *, state_dir: Path | None = None, resume: bool = False
+    model: nn.Module, batches: Batches, config: RouterConfig, *, state_dir: Path | None = None, resume: bool = False
 ) -> list[dict[str, float]]:
     """Train the routers of a converted model on their layers' inputs; returns the training log.
 
     Args:
         model: Converted model; only its routers change, from a random start if `router_fit` is `trained`.
         batches: Calibration batches.
-        config: A `ConvertConfig`: `router_tokens`, `router_batch`, `router_learning_rate`, `seed`.
+        config: Sizes and seed.
         state_dir: Where resumable states go.
         resume: Continue from there.
     """

@@ -1,0 +1,105 @@
+"""Thresholds and stand-ins of one budget after another, at active fractions that are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ...config.budgets import LEAST_ACTIVE
+from ...config.record import D2DMoEConfig
+from ...data.batches import Batches
+from ...measure.observe import ActiveCounter, run_observed
+from ...moe.gating import gate_state, set_gate
+from ...moe.layer import layers
+from ..standins import fit_means, fit_stand_ins
+from .search import bisect
+
+REGRESSED = ("constants", "refit", "linear")
+SEARCH_TOKENS = 8192
+ROUGH_TOKENS, ROUGH_PER_REGRESSOR = 8192, 6  # for the fits that sharing out among the layers rests on
+Shares = Callable[[float], list[float]]  # from an active fraction to that of every layer
+
+
+@dataclass
+class BudgetFits:
+    """Fits the budgets of a converted model; `config` is the record that the model carries.
+
+    Attributes:
+        batches: Calibration batches.
+        shares: Shares an active fraction out among the layers; equally at first.
+    """
+
+    model: nn.Module
+    batches: Sequence
+    config: D2DMoEConfig
+    shares: Shares | None = None
+
+    def place(self, number: int, active: float) -> None:
+        """Give a budget an active fraction, and the thresholds that the curve has for the layers' shares of it."""
+        budget, curve = self.config.budgets[number], self.config.block_curve
+        shares = [active] * len(self.config.blocks) if self.shares is None else self.shares(active)
+        budget.active, budget.taus = active, curve.thresholds_by_block(shares)
+
+    def fit(self, numbers: Sequence[int]) -> None:
+        """Thresholds and stand-ins of some budgets. Stand-ins move what runs: thresholds are set before and after."""
+        if self.config.stand_in == "mean":
+            self.fit_stand_ins(numbers)
+        self.match_active(numbers)
+        self.fit_stand_ins(numbers)
+        if self.config.stand_in in REGRESSED:
+            self.match_active(numbers)
+
+    def fit_roughly(self) -> None:
+        """Stand-ins of all budgets on fewer tokens, enough to tell which layers skipping costs most."""
+        regressors = max((x.block.slots + x.block.experts + x.block.d_model for x in layers(self.model)), default=0)
+        tokens = max(ROUGH_TOKENS, ROUGH_PER_REGRESSOR * regressors)
+        self.fit_stand_ins(range(len(self.config.budgets)), leading(self.batches, tokens))
+
+    def fit_stand_ins(self, numbers: Sequence[int], batches: Sequence | None = None) -> None:
+        """Stand-ins of some budgets at their thresholds."""
+        batches = self.batches if batches is None else batches
+        if self.config.stand_in == "mean":
+            fit_means(self.model, batches, self.config, numbers)
+        elif self.config.stand_in in REGRESSED:
+            fit_stand_ins(self.model, batches, self.config, numbers)
+
+    def match_active(self, numbers: Sequence[int]) -> None:
+        """Move the thresholds of some budgets until the active fraction, with every gate on, is the budget's."""
+        batches = leading(self.batches, SEARCH_TOKENS)
+        for number in numbers:
+            self._match_active(number, batches)
+
+    def _match_active(self, number: int, batches: Sequence) -> None:
+        config, curve = self.config, self.config.block_curve
+        budget = config.budgets[number]
+        before = budget.taus
+        shares = [curve.active(index, tau) for index, tau in enumerate(before)]
+
+        def measure(point: float) -> float:
+            scaled = [min(share * point / budget.active, 1.0) for share in shares]
+            budget.taus = before if point == budget.active else curve.thresholds_by_block(scaled)
+            for index, layer in enumerate(layers(self.model)):
+                layer.gate_state = gate_state(config, budget.taus[index], number)
+            return measure_active(self.model, batches)
+
+        with set_gate(self.model, tau=0):
+            if config.gate == "topk" and not (config.min_experts or config.max_experts):
+                budget.measured = measure(budget.active)
+                return
+            low = LEAST_ACTIVE * min(1.0, budget.active / max(shares))  # where every layer is at the curve's beginning
+            point, budget.measured = bisect(measure, budget.active, low=low, high=1.0, start=budget.active)
+            measure(point)
+
+
+def measure_active(model: nn.Module, batches: Sequence) -> float:
+    """Active fraction of the model as it is set, over all layers and tokens."""
+    counter = ActiveCounter()
+    run_observed(model, batches, counter)
+    return counter.fraction
+
+
+def leading(batches: Sequence, tokens: int) -> Sequence:
+    """The first tokens of `Batches`; any other sequence of batches as a whole."""
+    return batches.first(tokens) if isinstance(batches, Batches) else batches
