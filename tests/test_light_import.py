@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     blocks = discover(model).blocks
     for block in blocks:
         block.experts = 8
-    record = D2DMoEConfig(blocks, "topk", "none", router_width=8)
+    record = D2DMoEConfig(blocks, "topk", "zero", router_width=8)
     attach(model, record, [torch.arange(block.width) for block in blocks])
     randomise_routers(model)
     folder = tmp_path_factory.mktemp("light") / "model"
