@@ -7,6 +7,7 @@ import functools
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from .errors import UserError, first_line
 
 Data = TypeVar("Data", bound=DataConfig)
 SAFE = {"trust_remote_code": False}  # a model's own code is never run, and not asked for
+ADAPTER = "adapter_config.json"
 LOCAL_WAYS = (
     "local ways: a folder written by save_pretrained, the bundled checkpoints/gpt2-mini, an earlier download with "
     "HF_HUB_OFFLINE=1, or a mirror named in HF_ENDPOINT"
@@ -39,6 +41,11 @@ def read_config(name: str, revision: str | None = None) -> Any:
         raise UserError("no model given; use --model with a hub id or a local folder")
     path = Path(name)
     if path.is_dir():
+        if not (path / "config.json").is_file() and (path / ADAPTER).is_file():
+            raise UserError(
+                f"--model {name}: is a peft adapter without its model; load both, call merge_and_unload, and give the "
+                f"folder that save_pretrained writes"
+            )
         if not (path / "config.json").is_file():
             raise UserError(f"--model {name}: the folder has no config.json; it must be one written by save_pretrained")
     elif path.exists():
@@ -47,12 +54,83 @@ def read_config(name: str, revision: str | None = None) -> Any:
         raise UserError(
             f"--model {name}: no such folder; check the path, or give a hub id such as openai-community/gpt2"
         )
+    if (path / ADAPTER).is_file():
+        raise _beside_an_adapter(name)
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, local_files_only=local_only(name), **SAFE)
+        config = AutoConfig.from_pretrained(name, revision=revision, local_files_only=local_only(name), **SAFE)
     except UserError:
         raise
     except Exception as error:
         raise _explain(name, error) from None
+    _pad_by_end(config)
+    return config
+
+
+def _beside_an_adapter(name: str) -> UserError:
+    """What to do with an adapter that `transformers` would load, and save in the place of the model."""
+    return UserError(
+        f"--model {name}: a peft adapter lies beside the model ({ADAPTER}); merge it (merge_and_unload, then "
+        f"save_pretrained to another folder), or move {ADAPTER} away to leave the adapter out"
+    )
+
+
+def _pad_by_end(config: Any) -> None:
+    """Give a classifier of a decoder the padding token without which it takes one text at a time."""
+    text = config.get_text_config()
+    classifies = any("ForSequenceClassification" in name for name in getattr(config, "architectures", None) or [])
+    if classifies and getattr(text, "pad_token_id", None) is None:
+        end = getattr(text, "eos_token_id", None)
+        text.pad_token_id = end[0] if isinstance(end, list) else end if end is not None else 0
+
+
+def refuse_quantised(name: str, config: Any) -> None:
+    """Refuse a checkpoint that is not the original in floating point.
+
+    Raises:
+        UserError: Naming the method that it was quantised by.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None or is_converted(config):
+        return
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    method = getattr(method, "value", method)
+    raise UserError(f"--model {name}: is quantised already ({method}); give the floating-point model it was made from")
+
+
+def check_finite(name: str, model: PreTrainedModel) -> None:
+    """Refuse weights that are not numbers.
+
+    Raises:
+        UserError: Naming the first such tensor.
+    """
+    for key, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise UserError(f"--model {name}: {key} holds NaN or infinite values; give a model without them")
+
+
+# Of a model's folder: weights in any format, what we write ourselves, and traces of its training.
+LEFT_BEHIND = (
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.ot",
+    "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.mlmodel", "*.tflite", "*.pkl", "onnx/*", "openvino/*",
+    "coreml/*", ".*", "*/.*", "checkpoint-*/*", "runs/*", "config.json", "README.md", "recipe.yaml", "results.json",
+)  # fmt: skip
+
+
+def companions(name: str, revision: str | None = None) -> dict[str, Path]:
+    """The files of a model that its conversion does not replace, by their path in its folder.
+
+    Pooling and normalisation of an embedding model, for instance, or a chat template. Its tokenizer's files are among
+    them.
+    """
+    root = Path(name)
+    if not root.is_dir():
+        root = Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, local_files_only=local_only(name), ignore_patterns=[*LEFT_BEHIND]
+            )
+        )
+    files = {str(p.relative_to(root)): p for p in sorted(root.rglob("*")) if p.is_file()}
+    return {k: p for k, p in files.items() if not any(fnmatch(k, pattern) for pattern in LEFT_BEHIND)}
 
 
 @functools.cache
@@ -182,6 +260,9 @@ def load_model(
         raise _explain(name, error) from None
     except SafetensorError as error:
         raise UserError(f"--model {name}: a safetensors file is damaged ({first_line(error)})") from None
+    _pad_by_end(model.config)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise _beside_an_adapter(name)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"--model {name}: the checkpoint lacks {len(missing)} tensors of the model, first {missing[0]}")

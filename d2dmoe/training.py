@@ -54,6 +54,15 @@ def wait_for_everyone() -> None:
         torch.distributed.barrier()
 
 
+def broadcast(value: Any) -> Any:
+    """What the first process has, in all launched processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        held = [value]
+        torch.distributed.broadcast_object_list(held, src=0)
+        return held[0]
+    return value
+
+
 def launched(function: Callable[..., Any]) -> Callable[..., Any]:
     """Connect the processes that `accelerate launch` or `torchrun` started, while the function runs."""
 

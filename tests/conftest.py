@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
@@ -37,6 +38,30 @@ def data_dir() -> Path:
     if not DATA.exists():
         pytest.skip(f"no data folder at {DATA}; set D2DMOE_DATA")
     return DATA
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """As in processes of their own, so that results are bit-equal."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def d2dmoe(capsys: pytest.CaptureFixture[str]):
+    """`d2dmoe …` in this process."""
+
+    from cli_support import run_in_process
+
+    def run(*argv: object, code: int = 0):
+        result = run_in_process(capsys, *argv)
+        assert result.code == code, result.err
+        assert "Traceback" not in result.err
+        return result
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -21,13 +21,21 @@ from ..moe.gating import stored_config
 from ..moe.loader import cast
 from ..report.card import model_card
 from ..report.machine import machine, portable
-from ..training import first_process, launched, process_device, wait_for_everyone
+from ..training import broadcast, first_process, launched, process_device, wait_for_everyone
 from ..version import __version__
 from .first import SparsifyStage, prepare_sparsify
 from .model import convert_model
 from .parts import both_parts
 from .plan import ConversionPlan, fit_to_data, make_plan
-from .workdir import check_recipe, folder_errors, local_files, named_folders, prepare_folders, write_checkpoint
+from .workdir import (
+    check_recipe,
+    finish_publishing,
+    folder_errors,
+    local_files,
+    named_folders,
+    prepare_folders,
+    write_checkpoint,
+)
 
 Say = Callable[[str], None]
 
@@ -68,14 +76,17 @@ def convert(
             files = {"model": hub.fingerprint(config.model, job.model_config), "data": local_files(config.data)}
             check_recipe(work, recipe, files, resume)
         wait_for_everyone()
+        if (done := broadcast(finish_publishing(output, work) if first else None)) is not None:
+            return done if first else {}
         sparsified = {"sparsify": job.sparsified.run(resume, say)} if job.sparsified else {}
         model, log = _converted(job, config, work, resume, say)
         if first:
             rows = _figures(model, job.held_out, job.processor)
             results = _record(config, job.plan, command, started) | {"router_log": log, **sparsified, "rows": rows}
             results["calibration_tokens"] = job.calibration.first(config.calibration_tokens).tokens
-            write_checkpoint(output, work, model, job.processor, recipe, results, model_card)
-            say(f"saved {named}")
+            further = hub.companions(config.model, config.revision)
+            carried = write_checkpoint(output, work, model, job.processor, recipe, results, model_card, further)
+            say(f"saved {named}" + f", with {', '.join(carried)} as they were" * bool(carried))
         wait_for_everyone()
     return results
 
@@ -107,6 +118,7 @@ def _prepare(config: ConvertConfig, work: Path) -> _Job:
     plan, processor = make_plan(model_config, config), hub.load_processor(config.model, model_config, config.revision)
     calibration, held_out = batches_for(config, model_config, plan, processor)
     asleep = fit_to_data(plan, calibration[0], config.data)
+    hub.refuse_quantised(config.model, model_config)
     hub.check_safetensors(config.model)
     return _Job(device, model_config, sparsified, plan, processor, calibration, held_out, asleep)
 
@@ -123,6 +135,7 @@ def _converted(
         return hub.load_model(source, model_config, revision).to(job.device)
 
     model = dense()
+    hub.check_finite(config.model, model)
     _tell(job.plan, job.asleep, say)
     log = convert_model(
         model, config, job.calibration, blocks=job.plan.blocks, work=work, resume=resume, say=say, dense=dense

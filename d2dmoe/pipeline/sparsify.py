@@ -32,10 +32,18 @@ from ..sparsify.states import Epochs, Marks, any_state, last_complete
 from ..sparsify.statistics import activation_shares
 from ..sparsify.tasks import choose_task, collator
 from ..sparsify.trainer import SparsifyTrainer
-from ..training import accelerate_state_kept, on_cpu, pick_device
+from ..training import accelerate_state_kept, broadcast, on_cpu, pick_device
 from ..version import __version__
 from .parts import both_parts
-from .workdir import check_recipe, folder_errors, local_files, named_folders, prepare_folders, write_checkpoint
+from .workdir import (
+    check_recipe,
+    finish_publishing,
+    folder_errors,
+    local_files,
+    named_folders,
+    prepare_folders,
+    write_checkpoint,
+)
 
 Say = Callable[[str], None]
 
@@ -130,6 +138,8 @@ def sparsify(
             files = {"model": hub.fingerprint(config.model, job.original), "data": local_files(config.data)}
             check_recipe(work, recipe | {"processes": state.num_processes}, files, resume)
         state.wait_for_everyone()
+        if (done := broadcast(finish_publishing(output, work) if first else None)) is not None:
+            return done if first else {}
         before = _before(job, config, work, resume, device, say) if first else {}
         state.wait_for_everyone()
         trainer, model = _train(job, config, arguments, compute_loss_func, work if resume else None, say)
@@ -137,8 +147,11 @@ def sparsify(
             rows = [{"model": "before", **before}, {"model": "after", **figures(model.to(device), job, config)}]
             results = _record(config, job, trainer, command, started) | {"rows": rows}
             results["log"] = [row for row in trainer.state.log_history if "loss" in row]
-            write_checkpoint(output, work, model.cpu(), job.processor, recipe, results, sparsified_card)
-            say(f"saved {named}")
+            further = hub.companions(config.model, config.revision)
+            carried = write_checkpoint(
+                output, work, model.cpu(), job.processor, recipe, results, sparsified_card, further
+            )
+            say(f"saved {named}" + f", with {', '.join(carried)} as they were" * bool(carried))
         state.wait_for_everyone()
     return results
 
@@ -148,6 +161,7 @@ def _train(
 ) -> tuple[SparsifyTrainer, PreTrainedModel | None]:
     """Train, from the last state in the working folder of an interrupted run on; see `_trained` for the model."""
     model = hub.load_model(config.model, job.changed, config.revision, changed=True)
+    hub.check_finite(config.model, model)
     trainer = _trainer(model, job, config, arguments, loss)
     last = last_complete(interrupted / "training") if interrupted else None
     say(f"{job.task} on {len(job.train.items)} samples, {config.regulariser} α {config.alpha:g}")

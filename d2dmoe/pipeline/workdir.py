@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from .. import hub
 from ..config.record import D2DMoEConfig
 from ..errors import UserError
 from ..files import replacing, write_text
@@ -28,7 +30,11 @@ from .plan import ConversionPlan
 # Keys that may change between an interrupted run and the one that resumes it.
 FREE_ON_RESUME = {"output_dir", "eval_tokens", "max_shard_size", "device"}
 Card = Callable[[PreTrainedModel, dict[str, Any], dict[str, Any]], str]
-RECIPE, REPLACED = "recipe.json", "replaced"  # in the working folder: its mark, and the output folder before this one
+INSIDE = ".d2dmoe.partial"
+# In the working folder: its mark, the output folder before this one, and the mark that the new one is complete.
+RECIPE, REPLACED, COMPLETE = "recipe.json", "replaced", "complete"
+MOVED = "moved"  # and the mark that everything from before lies in REPLACED
+RESULTS = "results.json"  # in the output folder
 
 
 def fitted(
@@ -82,7 +88,17 @@ def named_folders(output_dir: str | None, model: str, ending: str) -> tuple[str,
     path = Path(model).resolve() if Path(model).is_dir() else Path(model)
     named = output_dir or f"checkpoints/{path.name}-{ending}"
     output = Path(os.path.abspath(named))
-    return named, output, output.with_name(output.name + ".partial")
+    return named, output, working_folder(output)
+
+
+def working_folder(output: Path) -> Path:
+    """Beside the output folder; in it where it is the root of a disk, which cannot be renamed or replaced."""
+    return output / INSIDE if os.path.ismount(output) else output.with_name(output.name + ".partial")
+
+
+def _contents(folder: Path, work: Path) -> list[Path]:
+    """What lies in an output folder besides the working folder, and what every disk's root holds."""
+    return [path for path in folder.iterdir() if path != work and path.name != "lost+found"]
 
 
 def prepare_folders(
@@ -116,7 +132,7 @@ def prepare_folders(
             raise UserError(f"{work} was not made by d2dmoe; move it away or name another --output-dir")
         if output.exists() and not output.is_dir():
             raise UserError(f"--output-dir {output}: is a file; name another folder")
-        if output.is_dir() and any(output.iterdir()) and not (overwrite or (resume and interrupted)):
+        if output.is_dir() and _contents(output, work) and not (overwrite or (resume and interrupted)):
             raise UserError(f"--output-dir {output} is not empty; use --overwrite to replace it, or another folder")
         if interrupted and not (resume or overwrite):
             raise UserError(
@@ -128,10 +144,13 @@ def prepare_folders(
                 f"--output-dir {output}: the disk has {free / 1e9:.2f} GB free, and the checkpoint needs about "
                 f"{plan.disk_bytes / 1e9:.2f} GB; free some room or name a folder on another disk"
             )
-        if (work / REPLACED).exists() and not output.exists():
+        if (work / REPLACED).exists() and not output.exists() and not resume:
             os.replace(work / REPLACED, output)  # the process died between the two renames of `publish`
         if interrupted and not resume:
-            shutil.rmtree(work)
+            if (work / COMPLETE).exists() and work.parent == output:
+                publish(work / "checkpoint", output, work)  # some of what was there may lie in the working folder
+            else:
+                _remove(work)
         work.mkdir(parents=True, exist_ok=True)
         probe = work / ".probe"
         probe.touch()
@@ -143,7 +162,7 @@ def prepare_folders(
 def _is_ours(work: Path) -> bool:
     """Whether a conversion made this folder: it holds a recipe, or only the traces of a process that died before."""
     inside = {path.name for path in work.iterdir()}
-    return RECIPE in inside or inside <= {".probe", f"{RECIPE}.tmp"}
+    return RECIPE in inside or COMPLETE in inside or inside <= {".probe", f"{RECIPE}.tmp", MOVED}
 
 
 def _cannot_write(output: Path, error: OSError) -> UserError:
@@ -179,6 +198,14 @@ def folder_errors(output: Path, work: Path, useful: Callable[[Path], bool] | Non
             shutil.rmtree(work, ignore_errors=True)
 
 
+def finish_publishing(output: Path, work: Path) -> dict[str, Any] | None:
+    """Complete a run that was interrupted when nothing but renames and deletions was left; returns its results."""
+    if not (work / COMPLETE).exists():
+        return None
+    publish(work / "checkpoint", output, work)
+    return json.loads((output / RESULTS).read_text())
+
+
 def check_recipe(work: Path, recipe: dict[str, Any], files: dict[str, Any], resume: bool) -> None:
     """Check that a resumed run is the same conversion; the error names the first key that differs."""
     file = work / RECIPE
@@ -209,9 +236,10 @@ def _short(value: Any) -> str:
 
 
 def write_checkpoint(
-    output: Path, work: Path, model: PreTrainedModel, processor: Any, recipe: dict, results: dict, card: Card
-) -> None:
-    """Write everything under a temporary name, then rename it to the output folder.
+    output: Path, work: Path, model: PreTrainedModel, processor: Any, recipe: dict, results: dict, card: Card,
+    further: dict[str, Path],
+) -> list[str]:  # fmt: skip
+    """Write everything under a temporary name, open it again, then rename it to the output folder.
 
     Args:
         output: Where the checkpoint will be.
@@ -221,6 +249,13 @@ def write_checkpoint(
         recipe: What was asked for, with `max_shard_size`.
         results: The contents of `results.json`.
         card: Makes the README.
+        further: Files to carry over, by their path in the folder; those that were written here are left out.
+
+    Returns:
+        The files that were carried over.
+
+    Raises:
+        UserError: If the folder that was written does not hold the model's tensors.
     """
     scratch, recipe = work / "checkpoint", {key: portable(value) for key, value in recipe.items()}
     shutil.rmtree(scratch, ignore_errors=True)
@@ -228,26 +263,75 @@ def write_checkpoint(
     if processor is not None:
         processor.save_pretrained(scratch)
     (scratch / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    (scratch / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (scratch / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     (scratch / "README.md").write_text(card(model, recipe, results))
+    _check_written(scratch, model)
+    carried = [name for name in further if not (scratch / name).exists()]
+    for name in carried:
+        (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(further[name], scratch / name)
     publish(scratch, output, work)
+    return carried
+
+
+def _check_written(folder: Path, model: PreTrainedModel) -> None:
+    """Open the weights that were just written, and compare them with the model's, where memory allows.
+
+    `save_pretrained` may have written something else, an adapter alone for instance.
+    """
+    kind, size = type(model), sum(p.nbytes for p in model.parameters())
+    if psutil.virtual_memory().available < 1.5 * size:
+        hub.check_safetensors(str(folder))
+        return
+    again, info = kind.from_pretrained(folder, dtype=model.dtype, output_loading_info=True, use_safetensors=True)
+    written = dict(again.named_parameters())
+
+    def same(name: str, value: torch.Tensor) -> bool:
+        other = written.get(name)
+        return other is not None and other.dtype == value.dtype and torch.equal(other, value.detach().cpu())
+
+    wrong = [*sorted(info["missing_keys"]), *(n for n, value in model.named_parameters() if not same(n, value))]
+    if wrong:
+        raise UserError(f"{kind.__name__}.save_pretrained did not write {wrong[0]} as it is; this model is not saved")
 
 
 def publish(scratch: Path, output: Path, work: Path) -> None:
-    """Rename a complete folder to the output folder, and delete the working folder.
+    """Put a complete folder in the place of the output folder, and delete the working folder.
 
-    A folder that is replaced waits in the working folder, which alone is deleted, until the new one is in its place.
+    What is replaced waits in the working folder, which alone is deleted, until everything new is in its place. Killed
+    at any moment and called again, it goes on: `COMPLETE` says that the new folder needs nothing more.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(work / COMPLETE, "")
     replaced = work / REPLACED
-    if output.exists():
-        os.replace(output, replaced)
-    try:
-        os.replace(scratch, output)
-    except OSError:
-        if replaced.exists():
-            os.replace(replaced, output)
-        raise
+    if work.parent == output:
+        replaced.mkdir(exist_ok=True)
+        if not (work / MOVED).exists():
+            for path in _contents(output, work):
+                os.replace(path, replaced / path.name)
+            write_text(work / MOVED, "")
+        for path in scratch.iterdir() if scratch.exists() else ():
+            os.replace(path, output / path.name)
+    elif scratch.exists():
+        if output.exists():
+            os.replace(output, replaced)
+        try:
+            os.replace(scratch, output)
+        except OSError:
+            (work / COMPLETE).unlink()
+            if replaced.exists():
+                os.replace(replaced, output)
+            raise
+    _remove(work)
+
+
+def _remove(work: Path) -> None:
+    """Delete a working folder; its marks go last, so that it is known for one if that is interrupted."""
+    for path in work.iterdir():
+        if path.name not in (RECIPE, COMPLETE, MOVED):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+    for name in (RECIPE, COMPLETE, MOVED):
+        (work / name).unlink(missing_ok=True)
     shutil.rmtree(work, ignore_errors=True)
 
 

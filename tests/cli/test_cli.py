@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,10 +19,8 @@ from cli_support import (
     BERT,
     LAYERS,
     TEXT_SIZES,
-    Result,
     convert_argv,
     names,
-    run_in_process,
     run_killed,
     run_python,
     save_model,
@@ -39,34 +36,13 @@ from d2dmoe import __version__, hub, set_gate
 from d2dmoe.config import ConvertConfig, resolve
 from d2dmoe.moe.layer import layers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EVAL_KEYS = {
     "gate", "tau", "active_fraction", "flops_fraction_ffn", "flops_fraction_model", "metric", "dense", "tokens",
 }  # fmt: skip
 LIST_KEYS = {"name", "kind", "activation", "d_model", "width", "parts", "converted", "why"}
 DEFAULTS = {key: getattr(ConvertConfig(), key) for key in ("preset", "split", "gate", "stand_in", "thresholds")}
 COMMON_KEYS = {"d2dmoe", "command", "machine", "seed", "rows"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As in the subprocesses, so that results are bit-equal."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def d2dmoe(capsys: pytest.CaptureFixture[str]):
-    """`d2dmoe …` in this process."""
-
-    def run(*argv: object, code: int = 0) -> Result:
-        result = run_in_process(capsys, *argv)
-        assert result.code == code, result.err
-        assert "Traceback" not in result.err
-        return result
-
-    return run
 
 
 @pytest.fixture(scope="module")

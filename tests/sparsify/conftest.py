@@ -3,37 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from cli_support import BERT, GPT2, Result, run_in_process, save_model, sentences
+from cli_support import BERT, GPT2, save_model, sentences
 from transformers import AutoTokenizer
 
 CLASSES = ("calm", "glad", "cross")
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """As in processes of their own, so that results are bit-equal."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def d2dmoe(capsys: pytest.CaptureFixture[str]):
-    """`d2dmoe …` in this process."""
-
-    def run(*argv: object, code: int = 0) -> Result:
-        result = run_in_process(capsys, *argv)
-        assert result.code == code, result.err
-        assert "Traceback" not in result.err
-        return result
-
-    return run
 
 
 def write_rows(file: Path, rows: list[dict]) -> Path:
