@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config.record import Block, D2DMoEConfig
 from ..config.validate import MEND, WHERE, check_distinct, refuse
 from ..errors import UserError
+from ..tensors import ADDED, Shapes, is_stripped
 from .layer import DynamicFFN
 from .packing import layout_of
 
@@ -21,7 +21,6 @@ STRIPPED = (
     "model by deleting quantization_config from its config.json, or convert it again with `d2dmoe convert --model …`"
 )
 LINEAR = (nn.Linear, Conv1D)
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_config(config: D2DMoEConfig) -> None:
@@ -97,21 +96,6 @@ def _known_activations() -> Any:
     return ACT2FN
 
 
-def shapes_in(files: Iterable[Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors of safetensors files, by their headers; other files are passed over."""
-    found: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        if str(file).endswith(".safetensors"):
-            with safe_open(file, framework="pt") as opened:
-                found.update({key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()})  # noqa: SIM118
-    return found
-
-
-def is_stripped(shapes: Shapes) -> bool:
-    """Whether these are the tensors of a model without any router."""
-    return bool(shapes) and not any(name.endswith((".router.hidden", ".router.score")) for name in shapes)
-
-
 def check_tensors(layers: Iterable[DynamicFFN], shapes: Shapes, prefix: str) -> None:
     """The tensors that a conversion adds, against the layers that the record describes.
 
@@ -139,12 +123,11 @@ def check_tensors(layers: Iterable[DynamicFFN], shapes: Shapes, prefix: str) -> 
                 )
 
 
-FIELDS = {
-    "router.hidden": "router_width and d_model", "router.score": "experts and router_width",
-    "constants": "budgets and experts", "delta_in": "budgets, experts and delta_rank",
-    "delta_out": "budgets and delta_rank", "linear_in": "budgets, d_model and linear_rank",
-    "linear_out": "budgets and linear_rank", "order": "width",
-}  # fmt: skip
+FIELDS = dict(zip(ADDED, (
+    "router_width and d_model", "experts and router_width", "budgets and experts",
+    "budgets, experts and delta_rank", "budgets and delta_rank", "budgets, d_model and linear_rank",
+    "budgets and linear_rank", "width",
+), strict=True))  # fmt: skip
 
 
 def check_permutation(name: str, order: torch.Tensor, width: int) -> None:

@@ -17,7 +17,8 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 from ..config.record import Block, D2DMoEConfig
 from ..errors import UserError
-from .check import check_block, check_config, check_tensors, refuse_part, shapes_in
+from ..tensors import shapes_in
+from .check import check_block, check_config, check_tensors, refuse_part
 from .gating import set_gate
 from .layer import layers
 from .mount import fill, make_layer, mount
