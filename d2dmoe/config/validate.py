@@ -29,7 +29,7 @@ def refuse(field: str, value: Any, wanted: str) -> NoReturn:
     """Raise the one error for a field of the record."""
     shown = json.dumps(value, default=str)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    raise UserError(f"{WHERE}.{field} is {shown}, and must be {wanted}; {MEND}")
+    raise UserError(f"quantization_config.{field} is {shown}, and must be {wanted}; {MEND}")
 
 
 def typed(kind: type, values: Any, where: str) -> dict[str, Any]:
