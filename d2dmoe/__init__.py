@@ -14,15 +14,17 @@ if TYPE_CHECKING:
     from .kernels import dispatching
     from .moe.gating import set_gate, use_gate
     from .moe.memory import keep_dense, merge
+    from .moe.trainable import trainable
 
 __all__ = [
     "ConvertConfig", "D2DMoEConfig", "UserError", "__version__", "dispatching", "keep_dense", "merge", "set_gate",
-    "use_gate",
+    "trainable", "use_gate",
 ]  # fmt: skip
 
 _PLACES = {
     "ConvertConfig": ".config", "D2DMoEConfig": ".config", "UserError": ".config", "dispatching": ".kernels",
     "set_gate": ".moe.gating", "use_gate": ".moe.gating", "keep_dense": ".moe.memory", "merge": ".moe.memory",
+    "trainable": ".moe.trainable",
 }  # fmt: skip
 
 

@@ -255,7 +255,8 @@ def _row(
     row = {"step": step + 1, **{k: v / count for k, v in running.items()}, "learning_rate": learning_rate}
     running.clear()
     if not torch.isfinite(torch.tensor(row["loss"])):
-        raise UserError(f"{name}: the loss became {row['loss']} by step {step + 1}; lower --learning-rate")
+        flag = {"routers": "--router-learning-rate", "heal": "--heal-learning-rate"}.get(name, "its learning rate")
+        raise UserError(f"{name}: the loss became {row['loss']} by step {step + 1}; lower {flag}")
     return row
 
 

@@ -23,7 +23,7 @@ from ..kernels import dispatching
 from ..moe.gating import set_gate, stored_config
 from ..moe.layer import layers
 from ..progress import progress
-from .flops import dense_ffn_flops, model_flops, padding_flops, sparse_ffn_flops
+from .flops import DenseCost, dense_cost, dense_ffn_flops, sparse_ffn_flops
 from .metrics import METRICS, Batch, Metric, choose_metric
 from .observe import ActiveCounter, model_inputs, observing, pieces
 
@@ -75,15 +75,15 @@ def evaluate(
         for point in points:
             point.run(model, inputs, batch, reference)
     timed = [model_inputs(model, batch) for batch in islice(pieces(batches, limit), TIMED)]
-    base = dense.row(model, timed, dense.metric, 0) | {"tokens": tokens}
+    base = dense.row(model, timed, dense.metric, None) | {"tokens": tokens}
     if not layers(model):
         return [base]
-    total = dense_flops_per_token(model, timed[0])
+    cost = dense_cost(model, timed[0])
     rows = []
     for point in points:
         with set_gate(model, **point.setting):
             everything = all(layer.gate_state.tau == 0 for layer in layers(model))
-        row = base if everything else point.row(model, timed, dense.metric, total) | {"tokens": tokens}
+        row = base if everything else point.row(model, timed, dense.metric, cost) | {"tokens": tokens}
         rows.append({**point.setting, **row})
     return rows
 
@@ -108,12 +108,14 @@ class _Point:
         self.metric.add(kept, kept if reference is None else reference, batch)
         return kept if self.metric.compares else kept[:0]
 
-    def row(self, model: nn.Module, timed: list[Batch], dense: Metric, total: float) -> dict[str, Any]:
-        """The figures; `total` is the dense model's FLOPs per token."""
+    def row(self, model: nn.Module, timed: list[Batch], dense: Metric, cost: DenseCost | None) -> dict[str, Any]:
+        """The figures; `cost` is the dense model's, and not needed for its own row."""
         (name, value), *further = self.metric.figures().items()
         (_, dense_value), *dense_further = dense.figures().items()
         with self.gate(model):
-            costs = _dense_costs() if self.setting.get("active") == 1 else _costs(model, self.counter, total)
+            costs = (
+                _dense_costs() if self.setting.get("active") == 1 or cost is None else _costs(model, self.counter, cost)
+            )
             milliseconds = _milliseconds(model, timed)
         return {
             **costs,
@@ -131,40 +133,20 @@ def _dense_costs() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _costs(model: nn.Module, counter: ActiveCounter, total: float) -> dict[str, Any]:
+def _costs(model: nn.Module, counter: ActiveCounter, dense: DenseCost) -> dict[str, Any]:
     """Active and FLOP fractions of the gate in force."""
     by_layer = counter.by_layer(len(layers(model)))
-    before = sum(dense_ffn_flops(layer) for layer in layers(model))
-    after = sum(sparse_ffn_flops(layer, active) for layer, active in zip(layers(model), by_layer, strict=True))
+    before = dense.blocks(dense_ffn_flops(layer) for layer in layers(model))
+    after = dense.blocks(sparse_ffn_flops(layer, active) for layer, active in zip(layers(model), by_layer, strict=True))
     taus = [layer.gate_state.tau for layer in layers(model)]
     return {
         "gate": stored_config(model).gate,
         "tau": taus[0] if len(set(taus)) == 1 else taus,
         "active_fraction": counter.fraction,
         "flops_fraction_ffn": after / before,
-        "flops_fraction_model": (total - before + after) / total,
+        "flops_fraction_model": (dense.total - before + after) / dense.total,
         "active_by_layer": [round(active, 4) for active in by_layer],
     }
-
-
-def dense_flops_per_token(model: nn.Module, inputs: Batch) -> float:
-    """FLOPs of the dense model on this batch, per row of its first converted layer."""
-    with set_gate(model, active=1):
-        total = model_flops(model, inputs) / _positions(model, inputs)
-    return total - sum(padding_flops(layer) for layer in layers(model))
-
-
-def _positions(model: nn.Module, inputs: Batch) -> int:
-    """Rows that the first converted layer sees in one pass: the unit of "per token"."""
-    seen = []
-
-    def count(index, layer, x, hidden, scores, run):
-        if index == 0:
-            seen.append(x.shape[0])
-
-    with observing(model, count):
-        model(**inputs)
-    return max(sum(seen) // max(layers(model)[0].block.calls, 1), 1)
 
 
 def _milliseconds(model: nn.Module, timed: list[Batch]) -> float:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..moe.layer import DynamicFFN, GateState
+from ..moe.gating import set_gate
+from ..moe.layer import DynamicFFN, GateState, layers
+from .observe import observing
 
 
 def dense_ffn_flops(layer: DynamicFFN) -> int:
@@ -50,3 +55,44 @@ def model_flops(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(**inputs)
     return counter.get_total_flops()
+
+
+@dataclass
+class DenseCost:
+    """FLOPs of the dense model per token, which is a row of its first converted layer.
+
+    Attributes:
+        total: FLOPs of the whole model.
+        rows: For each converted layer, the rows that one of its calls has for each token. Layers differ where a model
+            merges patches (Swin), or reads more than it writes (T5).
+    """
+
+    total: float
+    rows: list[float]
+
+    def blocks(self, flops: Iterable[float]) -> float:
+        """FLOPs per token of all blocks, from those per row of each."""
+        return sum(row * each for row, each in zip(self.rows, flops, strict=True))
+
+
+def dense_cost(model: nn.Module, inputs: dict[str, torch.Tensor]) -> DenseCost:
+    """Count the dense model on this batch."""
+    with set_gate(model, active=1):
+        rows = _rows_of_calls(model, inputs)
+        cost = DenseCost(model_flops(model, inputs) / rows[0], [count / rows[0] for count in rows])
+    cost.total -= cost.blocks(padding_flops(layer) for layer in layers(model))
+    return cost
+
+
+def _rows_of_calls(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[float]:
+    """For each converted layer, the rows of one call in one pass."""
+    seen = [0] * len(layers(model))
+
+    def count(index, layer, x, hidden, scores, run):
+        seen[index] += x.shape[0]
+
+    count.needs_hidden = False
+    with observing(model, count):
+        model(**inputs)
+    seen = [total / layer.block.calls for total, layer in zip(seen, layers(model), strict=True)]
+    return seen if seen[0] else [1.0] * len(seen)

@@ -6,7 +6,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from numbers import Integral
 from types import TracebackType
+from typing import Any
 
 from torch import nn
 
@@ -16,18 +18,32 @@ from ..errors import UserError
 from .gate import Gates, GateState, gates_here, set_gates
 from .layer import DynamicFFN, layers
 
+SAID = 64  # notes that a model remembers having given
 
-def stored_config(model: nn.Module) -> D2DMoEConfig:
+
+def converted_model(model: Any) -> nn.Module:
+    """The converted model itself, out of a wrapper (DDP, peft, `torch.compile`), a pipeline or a Trainer.
+
+    Raises:
+        UserError: If there is none in it.
+    """
+    inner = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    for module in inner.modules() if isinstance(inner, nn.Module) else ():
+        stored = getattr(getattr(module, "config", None), "quantization_config", None)
+        if hasattr(stored, "d2dmoe"):
+            return module
+    if isinstance(inner, nn.Module):
+        raise UserError("this model was not converted by d2dmoe; run `d2dmoe convert --model …` first")
+    raise UserError(f"a {type(model).__name__} is not a model; give the model, or a pipeline or Trainer that holds it")
+
+
+def stored_config(model: Any) -> D2DMoEConfig:
     """The conversion's own record.
 
     Raises:
         UserError: If the model is not a converted one.
     """
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    stored = getattr(config, "d2dmoe", None)
-    if stored is None:
-        raise UserError("this model was not converted by d2dmoe; run `d2dmoe convert --model …` first")
-    return stored
+    return converted_model(model).config.quantization_config.d2dmoe
 
 
 class set_gate:
@@ -39,13 +55,13 @@ class set_gate:
     A server whose requests have budgets of their own uses `use_gate`, which never touches what others see.
 
     Args:
-        model: Converted model; other models, copies included, are not touched.
+        model: Converted model, also wrapped or in a pipeline; other models, copies included, are not touched.
         active: Active fraction. 1 runs everything (exactly the dense model); a stored budget brings its own
             thresholds and stand-ins; any other fraction takes thresholds between those of its neighbours and the
             stand-ins of one of them, see `Budgets.stand_ins`, and warns once.
         tau: Threshold instead; 0 runs everything, larger runs less.
         budget: Number of a stored budget instead, 0 for the one that runs least.
-        layers: Numbers or names of the converted layers to set; all of them by default.
+        layers: Numbers or names of the converted layers to set, or one of them; all by default.
         oracle: Select by the true expert norms instead of the router (for analysis; saves nothing).
 
     Raises:
@@ -59,7 +75,7 @@ class set_gate:
         active: float | None = None,
         tau: float | None = None,
         budget: int | None = None,
-        layers: Sequence[int | str] | None = None,
+        layers: Sequence[int | str] | int | str | None = None,
         oracle: bool = False,
     ):
         self._states = _states(model, active, tau, budget, layers, oracle)
@@ -129,12 +145,16 @@ def _states(
     active: float | None,
     tau: float | None,
     budget: int | None,
-    layers: Sequence[int | str] | None,
+    layers: Sequence[int | str] | int | str | None,
     oracle: bool,
 ) -> dict[DynamicFFN, GateState]:
     """The gate of each layer that is to be set."""
     _one_of(active, tau, budget)
+    model = converted_model(model)
     config = stored_config(model)
+    active, tau = (
+        None if value is None else _number(name, value) for name, value in (("active", active), ("tau", tau))
+    )
     chosen = _choose(model, layers)
     if any(layer.merged for _, layer in chosen):
         raise UserError("this model was merged at one budget; load it again to choose another")
@@ -146,19 +166,36 @@ def _states(
     return {layer: replace(states[index], oracle=target) for index, layer in chosen}
 
 
-def _choose(model: nn.Module, wanted: Sequence[int | str] | None) -> list[tuple[int, DynamicFFN]]:
-    every = list(enumerate(layers(model)))
+def _number(name: str, value: Any) -> float | None:
+    """A number, also where it is one of numpy or torch, or text such as `0.25` or `25%`."""
+    if value is None:
+        return None
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        if isinstance(value, str) and value.rstrip().endswith("%"):
+            return float(value.rstrip()[:-1]) / 100
+        return float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{name}={value!r}: give a number, for instance 0.25") from None
+
+
+def _choose(model: nn.Module, wanted: Any) -> list[tuple[int, DynamicFFN]]:
+    """The layers to set, each with its place among the blocks of the record.
+
+    An adapter that trains a copy of a block (`modules_to_save`) makes two layers of one place.
+    """
+    found = layers(model)
+    places = {number: place for place, number in enumerate(sorted({layer.number for layer in found}))}
     if wanted is None:
-        return every
-    by_name = {layer.block.name: (index, layer) for index, layer in every}
+        return [(places[layer.number], layer) for layer in found]
     chosen = []
-    for item in wanted:
-        if item in by_name:
-            chosen.append(by_name[item])
-        elif isinstance(item, int) and -len(every) <= item < len(every):
-            chosen.append(every[item])
-        else:
-            raise UserError(f"no converted layer {item!r}; there are {len(every)}, from {every[0][1].block.name} on")
+    for item in (wanted,) if isinstance(wanted, Integral | str) else wanted:
+        place = item % len(places) if isinstance(item, Integral) and -len(places) <= item < len(places) else None
+        here = [x for x in found if x.block.name == item or (places[x.number] == place and not isinstance(item, bool))]
+        if not here:
+            raise UserError(f"no converted layer {item!r}; there are {len(places)}, from {found[0].block.name} on")
+        chosen += [(places[layer.number], layer) for layer in here]
     return chosen
 
 
@@ -169,8 +206,8 @@ def gate_state(config: D2DMoEConfig, tau: float, stand_in: int | None = None, fa
 
 
 def _states_of_budget(config: D2DMoEConfig, number: int) -> list[GateState]:
-    if not 0 <= number < len(config.budgets):
-        raise UserError(f"budget={number}: this checkpoint holds {len(config.budgets)} budgets, counted from 0")
+    if isinstance(number, bool) or not isinstance(number, Integral) or not 0 <= number < len(config.budgets):
+        raise UserError(f"budget={number!r}: this checkpoint holds {len(config.budgets)} budgets, counted from 0")
     return [gate_state(config, tau, number) for tau in config.budgets[number].taus]
 
 
@@ -204,6 +241,8 @@ def _say_once(config: D2DMoEConfig, asked: str, active: float) -> None:
     said = config.__dict__.setdefault("_said", set())
     if asked in said:
         return
+    if len(said) >= SAID:
+        said.clear()
     said.add(asked)
     warnings.warn(
         f"{asked} is not a stored budget ({', '.join(f'{a:g}' for a in config.budgets.actives)}): "

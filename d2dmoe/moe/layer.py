@@ -39,6 +39,7 @@ class DynamicFFN(nn.Module):
             `hidden` is `None` if it has an attribute `needs_hidden` that is false.
         activation: The kernels' name of `act`, or `None` for a function that they do not have.
         merged: Does it hold one budget only (`merge`)?
+        soft_gate: Do gradients reach the router through the gate (`trainable`)?
         keep_dense: Does it keep the dense layout beside the packed one (`keep_dense`)?
     """
 
@@ -86,7 +87,7 @@ class DynamicFFN(nn.Module):
         self.gate, self.prepared = Gate(), Prepared()
         self.register_buffer("order", torch.empty(block.width, dtype=torch.int32, device=device) if ordered else None)
         stand_for_dense(self, block)
-        self.merged = self.keep_dense = False
+        self.merged = self.keep_dense = self.soft_gate = False
         self.observer: Callable | None = None
 
     @property
@@ -170,7 +171,9 @@ class DynamicFFN(nn.Module):
         scores = run = None
         if state.tau > 0:
             scores = self._true_scores(hidden, state.oracle) if state.oracle else self.router(x)
-            run = straight_through(scores, state.select(scores)) if state.soft else state.select(scores)
+            run = state.select(scores)
+            if (state.soft or self.soft_gate) and torch.is_grad_enabled():
+                run = straight_through(scores, run)
         if self.observer is not None:
             self.observer(self, x, hidden, scores, run)
         if stand_in is None:

@@ -24,6 +24,7 @@ from .layer import layers
 from .mount import fill, make_layer, mount
 from .packing import Neurons, dense_tensors, pack, unpack
 from .quantization import D2DMoEQuantizationConfig
+from .trainable import trainable
 
 
 def swap_modules(model: PreTrainedModel, config: D2DMoEConfig, files: Iterable[Any] = ()) -> None:
@@ -63,6 +64,7 @@ def finish(model: PreTrainedModel, config: D2DMoEConfig, dtype: torch.dtype | No
     if len(layers(model)) != len(config.blocks):
         keep = {layer.number for layer in layers(model)}
         config.keep_blocks([number in keep for number in range(len(config.blocks))])
+    trainable(model)
     set_gate(model, active=config.default_active)
 
 
@@ -249,6 +251,7 @@ def attach(model: PreTrainedModel, config: D2DMoEConfig, orders: list[torch.Tens
         mount(model, layer)
     model.register_load_state_dict_pre_hook(pack_state)
     _keep_packed(model)
+    trainable(model)
     remember(model, config)
 
 

@@ -10,11 +10,11 @@ from zoo import tiny
 
 from d2dmoe.config import D2DMoEConfig
 from d2dmoe.data import Batches
-from d2dmoe.discovery import discover
+from d2dmoe.discovery import discover, dummy_inputs
 from d2dmoe.kernels import native, use_backend
 from d2dmoe.measure.evaluate import evaluate
-from d2dmoe.measure.flops import dense_ffn_flops, model_flops, sparse_ffn_flops
-from d2dmoe.measure.observe import model_inputs
+from d2dmoe.measure.flops import dense_cost, dense_ffn_flops, model_flops, sparse_ffn_flops
+from d2dmoe.measure.observe import ActiveCounter, model_inputs, observing
 from d2dmoe.moe.layer import DynamicFFN, GateState, layers
 from d2dmoe.moe.loader import attach
 
@@ -83,6 +83,36 @@ def test_blocks_are_what_the_model_loses_without_them(name):
     for layer in layers(model):
         layer.forward = torch.zeros_like if name != "bert" else lambda x: x[..., :32] * 0
     assert whole - model_flops(model, inputs) == blocks * TOKENS
+
+
+@pytest.mark.parametrize("name", ["gpt2", "albert", "swin", "t5-gated"])
+def test_share_of_the_blocks_where_layers_see_different_numbers_of_rows(name):
+    """Swin merges patches from stage to stage; here the encoder of T5 reads three times what the decoder writes."""
+    model = converted(name, stand_in="zero", budgets=0)
+    inputs = dummy_inputs(tiny(name))
+    if "decoder_input_ids" in inputs:
+        inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :3]
+    cost = dense_cost(model, inputs)
+    share = cost.blocks(dense_ffn_flops(layer) for layer in layers(model)) / cost.total
+    assert (len({round(count, 6) for count in cost.rows}) > 1) == (name in ("swin", "t5-gated"))
+    for layer in layers(model):
+        layer.gate_state = GateState("topk", 0.5)
+    counter = ActiveCounter()
+    with torch.no_grad(), observing(model, counter):
+        model(**inputs)
+    active = counter.by_layer(len(layers(model)))
+    halved = cost.blocks(sparse_ffn_flops(x, a) for x, a in zip(layers(model), active, strict=True))
+    with use_backend("native" if native.LIVE else "reference"):
+        counted_halved = model_flops(model, inputs)
+    whole = model_flops(tiny(name), inputs)
+    for layer in layers(model):
+        layer.forward = lambda x, d=layer.down_weight.shape[-1]: x.new_zeros(*x.shape[:-1], d)
+    without = model_flops(model, inputs)
+    assert share == pytest.approx(1 - without / whole, rel=1e-6)
+    if native.LIVE:
+        gates = cost.blocks(layer.block.experts * layer.block.calls for layer in layers(model))
+        saved = (whole - counted_halved) / whole
+        assert saved == pytest.approx(share - (halved - gates) / cost.total, rel=1e-6)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 from zoo import tiny
 
+from d2dmoe import trainable
 from d2dmoe.config import Budget, D2DMoEConfig
 from d2dmoe.data import Batches
 from d2dmoe.discovery import discover, dummy_inputs
@@ -167,6 +168,7 @@ def test_all_on_is_dense_and_switching_is_loading(name, tmp_path):
 def test_folded_weights_follow_a_change_and_carry_gradients():
     model, config, batches = converted("refit")
     fit_stand_ins(model, batches, config)
+    trainable(model, stand_ins=True)
     inputs = dummy_inputs(model)
     set_gate(model, active=0.25)
     with torch.no_grad():

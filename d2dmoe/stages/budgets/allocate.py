@@ -11,6 +11,7 @@ from torch import nn
 
 from ...config.record import D2DMoEConfig
 from ...data.batches import Batches
+from ...measure.flops import dense_cost
 from ...measure.observe import model_inputs, pieces
 from ...moe.gating import gate_state, set_gate
 from ...moe.layer import layers
@@ -40,7 +41,8 @@ def allocate(model: nn.Module, batches: Batches, config: D2DMoEConfig) -> Callab
     measured = [budget.active for budget in config.budgets]
     actives = sorted(set(measured))  # goals that are searched for start at the same fraction
     costs = costs[:, [measured.index(active) for active in actives]]
-    weights = [layer.block.width * layer.block.calls for layer in layers(model)]
+    rows = dense_cost(model, model_inputs(model, next(pieces(batches)))).rows
+    weights = [x.block.width * x.block.calls * count for x, count in zip(layers(model), rows, strict=True)]
     experts = [layer.block.experts for layer in layers(model)]
     return lambda active: share_out(active, actives, costs, experts, weights, config.shared_experts)
 
@@ -76,11 +78,11 @@ def share_out(
     """Active fractions by layer for an average of `active`.
 
     Args:
-        active: The average wanted, weighted by the layers' widths.
+        active: The average wanted, weighted by the layers' widths and rows.
         actives: Fractions at which costs were measured, rising.
         costs: ``(layers, len(actives))``.
         experts: Experts of each layer.
-        weights: Neurons of each layer.
+        weights: Neurons of each layer, times its rows for each token.
         shared: Experts of each layer that always run.
     """
     curves = [

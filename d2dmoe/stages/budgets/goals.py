@@ -14,8 +14,8 @@ from ...config.sizes import Target
 from ...data.batches import Batches
 from ...errors import UserError
 from ...measure.bench import speedup
-from ...measure.evaluate import dense_flops_per_token, evaluate
-from ...measure.flops import dense_ffn_flops, sparse_ffn_flops
+from ...measure.evaluate import evaluate
+from ...measure.flops import dense_cost, dense_ffn_flops, sparse_ffn_flops
 from ...measure.observe import model_inputs, pieces
 from ...moe.gating import gate_state, set_gate
 from ...moe.layer import layers
@@ -97,12 +97,12 @@ class FlopsGoal(Goal):
         """
         model, config = self.fits.model, self.fits.config
         converted = layers(model)
-        total = dense_flops_per_token(model, model_inputs(model, next(pieces(self.fits.batches))))
-        before = sum(dense_ffn_flops(layer) for layer in converted)
+        cost = dense_cost(model, model_inputs(model, next(pieces(self.fits.batches))))
+        total, before = cost.total, cost.blocks(dense_ffn_flops(layer) for layer in converted)
 
         def whole(active: float) -> float:
-            costs = [sparse_ffn_flops(layer, active, gate_state(config, 0.5, 0)) for layer in converted]
-            return (total - before + sum(costs)) / total
+            state = gate_state(config, 0.5, 0)
+            return (total - before + cost.blocks(sparse_ffn_flops(x, active, state) for x in converted)) / total
 
         low, high = whole(GRID[0]), whole(GRID[-1])
         active = GRID[0] + (self.value - low) / (high - low) * (GRID[-1] - GRID[0])  # the count is linear in it

@@ -110,9 +110,8 @@ def train_routers(
         resume: Continue from there.
     """
     converted = layers(model)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
     for index, layer in enumerate(converted):
         if config.router_fit == "trained":
             layer.router.reset(config.seed * 1000 + index)
@@ -132,5 +131,5 @@ def train_routers(
             name="routers", state_dir=state_dir, resume=resume, placed=True,
         )  # fmt: skip
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
