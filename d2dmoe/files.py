@@ -24,3 +24,8 @@ def write_text(file: Path, text: str) -> None:
     """Write a text file under a temporary name and rename it."""
     with replacing(file) as scratch:
         scratch.write_text(text)
+
+
+def is_lfs_pointer(data: bytes) -> bool:
+    """Whether this is the beginning of a file that Git LFS has not fetched, and that only names the real one."""
+    return data.startswith(b"version https://git-lfs.github.com/spec/")

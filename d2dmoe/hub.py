@@ -18,6 +18,7 @@ from huggingface_hub import errors
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
+from . import vocabulary
 from .config.options import DataConfig
 from .config.record import D2DMoEConfig
 from .errors import UserError, first_line
@@ -80,8 +81,7 @@ def _pad_by_end(config: Any) -> None:
     text = config.get_text_config()
     classifies = any("ForSequenceClassification" in name for name in getattr(config, "architectures", None) or [])
     if classifies and getattr(text, "pad_token_id", None) is None:
-        end = getattr(text, "eos_token_id", None)
-        text.pad_token_id = end[0] if isinstance(end, list) else end if end is not None else 0
+        text.pad_token_id = vocabulary.token_of(config, "eos") or 0  # batches are padded with it, so it is a real token
 
 
 def refuse_quantised(name: str, config: Any) -> None:
@@ -305,15 +305,30 @@ def check_safetensors(name: str) -> None:
 
 def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
     """The tokenizer, or the image processor of a vision model; `None` where there is none."""
+    return _open_processor(name, config, revision)[0]
+
+
+def _open_processor(name: str, config: Any, revision: str | None) -> tuple[Any, str]:
+    """The tokenizer or image processor, and the reason if there is none."""
     vision = getattr(model_class(config, name), "main_input_name", "input_ids") == "pixel_values"
     kind = AutoImageProcessor if vision else AutoTokenizer
+    processor, failure = None, None
     try:
-        processor = kind.from_pretrained(name, revision=revision, local_files_only=local_only(name), **SAFE)
-    except Exception:
-        return None
-    if not vision and len(processor) < 3:  # made up from nothing, because the folder has no tokenizer files
-        return None
-    return processor
+        if vision or not vocabulary.lfs_pointer(name):
+            processor = kind.from_pretrained(name, revision=revision, local_files_only=local_only(name), **SAFE)
+    except Exception as error:
+        failure = error
+    if vision or (processor is not None and not vocabulary.is_invented(name, processor, revision)):
+        return processor, "the model comes with no tokenizer"
+    return None, vocabulary.why_absent(name, processor, failure, revision)
+
+
+def token_facts(name: str, config: Any, revision: str | None = None) -> dict[str, Any]:
+    """What `make_batches` needs to know of a model: its token ids, and the reason if it has no tokenizer."""
+    return {
+        "vocabulary": vocabulary.size_of(config), "pad_id": vocabulary.token_of(config, "pad"),
+        "no_tokenizer": lambda: _open_processor(name, config, revision)[1],
+    }  # fmt: skip
 
 
 def fingerprint(name: str, config: Any) -> dict[str, Any]:

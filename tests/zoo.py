@@ -73,6 +73,11 @@ _SEQ2SEQ |= {"encoder_layers": 2, "encoder_ffn_dim": 64, "encoder_attention_head
 _SEQ2SEQ |= {"decoder_layers": 2, "decoder_ffn_dim": 64, "decoder_attention_heads": 4}
 _BART = _SEQ2SEQ | {"max_position_embeddings": 64}
 
+_GQA_MHA = _TEXT | {"num_key_value_heads": 4}
+_EXPERTS = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+_EXPERTS |= {"n_group": 1, "topk_group": 1}
+_MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+
 CASES: tuple[Case, ...] = (
     # GPT-2 and its relatives; gpt2, openai-gpt and imagegpt use Conv1D
     _case("gpt2", "GPT2LMHeadModel", _GPT_INNER, act="gelu_new"),
@@ -179,6 +184,30 @@ CASES: tuple[Case, ...] = (
         fused=True,
         act="gelu",
     ),
+    # Dense and shared blocks beside trained experts, which are left alone
+    _glu("deepseek_v3", "DeepseekV3ForCausalLM", _GQA_MHA, _EXPERTS, _MLA, blocks=1, act="silu"),
+    _glu("glm4_moe", "Glm4MoeForCausalLM", _GQA_HEAD, _EXPERTS, blocks=1, act="silu"),
+    _glu(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        _GQA,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mlp_only_layers=[0],
+        act="silu",
+    ),
+    _glu(
+        "llama4",  # its router is a linear map that returns a tuple
+        "Llama4ForCausalLM",
+        _GQA_HEAD,
+        intermediate_size_mlp=64,
+        num_local_experts=4,
+        moe_layers=[1],
+        blocks=1,
+        act="silu",
+    ),
     # Vision (blip's own initializer_range is 1e-10: its blocks would compute nothing)
     _case("vit", "ViTForImageClassification", _VISION, act="gelu"),
     _case("deit", "DeiTForImageClassification", _VISION, act="gelu"),
@@ -220,6 +249,8 @@ CASES: tuple[Case, ...] = (
         blocks=4,
         act="gelu_pytorch_tanh",
     ),
+    _case("dinov3", "DINOv3ViTModel", _LAYERS, image_size=32, patch_size=16, act="gelu"),
+    _case("trocr", "TrOCRForCausalLM", _SEQ2SEQ, max_position_embeddings=64, act="gelu"),
     # Encoder and decoder
     _case("t5", "T5ForConditionalGeneration", _T5, feed_forward_proj="relu", blocks=4, act="relu"),
     _glu("t5-gated", "T5ForConditionalGeneration", _T5, feed_forward_proj="gated-gelu", blocks=4, act="gelu_new"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 from typing import Any
 
 from ..config.checks import check_active
@@ -50,6 +52,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
         raise UserError(f"--columns {', '.join(sorted(unknown))}: not one of {', '.join(bench.COLUMNS)}")
     for active in arguments.active or []:
         check_active(active)
+    _check_numbers(arguments)
     if arguments.plot:
         if arguments.layer:
             raise UserError("--plot draws the quality of a model, and a single layer has none; give --model")
@@ -71,6 +74,24 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
     if arguments.plot:
         plot_times(rows, arguments.plot)
     return 0
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    """Refuse counts and times that cannot be measured.
+
+    Raises:
+        UserError: Naming the flag, its value and what is allowed.
+    """
+    if not 0 < arguments.seconds < math.inf:
+        raise UserError(f"--seconds {arguments.seconds:g}: must be above 0, for instance 2")
+    most = 4 * (os.cpu_count() or 1)
+    if not 0 <= arguments.threads <= most:
+        raise UserError(f"--threads {arguments.threads}: must be between 0, which changes nothing, and {most}")
+    counts = {"tokens": arguments.tokens, "batch": arguments.batch, "length": [arguments.length]}
+    for name, values in counts.items():
+        for value in values:
+            if not (1 <= value < math.inf and value == int(value)):
+                raise UserError(f"--{name} {value:g}: must be a whole number of at least 1")
 
 
 def _bench_model(arguments: argparse.Namespace, options: dict[str, Any]) -> list[dict[str, Any]]:

@@ -34,6 +34,11 @@ class DataConfig:
         None,
         "column that holds the class of each text or image (default: label, labels, label_name); none: ignore it",
     )
+    header: bool = knob(
+        True,
+        "csv and tsv files begin with the names of their columns; --no-header: columns are called 1, 2, …, text is in "
+        "the first, and --text-column 1 --label-column 2 name them",
+    )
     sequences: str = knob(
         "auto",
         "packed: joined and cut to full sequences; documents: one padded sequence each; auto: packed for causal LMs",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ..config.options import DataConfig
 from ..errors import UserError
-from .documents import (
-    Document,
-)
+from .table import where
+from .token_ids import check_range, say_cut, sequences_of, without_padding
+
+Document = dict[str, Any]
 
 LENGTH_WINDOW = 32  # batches among whose items those of one length are put together
 
@@ -26,7 +29,8 @@ class Batches(Sequence[dict[str, torch.Tensor]]):
     """
 
     def __init__(self, items: list[Document], batch_size: int, *, pad_id: int = 0, image_processor: Any = None):
-        self.items, self.batch_size = items, batch_size
+        self.items = [without_padding(item) if "attention_mask" in item else item for item in items]
+        self.batch_size = batch_size
         self.pad_id, self.image_processor = pad_id, image_processor
 
     def __len__(self) -> int:
@@ -54,7 +58,9 @@ class Batches(Sequence[dict[str, torch.Tensor]]):
     def _pixels(self, items: list[Document]) -> torch.Tensor:
         from PIL import Image
 
-        images = [Image.open(io.BytesIO(item["image"]["bytes"])).convert("RGB") for item in items]
+        stored = [item["image"] for item in items]
+        files = [io.BytesIO(one["bytes"]) if one.get("bytes") else one["path"] for one in stored]
+        images = [Image.open(file).convert("RGB") for file in files]
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
 
     def shuffled(self, seed: int) -> Batches:
@@ -100,6 +106,9 @@ def make_batches(
     *,
     packed: bool,
     label2id: dict[str, int] | None = None,
+    vocabulary: int | None = None,
+    pad_id: int | None = None,
+    no_tokenizer: Callable[[], str] = lambda: "the model comes with no tokenizer",
 ) -> Batches:
     """Turn documents into batches with a tokenizer or an image processor.
 
@@ -109,10 +118,13 @@ def make_batches(
         config: Lengths and sizes; `config.sequences` overrides `packed` unless it is `auto`.
         packed: Join the documents and cut full sequences (for causal language models).
         label2id: Numbers of a classifier's classes; without them labels that are names are left out.
+        vocabulary: Number of the model's embeddings, to check token ids by; `None` if unknown.
+        pad_id: The model's padding token, by which some models find the end of a text; by default the tokenizer's.
+        no_tokenizer: The reason why there is no tokenizer, asked for if text needs one.
 
     Raises:
-        UserError: If there is less text than one sequence, the processor does not fit the documents, or a label is
-            none of the classes.
+        UserError: If there is less text than one sequence, the processor does not fit the documents, a label is
+            none of the classes, or a token id is none of the model's.
     """
     documents = _number_labels(documents, label2id, config)
     if "image" in documents[0]:
@@ -121,18 +133,25 @@ def make_batches(
         if processor is None or not hasattr(processor, "image_mean"):
             raise UserError(f"--data {config.data} holds images, and the model comes with no image processor")
         return Batches(documents, config.batch_size, image_processor=processor)
-    pad_id = getattr(processor, "pad_token_id", None) or 0
+    pad_id = _usable(vocabulary, pad_id, getattr(processor, "pad_token_id", None))
     if "input_ids" in documents[0]:
-        items = [{**d, "input_ids": d["input_ids"][: config.max_length]} for d in documents]
-        return Batches(items, config.batch_size, pad_id=pad_id)
+        return Batches(sequences_of(documents, config, vocabulary), config.batch_size, pad_id=pad_id)
     if processor is None or not callable(getattr(processor, "encode", None)):
         raise UserError(
-            f"--data {config.data} is text, and the model comes with no tokenizer; give data with an `input_ids` "
-            f"column (jsonl or parquet), or an `image` column for a vision model"
+            f"--data {config.data} is text, and {no_tokenizer()}; give data with an `input_ids` column (jsonl or "
+            f"parquet), or an `image` column for a vision model"
         )
     packed = packed if config.sequences == "auto" else config.sequences == "packed"
-    items = _pack(documents, processor, config) if packed else _chunk(documents, processor, config)
-    return Batches(items, config.batch_size, pad_id=pad_id)
+    make = _pack if packed else _chunk
+    return Batches(make(documents, processor, config, vocabulary), config.batch_size, pad_id=pad_id)
+
+
+def _usable(vocabulary: int | None, *candidates: Any) -> int:
+    """The first of these that is a token id of the model; 0 if there is none."""
+    for one in candidates:
+        if isinstance(one, int) and one >= 0 and (vocabulary is None or one < vocabulary):
+            return one
+    return 0
 
 
 def _number_labels(documents: list[Document], label2id: dict[str, int] | None, config: DataConfig) -> list[Document]:
@@ -140,20 +159,43 @@ def _number_labels(documents: list[Document], label2id: dict[str, int] | None, c
     if not any("label" in d for d in documents):
         return documents
     if label2id is None:
-        numbered = all(str(d.get("label")).strip().isdecimal() for d in documents)
-        return documents if numbered else [{k: v for k, v in d.items() if k != "label"} for d in documents]
+        numbered = all("label" in d and _label_text(d["label"]).isdecimal() for d in documents)
+        if not numbered:
+            return [_without_label(d) for d in documents]
+        return [_with_label(d, int(_label_text(d["label"]))) for d in documents]
     names = ", ".join(sorted(label2id, key=label2id.get))
     numbers = {str(number): number for number in label2id.values()} | label2id
-    for label in (d.get("label") for d in documents):
-        if str(label).strip() not in numbers:
+    numbered = []
+    for document in documents:
+        label = str(document.get("label")).strip()  # None if it is missing
+        label = label if label in numbers else _label_text(label)
+        if label not in numbers:
             raise UserError(
-                f"--data {config.data}: label {label!r} is none of the model's, {names} or "
-                f"their numbers; name the right column with --label-column, or --label-column none"
+                f"--data {where(document, config.data)}: label {document.get('label')!r} is none of the model's, "
+                f"{names} or their numbers; name the right column with --label-column, or --label-column none"
             )
-    return [{**d, "label": numbers[str(d["label"]).strip()]} for d in documents]
+        numbered.append(_with_label(document, numbers[label]))
+    return numbered
 
 
-def _pack(documents: list[Document], tokenizer: Any, config: DataConfig) -> list[Document]:
+def _label_text(label: Any) -> str:
+    """A label as text, whole numbers without a fraction: `1.0` is class 1."""
+    return re.sub(r"(?<=\d)\.0*$", "", str(label).strip())
+
+
+def _with_label(document: Document, label: int) -> Document:
+    changed = copy.copy(document)  # keeps its place
+    changed["label"] = label
+    return changed
+
+
+def _without_label(document: Document) -> Document:
+    changed = copy.copy(document)
+    changed.pop("label", None)
+    return changed
+
+
+def _pack(documents: list[Document], tokenizer: Any, config: DataConfig, vocabulary: int | None) -> list[Document]:
     """Documents joined and cut to sequences of exactly `max_length`.
 
     Between documents stands what the tokenizer adds itself, or else the end-of-sequence token.
@@ -162,6 +204,7 @@ def _pack(documents: list[Document], tokenizer: Any, config: DataConfig) -> list
     joint = [] if marks_itself or len(documents) < 2 or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     encoded = tokenizer([d["text"] for d in documents], verbose=False)["input_ids"]
+    check_range(zip(encoded, documents, strict=True), vocabulary, config.data, given=False)
     for number, row in enumerate(encoded):
         ids.extend(joint if number else [])
         ids.extend(row)
@@ -174,17 +217,27 @@ def _pack(documents: list[Document], tokenizer: Any, config: DataConfig) -> list
     return [{"input_ids": ids[i : i + length]} for i in range(0, len(ids) - length + 1, length)]
 
 
-def _chunk(documents: list[Document], tokenizer: Any, config: DataConfig) -> list[Document]:
+def _chunk(documents: list[Document], tokenizer: Any, config: DataConfig, vocabulary: int | None) -> list[Document]:
     """One sequence per document; the rest of a longer one follows as further sequences unless it has a label."""
-    items = []
+    items, cut = [], 0
     for document in documents:
         rest = {k: v for k, v in document.items() if k != "text"}
-        overflow = not rest and tokenizer.is_fast
-        encoded = tokenizer(
-            document["text"], truncation=True, max_length=config.max_length, return_overflowing_tokens=overflow
-        )["input_ids"]
-        rows = encoded if overflow and encoded and isinstance(encoded[0], list) else [encoded]
+        rows = _sequences(document["text"], tokenizer, config.max_length)
+        check_range(((row, document) for row in rows), vocabulary, config.data, given=False)
+        cut += bool(rest) and len(rows) > 1
+        rows = rows[:1] if rest else rows
         items += [{"input_ids": row, **rest} for row in rows if len(row) > 1]
+    say_cut(cut, len(documents), config)
     if not items:
         raise UserError(f"--data {config.data}: no document in it has two tokens or more")
     return items
+
+
+def _sequences(text: str, tokenizer: Any, length: int) -> list[list[int]]:
+    """One text as sequences of at most `length` tokens, each with the tokenizer's own marks."""
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
+        return encoded if encoded and isinstance(encoded[0], list) else [encoded]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    size = max(1, length - tokenizer.num_special_tokens_to_add())
+    return [tokenizer.build_inputs_with_special_tokens(ids[i : i + size]) for i in range(0, max(len(ids), 1), size)]

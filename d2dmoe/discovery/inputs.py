@@ -18,7 +18,7 @@ def dummy_inputs(model: nn.Module, samples: int = 2, length: int = 9) -> dict[st
     def ids(vocabulary: int) -> torch.Tensor:
         return torch.randint(min(5, vocabulary - 1), vocabulary, (samples, length), generator=generator)
 
-    text, vision = config.get_text_config(), getattr(config, "vision_config", config)
+    text, vision = config.get_text_config(), getattr(config, "vision_config", getattr(config, "encoder", config))
     length = min(length, getattr(text, "max_position_embeddings", None) or length)
     inputs: dict[str, torch.Tensor] = {}
     if main == "pixel_values" or (hasattr(config, "vision_config") and "pixel_values" in accepted):
@@ -35,6 +35,6 @@ def dummy_inputs(model: nn.Module, samples: int = 2, length: int = 9) -> dict[st
     if ("input_ids" in accepted and main not in inputs) or ("input_ids" in accepted and "pixel_values" in inputs):
         inputs["input_ids"] = ids(text.vocab_size)
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
-        inputs["decoder_input_ids"] = ids(config.vocab_size)
+        inputs["decoder_input_ids"] = ids(config.get_text_config(decoder=True).vocab_size)
     dtype = next(model.parameters()).dtype
     return {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}

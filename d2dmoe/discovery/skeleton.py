@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ def skeleton(model_class: type[nn.Module], config: Any) -> nn.Module:
 
     with init_empty_weights(include_buffers=False):
         model = model_class(config)
+    if getattr(model.config, "_experts_implementation", None) is not None:
+        _run_experts_one_by_one(model)
     shared: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -26,3 +29,11 @@ def skeleton(model_class: type[nn.Module], config: Any) -> nn.Module:
                     shared[id(parameter)] = nn.Parameter(value, requires_grad=False)
                 module._parameters[name] = shared[id(parameter)]
     return model.float().eval() if any(b.is_floating_point() for b in model.buffers()) else model.eval()
+
+
+def _run_experts_one_by_one(model: nn.Module) -> None:
+    """The grouped product of a mixture of experts does not take weights without memory."""
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "_experts_implementation"):
+            module.config = copy.copy(module.config)
+            module.config._experts_implementation = "eager"

@@ -40,6 +40,15 @@ class Trace:
     activations: tuple[str, ...] = ACTIVATIONS
 
 
+def _is_map(linear: nn.Module) -> bool:
+    """Does a `Linear` or `Conv1D` return one tensor? A subclass may return something else (the router of Llama 4)."""
+    if type(linear).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    width, out = features(linear)
+    y = linear(torch.zeros(1, width, device=linear.weight.device, dtype=linear.weight.dtype))
+    return isinstance(y, torch.Tensor) and y.shape == (1, out)
+
+
 def features(linear: nn.Module) -> tuple[int, int]:
     """Input and output width of a `Linear` or `Conv1D`."""
     if isinstance(linear, Conv1D):
@@ -76,7 +85,7 @@ def _instrumented(model: nn.Module, trace: Trace) -> Iterator[None]:
         return hook
 
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, nn.Linear | Conv1D) and _is_map(module):
             module.forward = noisy(name, module)
             linears.append(module)
         else:

@@ -32,7 +32,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative RMSE of the 
 
 
 def dispatched(function: Function) -> Function:
-    """The function with automatic dispatch: layers may run everything where that is faster than skipping."""
+    """The function with automatic dispatch: layers with a dense layout may use it where that is faster."""
 
     def run(x: Any) -> Any:
         with dispatching("auto"):
@@ -68,8 +68,9 @@ def bench_layer(
                     functions[name] = lambda x, f=RIVAL_FUNCTIONS[name]: f(layer, x)
             times = measure(functions, inputs, seconds=seconds, clock=clock)
             backend = chosen(inputs[0], layer.activation, "topk")
-            shown = round(active * spec["experts"]) / spec["experts"]
-            one = row(times, dtype=dtype, phase="layer", tokens=count, active=shown, backend=backend)
+            ranked = torch.arange(spec["experts"], 0.0, -1)[None]  # scores whose order is known
+            ran = float(layer.gate_state.select(ranked).float().mean())
+            one = row(times, dtype=dtype, phase="layer", tokens=count, active=ran, backend=backend)
             rows.append({**one, "way": layer.way(count), "dense_layout_bytes": keep_dense * layer.dense_bytes()})
     return rows
 

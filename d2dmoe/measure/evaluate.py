@@ -23,6 +23,7 @@ from ..kernels import dispatching
 from ..moe.gating import set_gate, stored_config
 from ..moe.layer import layers
 from ..progress import progress
+from ..vocabulary import special_tokens
 from .flops import DenseCost, dense_cost, dense_ffn_flops, sparse_ffn_flops
 from .metrics import METRICS, Batch, Metric, choose_metric
 from .observe import ActiveCounter, model_inputs, observing, pieces
@@ -53,7 +54,7 @@ def evaluate(
         batches: Held-out batches.
         settings: Keyword arguments of `set_gate`, `{"active": 0.25}` or `{"tau": 0.1}`.
         metric: A key of `METRICS`; by default what fits the model's class and the data.
-        tokenizer: Needed by `masked_lm` alone.
+        tokenizer: Needed by `masked_lm` alone, unless the config has a mask token.
         seed: Of the tokens that are masked.
 
     Returns:
@@ -64,6 +65,8 @@ def evaluate(
         UserError: If the metric does not fit the model or the data.
     """
     kind = METRICS[choose_metric(metric, type(model), model.config, batches[0], tokenizer)]
+    if kind.name == "masked_lm":
+        tokenizer = special_tokens(model.config, tokenizer)
     generator, limit, tokens = torch.Generator().manual_seed(seed), _row_limit(model, batches), 0
     dense = _Point({"active": 1.0}, kind())
     points = [_Point(setting, kind()) for setting in settings] if layers(model) else []
@@ -219,10 +222,11 @@ def prepare(
         check_tau(setting.get("tau", 0.0), stored.gate if stored else "max")
     kind = hub.model_class(config, name)
     data = hub.fit_length(data, config)
-    documents = read_documents(data.data, part, data.text_column, data.label_column)
+    documents = read_documents(data.data, part, data.text_column, data.label_column, data.header)
     processor = hub.load_processor(name, config)
+    facts = hub.token_facts(name, config)
     label2id = config.label2id if hub.is_classifier(kind, config) else None
-    batches = make_batches(documents, processor, data, packed=hub.is_causal(kind), label2id=label2id)
+    batches = make_batches(documents, processor, data, packed=hub.is_causal(kind), label2id=label2id, **facts)
     batches = batches.first(tokens) if tokens else batches
     hub.check_safetensors(name)
     metric = choose_metric(metric, kind, config, batches.collate(batches.items[:1]), processor)

@@ -14,6 +14,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 from .. import hub
 from ..config.options import METRIC_NAMES
 from ..errors import UserError
+from ..vocabulary import special_tokens
 
 IGNORED = -100
 MASKED_SHARE = 0.15
@@ -212,7 +213,7 @@ def possible_metrics(kind: type, config: Any, batch: Batch, tokenizer: Any = Non
         kind: The model's class.
         config: Its config.
         batch: One batch of the data.
-        tokenizer: For the mask token.
+        tokenizer: For the mask token, which may also be in the config.
     """
     found, text = [], "input_ids" in batch
     pair = getattr(config, "is_encoder_decoder", False)
@@ -221,7 +222,7 @@ def possible_metrics(kind: type, config: Any, batch: Batch, tokenizer: Any = Non
     elif text and not pair and (hub.is_causal(kind) or (hasattr(kind, "can_generate") and kind.can_generate())):
         found.append("perplexity")
     elif text and any(base.__name__.endswith("ForMaskedLM") for base in kind.__mro__):
-        found += ["masked_lm"] if getattr(tokenizer, "mask_token_id", None) is not None else []
+        found += ["masked_lm"] if special_tokens(config, tokenizer).mask_token_id is not None else []
     elif text and not pair and not any(re.search(r"For[A-Z]|Head", base.__name__) for base in kind.__mro__):
         found.append("embedding")
     return [*found, "cosine_to_dense"]

@@ -95,13 +95,16 @@ def pieces(batches: Iterable[dict[str, Any]], row_limit: int = 2**30) -> Iterato
 def trunk(model: nn.Module) -> nn.Module:
     """The model without its head, if every converted layer lies below the head: logits can take most of the memory."""
     base = getattr(model, "base_model", model)
-    return base if len(layers(base)) == len(layers(model)) else model
+    takes = inspect.signature(base.forward).parameters
+    return base if model.main_input_name in takes and len(layers(base)) == len(layers(model)) else model
 
 
 def trunk_below(model: nn.Module, names: list[str]) -> nn.Module:
     """As `trunk`, for a dense model whose observed modules have these names."""
     prefix = getattr(model, "base_model_prefix", "")
-    return model.base_model if prefix and all(name.startswith(f"{prefix}.") for name in names) else model
+    below = prefix and all(name.startswith(f"{prefix}.") for name in names)
+    takes = inspect.signature(model.base_model.forward).parameters if below else ()
+    return model.base_model if model.main_input_name in takes else model
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..tensors import shapes_in
 from .check import check_block, check_config, check_tensors, refuse_part
 from .gating import set_gate
-from .layer import layers
+from .layer import DynamicFFN, layers
 from .mount import fill, make_layer, mount
 from .packing import Neurons, dense_tensors, pack, unpack
 from .quantization import D2DMoEQuantizationConfig
@@ -48,6 +48,28 @@ def swap_modules(model: PreTrainedModel, config: D2DMoEConfig, files: Iterable[A
         mount(model, make_layer(model, number, block, config, budgets=len(config.budgets)))
     check_tensors(layers(model), shapes_in(files), model.base_model_prefix)
     _keep_packed(model)
+    _guard_initialisation(model)
+
+
+def _guard_initialisation(model: PreTrainedModel) -> None:
+    """Let an initialisation that reaches into a replaced block pass it by (Switch Transformers has such a one).
+
+    It writes to tensors only that the checkpoint lacks, and those are reported.
+    """
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part._init_weights = _guarded(part._init_weights)
+
+
+def _guarded(initialise: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    def guarded(module: nn.Module) -> None:
+        try:
+            initialise(module)
+        except AttributeError:
+            if not any(isinstance(part, DynamicFFN) for part in module.modules()):
+                raise
+
+    return guarded
 
 
 def finish(model: PreTrainedModel, config: D2DMoEConfig, dtype: torch.dtype | None) -> None:
@@ -72,6 +94,7 @@ def _take_marks_off(model: PreTrainedModel) -> None:
     """Undo what marks a model as quantised: it is an ordinary floating-point model."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
+            module.__dict__.pop("_init_weights", None)  # see `_guard_initialisation`
             module.is_quantized = False
             module.__dict__.pop("quantization_method", None)
             module.__dict__.pop("hf_quantizer", None)

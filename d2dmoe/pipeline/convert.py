@@ -86,8 +86,7 @@ def convert(
             results = _record(config, job.plan, command, started) | {"router_log": log, **sparsified, "rows": rows}
             results["calibration_tokens"] = job.calibration.first(config.calibration_tokens).tokens
             further = hub.companions(config.model, config.revision)
-            carried = write_checkpoint(output, work, model, job.processor, recipe, results, model_card, further)
-            say(f"saved {named}" + f", with {', '.join(carried)} as they were" * bool(carried))
+            say(write_checkpoint(output, work, model, job.processor, recipe, results, model_card, further))
         wait_for_everyone()
     return results
 

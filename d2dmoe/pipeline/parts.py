@@ -30,11 +30,12 @@ def both_parts(
         UserError: If the data cannot be read, does not fit the model, or is too little to hold some out.
     """
     data = hub.fit_length(config, model_config)
+    facts = hub.token_facts(config.model, model_config, config.revision)
     label2id = model_config.label2id if hub.is_classifier(kind, model_config) else None
 
     def make(part: str) -> Batches:
-        documents = read_documents(config.data, part, config.text_column, config.label_column)
-        return make_batches(documents, processor, data, packed=hub.is_causal(kind), label2id=label2id)
+        documents = read_documents(config.data, part, config.text_column, config.label_column, config.header)
+        return make_batches(documents, processor, data, packed=hub.is_causal(kind), label2id=label2id, **facts)
 
     calibration = make("calibration")
     if not config.eval_tokens:

@@ -147,12 +147,9 @@ def sparsify(
         if first:
             rows = [{"model": "before", **before}, {"model": "after", **figures(model.to(device), job, config)}]
             results = _record(config, job, trainer, command, started) | {"rows": rows}
-            results["log"] = [row for row in trainer.state.log_history if "loss" in row]
             further = hub.companions(config.model, config.revision)
-            carried = write_checkpoint(
-                output, work, model.cpu(), job.processor, recipe, results, sparsified_card, further
-            )
-            say(f"saved {named}" + f", with {', '.join(carried)} as they were" * bool(carried))
+            model, card = model.cpu(), sparsified_card
+            say(write_checkpoint(output, work, model, job.processor, recipe, results, card, further))
         state.wait_for_everyone()
     return results
 
@@ -179,6 +176,7 @@ def _record(
         "command": [portable(word) for word in command or ["d2dmoe", "sparsify", "--model", config.model]],
         "minutes": round((time.time() - started) / 60, 2), "processes": PartialState().num_processes,
         "distributed": trainer.accelerator.distributed_type.value,
+        "log": [row for row in trainer.state.log_history if "loss" in row],
     }  # fmt: skip
 
 

@@ -239,7 +239,7 @@ def _short(value: Any) -> str:
 def write_checkpoint(
     output: Path, work: Path, model: PreTrainedModel, processor: Any, recipe: dict, results: dict, card: Card,
     further: dict[str, Path],
-) -> list[str]:  # fmt: skip
+) -> str:  # fmt: skip
     """Write everything under a temporary name, open it again, then rename it to the output folder.
 
     Args:
@@ -253,12 +253,13 @@ def write_checkpoint(
         further: Files to carry over, by their path in the folder; those that were written here are left out.
 
     Returns:
-        The files that were carried over.
+        What has been saved, as a sentence that names the files that were carried over.
 
     Raises:
         UserError: If the folder that was written does not hold the model's tensors.
     """
-    scratch, recipe = work / "checkpoint", {key: portable(value) for key, value in recipe.items()}
+    scratch, named = work / "checkpoint", recipe["output_dir"]
+    recipe = {key: portable(value) for key, value in recipe.items()}
     shutil.rmtree(scratch, ignore_errors=True)
     model.save_pretrained(scratch, max_shard_size=recipe["max_shard_size"])
     if processor is not None:
@@ -273,7 +274,7 @@ def write_checkpoint(
         (scratch / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(further[name], scratch / name)
     publish(scratch, output, work)
-    return carried
+    return f"saved {named}" + f", with {', '.join(carried)} as they were" * bool(carried)
 
 
 def _check_written(folder: Path, model: PreTrainedModel) -> None:

@@ -118,8 +118,8 @@ def _value(given: Any) -> Any:
 
 
 SHARED = (
-    "model", "revision", "data", "text_column", "label_column", "sequences", "max_length", "batch_size", "seed",
-    "device", "eval_tokens", "max_shard_size",
+    "model", "revision", "data", "text_column", "label_column", "header", "sequences", "max_length", "batch_size",
+    "seed", "device", "eval_tokens", "max_shard_size",
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from cli_support import convert_argv, names, run_in_process, run_python, weights
+from cli_support import sentences as text_sentences
 from hub_mirror import hub_mirror, mirror_environment
 from zoo import tiny
 
@@ -387,6 +388,13 @@ BAD_FILES = {
     "two.csv": (b"title,body\na,b\n", ["cannot tell the text column", "title, body", "--text-column"]),
     "quote.csv": (b'text\n"open\n', ["not valid CSV"]),
     "not.parquet": (b"PAR1", ["not.parquet"]),
+    "number.jsonl": (b'{"text": null, "title": "x"}\n{"text": 3}\n', ["line 2: column 'text' holds a number"]),
+    "half.jsonl": (b'{"text": "\\ud83d"}\n', ["line 1: column 'text' holds half a character"]),
+    "bare.tsv": (b"some words\t1\nother words\t0\n", ["its first line looks like data", "--no-header"]),
+    "ids.jsonl": (b'{"input_ids": [1, 2]}\n{"input_ids": [1, 257]}\n', ["line 2: token id 257 is out", "257 tokens"]),
+    "minus.jsonl": (b'{"input_ids": [1, -2]}\n', ["line 1: 'input_ids' holds -2"]),
+    "cut.txt.gz": (b"\x1f\x8b\x08", ["cannot be unpacked"]),
+    "lfs.txt": (b"version https://git-lfs.github.com/spec/v1\n", ["Git LFS pointer", "git lfs pull"]),
 }
 
 
@@ -418,6 +426,21 @@ def test_text_for_a_model_without_a_tokenizer(home: Path, refused, tmp_path: Pat
     shutil.copytree(home / "dense", tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
     argv = convert_argv(tmp_path / "model", home / "text.txt", tmp_path / "out")
     has(refused(*argv), f"--data {home}/text.txt is text", "no tokenizer", "input_ids")
+
+
+def test_a_table_without_names_of_columns(home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The same figures as with them."""
+    rows = [f"{number}\t{text}" for number, text in enumerate(text_sentences(40))]
+    (tmp_path / "bare.tsv").write_text("\n".join(rows))
+    (tmp_path / "named.tsv").write_text("\n".join(["n\ttext", *rows]))
+    figures = []
+    for name, flags in (("bare", ["--no-header", "--text-column", 2]), ("named", [])):
+        argv = ["eval", "--model", home / "dense", "--data", tmp_path / f"{name}.tsv", "--max-length", 32, *flags]
+        result = run_in_process(capsys, *argv, "--json", tmp_path / f"{name}.json")
+        assert result.code == 0, result.err
+        figures.append(json.loads((tmp_path / f"{name}.json").read_text())["rows"][0])
+    assert figures[0]["metrics"] == figures[1]["metrics"]
+    assert figures[0]["tokens"] == figures[1]["tokens"] > 500
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "txt"])

@@ -320,7 +320,7 @@ def test_token_ids_are_taken_as_they_are(tmp_path, name):
     documents = read_documents(str(write_table(tmp_path / name, rows)))
     batches = make_batches(documents, None, DataConfig(batch_size=2, max_length=6), packed=True)
     assert batches[0]["input_ids"].tolist() == [[1, 2, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6]]
-    assert batches[1]["input_ids"].tolist() == [[1, 2, 3, 4]]
+    assert batches[1]["input_ids"].tolist() == [[7, 8, 0, 0], [1, 2, 3, 4]]  # the rest of the long row
 
 
 # What goes wrong

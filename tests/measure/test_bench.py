@@ -163,3 +163,28 @@ def test_plots_that_cannot_be_drawn_are_refused_before_anything_is_timed(case, f
     what = words if "--layer" in words else ["--model", str(folder), *words]
     assert main(["bench", *what, *BENCH, "--plot", str(tmp_path / name)]) == 1
     assert said in capsys.readouterr().err
+
+
+BAD_NUMBERS = {
+    "seconds": ["nan", "inf", "0", "-1"],
+    "threads": ["100000", "-1"],
+    "tokens": ["0", "1.5", "-3", "nan", "inf"],
+    "batch": ["0", "2.5"],
+    "length": ["0", "-1"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in BAD_NUMBERS.items() for v in values], ids=str)
+def test_numbers_that_cannot_be_measured_are_refused(name, value, d2dmoe):
+    refused = d2dmoe("bench", "--layer", "d=32,f=64,experts=8", f"--{name}={value}", code=1)
+    assert f"--{name} " in refused.err
+    assert "must be" in refused.err
+
+
+@pytest.mark.parametrize(("experts", "active", "ran"), [(10, 0.25, 3), (10, 0.35, 4), (8, 0.3125, 3), (6, 0.25, 2)])
+def test_the_fraction_is_that_of_the_experts_that_run(experts, active, ran):
+    (row,) = bench.bench_layer(
+        {"d": 8, "width": 4 * experts, "experts": experts, "glu": False, "act": None}, tokens=[3], actives=[active],
+        dtype=torch.float32, seconds=0.001, columns=("eager",),
+    )  # fmt: skip
+    assert row["active_fraction"] == pytest.approx(ran / experts)

@@ -50,7 +50,7 @@ STAND_INS = {"constants", "delta_in", "delta_out", "linear_in", "linear_out"}
         ({"routers": True}, 0.5, EXPERTS | ROUTERS),
         ({"stand_ins": True}, 0.25, EXPERTS | STAND_INS),
     ],
-    ids=str,
+    ids=["default", "everything on", "routers", "stand-ins"],
 )
 def test_what_learns(kind, active, learn):
     model, optimizer = fresh(kind, active)

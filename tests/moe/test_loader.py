@@ -20,6 +20,8 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
 )
 from zoo import tiny
 
@@ -433,3 +435,27 @@ def test_device_map(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
     inputs = dummy_inputs(dense)
     assert torch.equal(run(again, inputs), run(model, inputs))
+
+
+@torch.no_grad()
+def test_an_initialisation_that_reaches_into_a_replaced_block(tmp_path):
+    """That of Switch Transformers writes to the projections of every trained expert."""
+    torch.manual_seed(0)
+    config = SwitchTransformersConfig(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4, num_experts=4,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    model = SwitchTransformersForConditionalGeneration(config).eval()
+    inputs = dummy_inputs(model)
+    dense = run(model, inputs)
+    blocks = discover(model).blocks
+    assert any("experts.expert_" in block.name for block in blocks)
+    for block in blocks:
+        block.experts = 8
+    attach(model, D2DMoEConfig(blocks, "topk", "zero"), [torch.randperm(block.width) for block in blocks])
+    randomise_routers(model)
+    model.save_pretrained(tmp_path)
+    again = SwitchTransformersForConditionalGeneration.from_pretrained(tmp_path)
+    assert len(layers(again)) == len(blocks)
+    assert_close(run(again, inputs), dense)
+    assert "_init_weights" not in {*vars(again), *vars(again.encoder)}

@@ -80,7 +80,9 @@ def test_an_exception_leaves_nothing_frozen(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("d2dmoe.stages.routers.training.train", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert_model(model, QUICK, token_batches())
-    assert all(p.requires_grad for p in model.parameters())
+    added = {id(p) for x in layers(model) for p in (*x.router.parameters(), *x.stand_ins().values())}
+    assert added  # they are frozen in every converted model (`trainable`)
+    assert all(p.requires_grad == (id(p) not in added) for p in model.parameters())
 
 
 def test_the_whole_model_is_compared(monkeypatch: pytest.MonkeyPatch):
