@@ -22,6 +22,7 @@ from . import vocabulary
 from .config.options import DataConfig
 from .config.record import D2DMoEConfig
 from .errors import UserError, first_line
+from .tensors import CHECKSUMS
 
 Data = TypeVar("Data", bound=DataConfig)
 SAFE = {"trust_remote_code": False}  # a model's own code is never run, and not asked for
@@ -113,6 +114,7 @@ LEFT_BEHIND = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.ot",
     "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.mlmodel", "*.tflite", "*.pkl", "onnx/*", "openvino/*",
     "coreml/*", ".*", "*/.*", "checkpoint-*/*", "runs/*", "config.json", "README.md", "recipe.yaml", "results.json",
+    CHECKSUMS,
 )  # fmt: skip
 
 
@@ -241,7 +243,7 @@ def load_model(
         UserError: If the weights are missing, truncated or do not fit.
     """
     check_safetensors(name)
-    other = {"config": copy.deepcopy(config)} if changed else {}
+    other = {"config": copy.deepcopy(config)} if changed or not is_converted(config) else {}
     try:
         model, info = model_class(config, name).from_pretrained(
             name, revision=revision, local_files_only=local_only(name), dtype=dtype, output_loading_info=True,
@@ -271,10 +273,15 @@ def load_model(
 
 def load_dense(name: str, config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The dense twin of a converted folder: what a program opens that has never heard of d2dmoe."""
+    return model_class(config, name).from_pretrained(name, config=without_record(config), dtype=dtype).eval()
+
+
+def without_record(config: Any) -> Any:
+    """A copy of the config as that of a dense model."""
     plain = copy.deepcopy(config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
-    return model_class(config, name).from_pretrained(name, config=plain, dtype=dtype).eval()
+    return plain
 
 
 def check_safetensors(name: str) -> None:

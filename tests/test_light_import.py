@@ -17,7 +17,7 @@ from d2dmoe.discovery import discover
 from d2dmoe.moe.loader import attach
 
 HEAVY = "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'sklearn'} & set(sys.modules)\nassert not heavy, heavy"
-VERBS = ("convert", "sparsify", "eval", "bench", "list", "env")
+VERBS = ("convert", "sparsify", "eval", "bench", "verify", "export", "list", "env")
 
 
 def run(code: str, *arguments: object) -> str:
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     blocks = discover(model).blocks
     for block in blocks:
         block.experts = 8
-    record = D2DMoEConfig(blocks, "topk", "none", router_width=8)
+    record = D2DMoEConfig(blocks, "topk", "zero", router_width=8)
     attach(model, record, [torch.arange(block.width) for block in blocks])
     randomise_routers(model)
     folder = tmp_path_factory.mktemp("light") / "model"

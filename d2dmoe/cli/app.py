@@ -11,9 +11,9 @@ from pathlib import Path
 
 from ..errors import UserError, first_line
 from ..version import __version__
-from . import bench, convert, env, evaluate, listing, sparsify
+from . import bench, convert, env, evaluate, export, listing, sparsify, verify
 
-VERBS = (convert, sparsify, evaluate, bench, listing, env)
+VERBS = (convert, sparsify, evaluate, bench, verify, export, listing, env)
 
 
 def main(argv: list[str] | None = None) -> int:

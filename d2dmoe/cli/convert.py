@@ -32,14 +32,14 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
     further = further_options(arguments.further)
     flags = {**given(arguments, ConvertConfig), **further}
     config = resolve(ConvertConfig, read_recipe(arguments.recipe), flags)
-    from .. import hub
     from ..pipeline.convert import convert
     from ..pipeline.plan import make_plan
     from ..report import eval_table, write_json
     from ..training import first_process
+    from ..twin import read_dense_config
 
     if arguments.dry_run:
-        model_config = hub.read_config(config.model, config.revision)
+        model_config = read_dense_config(config.model, config.revision)
         plan = make_plan(model_config, config)
         if config.sparsify != "skip":
             print("before that: sparsify, whose training the plan below does not count", file=sys.stderr)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from .budgets import Budget, Budgets, Curve
+from .validate import compare_checksums, points, refuse, typed, validate
 
 
 @dataclass
@@ -75,6 +76,7 @@ class D2DMoEConfig:
         curve: Thresholds at further active fractions, for budgets not stored. A plain list is taken as well.
         min_experts, max_experts: Bounds on the experts per token (0: no upper bound).
         shared_experts: The first so many experts of every block always run.
+        neuron_order: Does every block store its neurons' places in the original model, as a tensor `order`?
     """
 
     blocks: list[Block] = field(default_factory=list)
@@ -90,6 +92,7 @@ class D2DMoEConfig:
     min_experts: int = 0
     max_experts: int = 0
     shared_experts: int = 0
+    neuron_order: bool = False
     version: int = CHECKPOINT_VERSION
 
     def __post_init__(self) -> None:
@@ -152,20 +155,35 @@ class D2DMoEConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> D2DMoEConfig:
-        """Read the stored form.
+        """Read the stored form, which is checked: it may have been damaged or edited.
 
         Raises:
-            UserError: If a newer version of this project wrote it.
+            UserError: Naming the field that is wrong and its value, or if a newer version of this project wrote it.
         """
         version = values.get("version", CHECKPOINT_VERSION)
+        if type(version) is not int or version < 1:
+            refuse("version", version, f"an integer from 1 to {CHECKPOINT_VERSION}")
         if version > CHECKPOINT_VERSION:
             raise UserError(
                 f"this checkpoint has d2dmoe format version {version}, and this d2dmoe reads up to version "
                 f"{CHECKPOINT_VERSION}; install a newer d2dmoe-toolkit"
             )
-        values = _known(cls, values)
-        values["blocks"] = [b if isinstance(b, Block) else Block(**_known(Block, b)) for b in values.get("blocks", [])]
-        return cls(**values)
+        known = typed(cls, values, "")
+        known["blocks"] = _each(Block, known.get("blocks", []), "blocks")
+        known["budgets"] = Budgets(_each(Budget, known.get("budgets", []), "budgets"))
+        known["curve"] = Curve(points(known.get("curve", [])))
+        config = cls(**known)
+        validate(config)
+        if "checksums" in values:
+            compare_checksums(values["checksums"], config.to_dict(), shown=values.get)
+        return config
+
+
+def _each(kind: type, values: Any, where: str) -> list[Any]:
+    """Stored dataclasses of one kind."""
+    if not isinstance(values, list):
+        refuse(where, values, "a list")
+    return [v if isinstance(v, kind) else kind(**typed(kind, v, f"{where}[{n}]")) for n, v in enumerate(values)]
 
 
 def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from ..config.record import Block
 from ..errors import UserError
 from ..kernels import TENSORS, Backend, activation_name, down_product, fused_backend, hidden_activations, way_taken
 from ..kernels.gates import straight_through
+from .dense_names import stand_for_dense
 from .gate import Gate, GateState, gates_here, set_gates
+from .padding import without_padding
 from .prepared import Prepared, settings
 from .router import Router, expert_norms
 
@@ -25,7 +27,8 @@ class DynamicFFN(nn.Module):
     ``(experts, d_model, size)``, `down_weight` ``(experts, size, d_out)``, biases ``(experts, size)`` and ``(d_out,)``.
     Stand-ins of the stored budgets: `constants` ``(budgets, experts, d_out)``, a low-rank change of the down projection
     `delta_in` ``(budgets, experts, size, rank)`` and `delta_out` ``(budgets, rank, d_out)``, and a low-rank linear term
-    `linear_in` ``(budgets, d_model, rank)`` and `linear_out` ``(budgets, rank, d_out)``.
+    `linear_in` ``(budgets, d_model, rank)`` and `linear_out` ``(budgets, rank, d_out)``. The buffer `order`
+    ``(width,)`` holds the place that each neuron had in the original model.
 
     Attributes:
         block: What it was made from.
@@ -52,6 +55,7 @@ class DynamicFFN(nn.Module):
         delta_rank: int = 0,
         linear_rank: int = 0,
         dropout: float = 0.0,
+        ordered: bool = False,
         device=None,
         dtype=None,
     ):
@@ -81,6 +85,8 @@ class DynamicFFN(nn.Module):
         self.delta_rank, self.linear_rank = delta_rank, linear_rank
         self.router = Router(block.d_model, router_width, block.experts, device=device, dtype=dtype)
         self.gate, self.prepared = Gate(), Prepared()
+        self.register_buffer("order", torch.empty(block.width, dtype=torch.int32, device=device) if ordered else None)
+        stand_for_dense(self, block)
         self.merged = self.keep_dense = self.soft_gate = False
         self.observer: Callable | None = None
 
@@ -161,6 +167,7 @@ class DynamicFFN(nn.Module):
         hidden = hidden_activations(x, self.up_weight, self.up_bias, self.gate_weight, self.gate_bias, self.act).to(
             self.down_weight.dtype
         )  # (experts, tokens, size); T5 keeps its down projection in fp32
+        hidden = without_padding(hidden, block=self.block)
         scores = run = None
         if state.tau > 0:
             scores = self._true_scores(hidden, state.oracle) if state.oracle else self.router(x)

@@ -7,7 +7,7 @@ swapped on the meta device, dense tensors are packed while they load and unpacke
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 from ..config.record import Block, D2DMoEConfig
 from ..errors import UserError
+from ..tensors import shapes_in
+from .check import check_block, check_config, check_tensors, refuse_part
 from .gating import set_gate
 from .layer import DynamicFFN, layers
 from .mount import fill, make_layer, mount
@@ -25,17 +27,26 @@ from .quantization import D2DMoEQuantizationConfig
 from .trainable import trainable
 
 
-def swap_modules(model: PreTrainedModel, config: D2DMoEConfig) -> None:
+def swap_modules(model: PreTrainedModel, config: D2DMoEConfig, files: Iterable[Any] = ()) -> None:
     """Put layers without weights in the place of the blocks of a dense skeleton.
 
+    Args:
+        model: The skeleton.
+        config: The record of the checkpoint.
+        files: Its weight files, where there are some.
+
     Raises:
-        UserError: If the class has none of the blocks that the checkpoint lists.
+        UserError: If the class has none of the blocks that the checkpoint lists, or the record does not fit its
+            modules or the tensors in the files.
     """
-    here = {n: here for n, block in enumerate(config.blocks) if (here := localise(model, block)) is not None}
+    check_config(config)
+    here = {n: here for n, block in enumerate(config.blocks) if (here := localise(model, block, n)) is not None}
     if not here:
         raise UserError(f"{type(model).__name__} has none of the {len(config.blocks)} blocks of this checkpoint")
     for number, block in here.items():
+        check_block(model, number, block)
         mount(model, make_layer(model, number, block, config, budgets=len(config.budgets)))
+    check_tensors(layers(model), shapes_in(files), model.base_model_prefix)
     _keep_packed(model)
     _guard_initialisation(model)
 
@@ -93,7 +104,7 @@ def _take_marks_off(model: PreTrainedModel) -> None:
 def _refuse_missing(model: PreTrainedModel) -> None:
     """A tensor that was not in the checkpoint would be silently wrong; `transformers` marks those that were."""
     for layer in layers(model):
-        for name, parameter in layer.named_parameters():
+        for name, parameter in (*layer.named_parameters(), *layer.named_buffers()):
             if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False):
                 raise UserError(f"the checkpoint lacks {layer.block.name}.{name}; convert the model again")
 
@@ -132,23 +143,38 @@ def _prefixes(model: PreTrainedModel) -> list[tuple[str, str]]:
     return [("", ""), (base, ""), ("", base)]
 
 
-def localise(model: PreTrainedModel, block: Block) -> Block | None:
-    """The block under the names that this model class uses; `None` if the class does not have it."""
+PATHS = ("name", "up", "gate", "down", "activation_module")
+
+
+def localise(model: PreTrainedModel, block: Block, number: int = 0) -> Block | None:
+    """The block under the names that this model class uses; `None` if the class does not have it.
+
+    Raises:
+        UserError: If the class has some of its modules, or the module above it.
+    """
+    missing: list[str] = []
     for strip, add in _prefixes(model):
 
         def rename(name: str | None, strip: str = strip, add: str = add) -> str | None:
             return name and add + name.removeprefix(strip)
 
-        names = [block.up, block.down, *filter(None, [block.gate])]
-        if all(n.startswith(strip) and _has_module(model, rename(n)) for n in names):
+        def is_here(name: str | None, strip: str = strip, rename: Callable = rename) -> bool:
+            return name is None or (name.startswith(strip) and _has_module(model, rename(name)))
+
+        lost = [path for path in PATHS if not is_here(getattr(block, path))]
+        lost += ["passed_through"] * (not all(map(is_here, block.passed_through)))
+        if not lost:
             return Block(
                 **{
                     **vars(block),
-                    **{k: rename(getattr(block, k)) for k in ("name", "up", "gate", "down", "activation_module")},
+                    **{k: rename(getattr(block, k)) for k in PATHS},
                     "passed_through": [rename(n) for n in block.passed_through],
                 }
             )
-    return None
+        above = block.name.rpartition(".")[0]
+        if not {"name", "up", "down"} <= {*lost} or (above and is_here(above)):
+            missing = min(missing or lost, lost, key=len)
+    return refuse_part(number, block, missing[0]) if missing else None
 
 
 def _has_module(model: nn.Module, name: str) -> bool:
@@ -240,6 +266,7 @@ def attach(model: PreTrainedModel, config: D2DMoEConfig, orders: list[torch.Tens
         orders: For each block, its neurons in expert order ``(width,)``.
         budgets: How many sets of stand-ins to make room for.
     """
+    config.neuron_order = True
     for number, (block, order) in enumerate(zip(config.blocks, orders, strict=True)):
         block.layouts = _layouts(model, block)
         layer = make_layer(model, number, block, config, budgets=budgets)

@@ -29,6 +29,7 @@ def make_layer(model: nn.Module, number: int, block: Block, config: D2DMoEConfig
         delta_rank=config.delta_rank,
         linear_rank=config.linear_rank,
         dropout=_dropout_of(model, block),
+        ordered=config.neuron_order,
         device=weight.device,
         dtype=weight.dtype,
     )
@@ -62,6 +63,8 @@ def fill(layer: DynamicFFN, model: nn.Module, order: torch.Tensor) -> None:
             getattr(layer, name).copy_(pack(ordered, layer.block.experts, layout))
     if layer.down_bias is not None:
         layer.down_bias.copy_(neurons.down.bias)
+    if layer.order is not None:
+        layer.order.copy_(order)
 
 
 def mount(model: nn.Module, layer: DynamicFFN) -> None:

@@ -11,6 +11,7 @@ import torch
 from ..kernels import StaleWeights, Tiles, Watch, automatic, choose_way, identity
 from .gate import GateState
 from .packing import unpack
+from .padding import without_padding_rows
 
 KEPT = 16  # gate settings of a layer whose derived tensors are kept
 Way = Callable[..., torch.Tensor]
@@ -155,6 +156,7 @@ class Prepared:
             if layer.linear_in is not None:
                 tensors["linear_in"] = layer.linear_in[stand_in]
                 tensors["linear_out"] = state.faded(layer.linear_out[stand_in])
+        tensors["down_weight"] = without_padding_rows(tensors["down_weight"], layer.block)
         return {name: None if t is None else t.detach() for name, t in tensors.items()}
 
     def _fold(self, layer: Layer, state: GateState, versions: Versions | None) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config.record import D2DMoEConfig
+from ..config.validate import checksums
 
 METHOD = "d2dmoe"
 
@@ -14,13 +15,14 @@ METHOD = "d2dmoe"
 class D2DMoEQuantizationConfig(QuantizationConfigMixin):
     """Carries a `D2DMoEConfig` (as `.d2dmoe`) in the place of `config.json` that `transformers` hands to loaders."""
 
-    def __init__(self, quant_method: str = METHOD, **values: Any):
+    def __init__(self, /, quant_method: str = METHOD, **values: Any):
         self.quant_method = METHOD
-        self.d2dmoe = D2DMoEConfig.from_dict(values)
+        self.d2dmoe = D2DMoEConfig.from_dict(values) if values else D2DMoEConfig()
 
     def to_dict(self) -> dict[str, Any]:
         """What is written to `config.json`."""
-        return {"quant_method": METHOD, **self.d2dmoe.to_dict()}
+        values = self.d2dmoe.to_dict()
+        return {"quant_method": METHOD, **values, "checksums": checksums(values)}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """All of it: nothing here has a default that a reader could know."""

@@ -43,11 +43,11 @@ class D2DMoELoader(HfQuantizer):
         self._dtype = dtype
         return dtype
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **more: Any) -> None:
         from .loader import swap_modules
 
         self._model = model
-        swap_modules(model, self.quantization_config.d2dmoe)
+        swap_modules(model, self.quantization_config.d2dmoe, more.get("checkpoint_files") or ())
 
     def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
         """Add ours to the model's own (transformers 5.17 does not pass the model, which has been seen before)."""

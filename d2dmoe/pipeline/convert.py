@@ -22,6 +22,7 @@ from ..moe.loader import cast
 from ..report.card import model_card
 from ..report.machine import machine, portable
 from ..training import broadcast, first_process, launched, process_device, wait_for_everyone
+from ..twin import read_dense_config
 from ..version import __version__
 from .first import SparsifyStage, prepare_sparsify
 from .model import convert_model
@@ -110,7 +111,7 @@ def _prepare(config: ConvertConfig, work: Path) -> _Job:
     Raises:
         UserError: For anything the user can mend.
     """
-    device, model_config = process_device(config.device), hub.read_config(config.model, config.revision)
+    device, model_config = process_device(config.device), read_dense_config(config.model, config.revision)
     sparsified = prepare_sparsify(config, work) if config.sparsify != "skip" else None
     if sparsified:
         model_config = sparsified.job.changed  # the activation may be another one

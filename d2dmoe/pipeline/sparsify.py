@@ -33,6 +33,7 @@ from ..sparsify.statistics import activation_shares
 from ..sparsify.tasks import choose_task, collator
 from ..sparsify.trainer import SparsifyTrainer
 from ..training import accelerate_state_kept, broadcast, on_cpu, pick_device
+from ..twin import read_dense_config
 from ..version import __version__
 from .parts import both_parts
 from .workdir import (
@@ -69,7 +70,7 @@ def prepare(config: SparsifyConfig) -> Job:
     Raises:
         UserError: For anything the user can mend.
     """
-    original = hub.read_config(config.model, config.revision)
+    original = read_dense_config(config.model, config.revision)
     if getattr(original, "quantization_config", None) is not None:
         done = "already converted" if hub.is_converted(original) else "quantised"
         raise UserError(f"--model {config.model}: {done}; sparsify comes before that, on the dense model")

@@ -45,7 +45,8 @@ def model_outputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {k: v for k, v in output.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
 
 
-def _relative_error(value: torch.Tensor, wanted: torch.Tensor) -> float:
+def relative_error(value: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Norm of the difference, relative to the norm wanted."""
     return float((value - wanted).norm() / wanted.norm().clamp_min(1e-12))
 
 
@@ -60,14 +61,14 @@ def verify(
     """
     for layer in layers(model):
         x, dense = reference[layer.block.name]
-        error = _relative_error(layer(x), dense)
+        error = relative_error(layer(x), dense)
         if not error <= VERIFY_TOLERANCE:
             raise UserError(
                 f"{layer.block.name}: as experts it differs from the dense block by {error:.2g} relative "
                 f"(allowed {VERIFY_TOLERANCE:g}), so this model is not converted"
             )
     for name, value in model_outputs(model).items():
-        error = _relative_error(value, output[name])
+        error = relative_error(value, output[name])
         if not error <= MODEL_TOLERANCE:
             raise UserError(
                 f"with all experts on, the model's {name} differ from the dense ones by {error:.2g} relative "

@@ -24,6 +24,7 @@ from ..files import replacing, write_text
 from ..measure.observe import release_memory
 from ..moe.layer import layers
 from ..report.machine import portable
+from ..tensors import write_checksums
 from ..training import first_process, wait_for_everyone
 from .plan import ConversionPlan
 
@@ -267,6 +268,7 @@ def write_checkpoint(
     (scratch / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     (scratch / "README.md").write_text(card(model, recipe, results))
     _check_written(scratch, model)
+    write_checksums(scratch)
     carried = [name for name in further if not (scratch / name).exists()]
     for name in carried:
         (scratch / name).parent.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,7 @@ def test_the_json_form_is_a_plain_list():
     values = config.to_dict()
     assert list(values) == [
         "blocks", "gate", "stand_in", "delta_rank", "linear_rank", "router_width", "router_target", "budgets",
-        "default_active", "curve", "min_experts", "max_experts", "shared_experts", "version",
+        "default_active", "curve", "min_experts", "max_experts", "shared_experts", "neuron_order", "version",
     ]  # fmt: skip
     names = ["active", "taus", "measured", "stand_ins", "residuals", "objective", "achieved"]
     assert [list(budget) for budget in values["budgets"]] == [names] * 2
