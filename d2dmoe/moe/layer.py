@@ -146,7 +146,11 @@ class DynamicFFN(nn.Module):
         watched = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
         if watched or torch.jit.is_tracing():  # vmap and jit.trace have to see every step
             return False
-        if not x.dtype == self.up_weight.dtype == self.down_weight.dtype:
+        own = self._parameters  # looked up directly: `nn.Module` finds attributes slowly, and this is a hot path
+        up, down = own.get("up_weight"), own.get("down_weight")
+        if up is None or down is None:
+            up, down = self.up_weight, self.down_weight
+        if not x.dtype == up.dtype == down.dtype:
             return False
         return fused_backend(x, self.activation, state.name) is not None
 

@@ -1,6 +1,6 @@
 """A checkpoint that an earlier version wrote gives what it gave then.
 
-`checkpoint-2026-11-24` is a random GPT-2 of two blocks that revision 4e676b2 converted, with three budgets and regressed
+`checkpoint-2026-11-24` is a random GPT-2 of two blocks that revision 4e676b2 converted, with three budgets and fitted
 stand-ins; `logits.safetensors` is what that revision computed for the token ids below.
 """
 
