@@ -2,7 +2,7 @@
 
     python recipes/layer_overhead.py
 
-A layer so small (64 -> 256, 16 experts, a quarter of them active, with stand-ins) that little else is left. Time is that
+A layer so small (64 -> 256, 16 experts, a quarter of them active, with stand-ins) that little else is left. It is time
 of the calling thread, so other work on the machine counts less. The C function alone is timed with its arguments ready.
 """
 

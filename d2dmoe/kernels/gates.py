@@ -7,8 +7,17 @@ from collections.abc import Callable
 import torch
 
 
+def _better(scores: torch.Tensor) -> torch.Tensor:
+    """Whether expert j comes before expert e, ``(tokens, e, j)``: without a stable sort, which ONNX does not have."""
+    mine, other = scores[..., :, None], scores[..., None, :]
+    number = torch.arange(scores.shape[-1], device=scores.device)
+    return (other > mine) | ((other == mine) & (number[None, :] < number[:, None]))
+
+
 def score_ranks(scores: torch.Tensor) -> torch.Tensor:
     """Rank of every expert, 0 for the highest score; ties go to the lower number. ``(tokens, experts)``."""
+    if torch.onnx.is_in_onnx_export():
+        return _better(scores).sum(-1)
     return torch.argsort(scores, dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
@@ -33,6 +42,9 @@ def share_priority(scores: torch.Tensor) -> torch.Tensor:
 
 def topp_priority(scores: torch.Tensor) -> torch.Tensor:
     """`1 - p`, p the share of the scores' sum held by better experts: the smallest set with share `1 - tau` runs."""
+    if torch.onnx.is_in_onnx_export():
+        before = (_better(scores).to(scores.dtype) @ scores[..., None])[..., 0]
+        return 1 - before / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
     priority = 1 - before / ordered.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)

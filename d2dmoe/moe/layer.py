@@ -143,7 +143,10 @@ class DynamicFFN(nn.Module):
             return False
         if torch.is_grad_enabled() and (x.requires_grad or self._wants_gradients()):
             return False
-        watched = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+        compiling = torch.compiler.is_compiling()
+        if compiling and torch.onnx.is_in_onnx_export():  # ONNX has no such operator
+            return False
+        watched = not compiling and torch._C._functorch.peek_interpreter_stack() is not None
         if watched or torch.jit.is_tracing():  # vmap and jit.trace have to see every step
             return False
         own = self._parameters  # looked up directly: `nn.Module` finds attributes slowly, and this is a hot path
