@@ -78,8 +78,10 @@ def _config_checksum(config: Mapping[str, Any]) -> str:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write `checksums.json` into a folder that was just saved, and have its `config.json` vouch for it."""
+    """Write `checksums.json` into a converted folder that was just saved, and have its `config.json` vouch for it."""
     config = json.loads((folder / "config.json").read_text())
+    if RECORD not in config:
+        return
     sums = {
         "algorithm": "crc32", "config.json": _config_checksum(config),
         "files": {file.name: tensor_checksums(file) for file in weight_files(folder)},

@@ -33,6 +33,8 @@ def read_dense_config(name: str, revision: str | None = None) -> Any:
     config = hub.read_config(name, revision)
     if hub.is_converted(config) and Path(name).is_dir():
         hub.check_safetensors(name)
-        if is_stripped(shapes_in(weight_files(Path(name)))):
+        shapes = shapes_in(weight_files(Path(name)))
+        dense = [f"{block.down}.weight" for block in hub.conversion_record(config).blocks]
+        if is_stripped(shapes) and all(any(name.endswith(tensor) for name in shapes) for tensor in dense):
             return hub.without_record(config)
     return config

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 from cli_support import BERT, GPT2, TEXT_SIZES, names, run_in_process, save_model
+from conftest import ROOT
 
 from sparsify.conftest import write_rows
 from sparsify.support import sparsify_argv
@@ -101,7 +103,8 @@ def inputs(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model("BloomForCausalLM", folder / "fixed", **bloom)  # GELU of its own, and no key for it
     mamba = TEXT_SIZES | {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
     save_model("MambaForCausalLM", folder / "mamba", **mamba)
-    save_model("GPT2LMHeadModel", folder / "converted", **GPT2, quantization_config={"quant_method": "d2dmoe"})
+    record = json.loads((ROOT / "tests/moe/checkpoint-2026-11-24/config.json").read_text())["quantization_config"]
+    save_model("GPT2LMHeadModel", folder / "converted", **GPT2, quantization_config=record)
     for file in folder.rglob("*.safetensors"):
         content = file.read_bytes()
         file.write_bytes(content.replace(b'weight":', b'nobody":'))  # a whole file, with tensors that no model has
