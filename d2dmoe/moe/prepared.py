@@ -11,7 +11,7 @@ import torch
 from ..kernels import StaleWeights, Tiles, Watch, automatic, choose_way, identity
 from .gate import GateState
 from .packing import unpack
-from .padding import without_padding_rows
+from .padding import padding, without_padding_rows
 
 KEPT = 16  # gate settings of a layer whose derived tensors are kept
 Way = Callable[..., torch.Tensor]
@@ -194,6 +194,8 @@ def sources(layer: Layer, state: GateState) -> list[torch.Tensor]:
         found.append(layer.constants[stand_in])
         if layer.delta_in is not None:
             found += [layer.down_weight, layer.delta_in[stand_in], layer.delta_out[stand_in]]
+    if padding(layer.block):  # the zero neurons' rows may have been cleared in a copy
+        found.append(layer.down_weight)
     if layer.keep_dense or layer.up_weight.dtype == torch.bfloat16:  # the latter may be kept a second time, in tiles
         found += [layer.up_weight, layer.gate_weight, layer.up_bias, layer.gate_bias, layer.down_weight]
     return [t.detach() for t in found if t is not None]

@@ -112,13 +112,13 @@ def _prepare(config: ConvertConfig, work: Path) -> _Job:
         UserError: For anything the user can mend.
     """
     device, model_config = process_device(config.device), read_dense_config(config.model, config.revision)
+    hub.refuse_quantised(config.model, model_config)
     sparsified = prepare_sparsify(config, work) if config.sparsify != "skip" else None
     if sparsified:
         model_config = sparsified.job.changed  # the activation may be another one
     plan, processor = make_plan(model_config, config), hub.load_processor(config.model, model_config, config.revision)
     calibration, held_out = batches_for(config, model_config, plan, processor)
     asleep = fit_to_data(plan, calibration[0], config.data)
-    hub.refuse_quantised(config.model, model_config)
     hub.check_safetensors(config.model)
     return _Job(device, model_config, sparsified, plan, processor, calibration, held_out, asleep)
 

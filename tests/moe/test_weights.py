@@ -13,10 +13,11 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from test_memory import small
+from test_memory import converted, small
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.testing import assert_close
+from zoo import tiny
 
 from d2dmoe import keep_dense, set_gate, use_gate
 from d2dmoe.discovery import dummy_inputs
@@ -285,3 +286,17 @@ def test_settings_that_share_stand_ins_share_their_down_projection():
     y = layer(x)
     with use_backend("reference"):
         assert_close(y, layer(x), rtol=1e-4, atol=1e-4)
+
+
+@needs_native
+@pytest.mark.parametrize("active", [0.25, 1])
+@torch.no_grad()
+def test_rows_of_zero_neurons_that_an_adapter_has_filled_follow_as_well(active):
+    model = converted(tiny("gpt2"), delta_rank=0, linear_rank=0, router_width=8, experts=7)
+    inputs = dummy_inputs(model)
+    set_gate(model, active=active)
+    for factor in (1.0, 1.5, 0.5):
+        each(model, lambda layer, f=factor: layer.down_weight.data.mul_(f).add_(0.1))
+        y = model(**inputs).logits
+        with use_backend("reference"):
+            assert_close(y, model(**inputs).logits, rtol=1e-4, atol=1e-4)
