@@ -54,6 +54,7 @@ class Run:
     recipe: dict[str, Any]  # keys of `ConvertConfig`
     eval_data: str
     eval_limit: int
+    oracle: bool = True  # the row of `ORACLE_AT`, which computes every expert and so takes longer than all others
 
     @property
     def config(self) -> ConvertConfig:
@@ -71,7 +72,7 @@ class Run:
 def convert_and_evaluate(run: Run) -> dict[str, Any]:
     """Convert in memory; rows of `evaluate`, one per active fraction, and minutes of the conversion.
 
-    One more row, at `ORACLE_AT`, chooses experts by the true values of what the routers predict.
+    One more row, at `ORACLE_AT`, chooses experts by the true values of what the routers predict; a file may leave it out.
     """
     config = run.config
     subject = prepare(config.model, replace(config, data=run.eval_data), [], tokens=run.eval_limit)
@@ -82,7 +83,7 @@ def convert_and_evaluate(run: Run) -> dict[str, Any]:
     convert_model(model, config, calibration, blocks=plan.blocks)
     minutes = (time.time() - started) / 60
     settings = [{"active": target.value} for target in targets(config)]
-    settings += [{**setting, "oracle": True} for setting in settings if setting["active"] == ORACLE_AT]
+    settings += [{**setting, "oracle": True} for setting in settings if run.oracle and setting["active"] == ORACLE_AT]
     rows = evaluate(model, subject.batches, settings, metric=subject.metric, tokenizer=subject.tokenizer)
     return {**run.identity, "minutes": minutes, "rows": rows}
 
@@ -194,7 +195,7 @@ def runs_of(content: dict[str, Any], folders: dict[str, str]) -> list[Run]:
             for method, extra in content["methods"].items():
                 recipe = {"active": content.get("active", ACTIVE), "eval_tokens": 0, **keys, **extra}
                 recipe.update(own.get(method, {}))
-                runs.append(Run(name, method, seed, recipe, eval_data, limit))
+                runs.append(Run(name, method, seed, recipe, eval_data, limit, content.get("oracle", True)))
     for run in runs:
         hub.read_config(run.config.model)
     return runs
