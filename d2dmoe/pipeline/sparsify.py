@@ -227,7 +227,7 @@ def _trainer(
     teacher = hub.load_model(config.model, job.original, config.revision) if distils else None
     if teacher is not None:
         teacher.requires_grad_(False)
-    collate = collator(job.task, job.train, job.processor, config.seed)
+    collate = collator(job.task, job.train, job.processor, job.original, config.seed)
     set_seed(config.seed)  # adapters start at random
     trainer = SparsifyTrainer(
         model=_with_adapters(model, config), args=arguments, train_dataset=job.train.items,
