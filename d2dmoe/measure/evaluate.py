@@ -18,6 +18,7 @@ from ..config.options import DataConfig
 from ..config.record import D2DMoEConfig
 from ..data.batches import Batches, make_batches
 from ..data.documents import read_documents
+from ..discovery.positions import fit_to_positions
 from ..errors import UserError
 from ..kernels import dispatching
 from ..moe.gating import set_gate, stored_config
@@ -221,7 +222,7 @@ def prepare(
     for setting in settings:
         check_tau(setting.get("tau", 0.0), stored.gate if stored else "max")
     kind = hub.model_class(config, name)
-    data = hub.fit_length(data, config)
+    data = fit_to_positions(data, kind, config)
     documents = read_documents(data.data, part, data.text_column, data.label_column, data.header)
     processor = hub.load_processor(name, config)
     facts = hub.token_facts(name, config)

@@ -82,7 +82,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ["config alone", "tokenizer"])
 @pytest.mark.parametrize("task", ["auto", "masked_lm"])
 def test_token_ids_train_a_masked_model(name: str, task: str, models: Path, d2dmoe, tmp_path: Path) -> None:
-    argv = sparsify_argv(models / name, models / "ids.jsonl", tmp_path / "out", "--task", task, "--logging-steps", 1, steps=4)
+    argv = sparsify_argv(
+        models / name, models / "ids.jsonl", tmp_path / "out", "--task", task, "--logging-steps", 1, steps=4
+    )
     d2dmoe(*argv)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["task"] == "masked_lm"
