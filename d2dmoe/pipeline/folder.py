@@ -34,6 +34,8 @@ class Folder:
 
     def record(self) -> str:
         """`config.json` is readable, and its record consistent."""
+        if not self.folder.is_dir():
+            raise UserError("there is no such folder; verify takes one that is on this machine")
         self.config = hub.read_config(self.path)
         if not hub.is_converted(self.config):
             raise UserError(
