@@ -106,7 +106,9 @@ def run_traced(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Trace:
     trace = Trace(samples=samples, activations=(*fatrelu_names(model), *ACTIVATIONS))
     training = model.training
     model.eval()
-    with _instrumented(model, trace):
-        model(**inputs)
-    model.train(training)
+    try:
+        with _instrumented(model, trace):
+            model(**inputs)
+    finally:
+        model.train(training)
     return trace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -116,8 +117,12 @@ def _prepare(config: ConvertConfig, work: Path) -> _Job:
     sparsified = prepare_sparsify(config, work) if config.sparsify != "skip" else None
     if sparsified:
         model_config = sparsified.job.changed  # the activation may be another one
-    plan, processor = make_plan(model_config, config), hub.load_processor(config.model, model_config, config.revision)
-    calibration, held_out = batches_for(config, model_config, plan, processor)
+    processor = functools.cache(lambda: hub.load_processor(config.model, model_config, config.revision))
+    kind = hub.model_class(model_config, config.model)
+    parts = functools.cache(lambda: both_parts(config, kind, model_config, processor()))
+    plan = make_plan(model_config, config, lambda: parts()[0][0])
+    calibration, held_out = parts()
+    calibration, processor = calibration.shuffled(config.seed), processor()
     asleep = fit_to_data(plan, calibration[0], config.data)
     hub.check_safetensors(config.model)
     return _Job(device, model_config, sparsified, plan, processor, calibration, held_out, asleep)
@@ -168,14 +173,6 @@ def _figures(model: PreTrainedModel, held_out: Batches | None, processor: Any) -
         return []
     settings = [{"active": a} for a in sorted({*(b.active for b in stored_config(model).budgets), 1.0})]
     return evaluate(model, held_out, settings, tokenizer=processor)
-
-
-def batches_for(
-    config: ConvertConfig, model_config: Any, plan: ConversionPlan, processor: Any
-) -> tuple[Batches, Batches | None]:
-    """Calibration batches, shuffled, and held-out batches (`None` when `eval_tokens` is 0)."""
-    calibration, held_out = both_parts(config, plan.model_class, model_config, processor)
-    return calibration.shuffled(config.seed), held_out
 
 
 def _output_dtype(config: ConvertConfig, model_config: Any) -> torch.dtype:

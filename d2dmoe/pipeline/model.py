@@ -78,16 +78,17 @@ def convert_model(
             f"float32; load it with dtype=torch.float32 (cast it after the conversion)"
         )
     model.eval()
-    blocks = _blocks_of(model, config) if blocks is None else blocks
+    blocks = _blocks_of(model, config, batches) if blocks is None else blocks
     stored = _record(config, blocks)
     release_memory()
     orders = stage(work, "split", resume, lambda: _split(model, config, blocks, batches, say))
     twin = copy.deepcopy(model) if config.speedup and dense is None else None
-    reference, output = block_outputs(model, blocks), model_outputs(model)
+    sample = batches[0]
+    reference, output = block_outputs(model, blocks, sample), model_outputs(model, sample)
     attach(model, stored, [orders[block.name] for block in blocks], budgets=len(targets(config)))
     _zero_constants(model)
     _let_go_of_files(model)
-    verify(model, reference, output)
+    verify(model, reference, output, sample)
     log = _routers(model, config, batches, work, resume)
     say("routers done; calibrating")
     dense = dense or (lambda: twin)
@@ -111,9 +112,9 @@ def _record(config: ConvertConfig, blocks: list[Block]) -> D2DMoEConfig:
     )  # fmt: skip
 
 
-def _blocks_of(model: PreTrainedModel, config: ConvertConfig) -> list[Block]:
+def _blocks_of(model: PreTrainedModel, config: ConvertConfig, batches: Batches) -> list[Block]:
     """Every block of the model, each with its number of experts."""
-    blocks = discover(model).blocks
+    blocks = discover(model, sample=lambda: batches[0]).blocks
     if not blocks:
         raise UserError("no feed-forward block found in this model")
     for block in blocks:

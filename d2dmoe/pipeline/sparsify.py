@@ -36,6 +36,7 @@ from ..training import accelerate_state_kept, broadcast, on_cpu, pick_device
 from ..twin import read_dense_config
 from ..version import __version__
 from .parts import both_parts
+from .plan import survey
 from .workdir import (
     check_recipe,
     finish_publishing,
@@ -74,9 +75,9 @@ def prepare(config: SparsifyConfig) -> Job:
     if getattr(original, "quantization_config", None) is not None:
         done = "already converted" if hub.is_converted(original) else "quantised"
         raise UserError(f"--model {config.model}: {done}; sparsify comes before that, on the dense model")
-    kind = hub.model_class(original, config.model)
-    bones = skeleton(kind, original)
-    if not discover(bones).blocks:
+    bones, found = survey(original, config.model)
+    kind = type(bones)
+    if not found.blocks:
         raise UserError(f"--model {config.model}: no feed-forward block found, so there is nothing to sparsify")
     changed = original
     if config.activation != "keep":
