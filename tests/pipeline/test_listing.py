@@ -13,6 +13,7 @@ import transformers
 from cli_support import BERT, GPT2, convert_argv, names, run_in_process, save_model
 from zoo import CASES, tiny
 
+from d2dmoe import hub
 from d2dmoe.config import ConvertConfig, UserError
 from d2dmoe.discovery import NoInputsError, discover, dummy_inputs, skeleton
 from d2dmoe.pipeline.plan import fit_to_data, make_plan
@@ -121,7 +122,7 @@ class Odd(transformers.BertForMaskedLM):
 @pytest.fixture
 def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """The model in a folder, with rows of ids that do or do not end with the end token."""
-    monkeypatch.setattr(transformers, "Odd", Odd, raising=False)
+    monkeypatch.setattr(hub.transformers, "Odd", Odd, raising=False)
     save_model("BertForMaskedLM", tmp_path / "odd", tokenizer=False, **BERT)
     config = json.loads((tmp_path / "odd" / "config.json").read_text())
     (tmp_path / "odd" / "config.json").write_text(json.dumps(config | {"architectures": ["Odd"]}))
