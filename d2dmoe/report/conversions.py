@@ -77,8 +77,32 @@ def read_conversion(path: str | Path, name: str | None = None) -> Conversion:
     _check_results(results, path)
     record = (_json(folder / "config.json") or {}).get("quantization_config") or {}
     times = [row for file in sorted(folder.glob(TIMES)) for row in _model_times(file)]
-    name = name or folder.resolve().name
-    return Conversion(name, folder, results, _recipe(folder / "recipe.yaml"), record, _json(folder / USAGE), times)
+    name, usage = name or folder.resolve().name, _json(folder / USAGE)
+    if usage is not None and not _is_usage(usage):
+        raise UserError(
+            f"{folder / USAGE}: holds other counts than those of convert; delete it to go without, or convert again"
+        )
+    return Conversion(name, folder, results, _recipe(folder / "recipe.yaml"), record, usage, times)
+
+
+def _is_usage(usage: dict[str, Any]) -> bool:
+    """Whether the counts have the form that `collect_usage` gives them."""
+    try:
+        layers = [layer for budget in usage["budgets"] for layer in budget["layers"]]
+        counted = [layer for layer in layers if "active" in layer]
+        samples = [pair for sample in usage["samples"] for pair in sample["active"]]
+        return (
+            all(len(b["layers"]) == len(usage["blocks"]) and b["active"] + 0.0 for b in usage["budgets"])
+            and all(isinstance(layer["experts"], int) for layer in layers)
+            and all(sum(layer["usage"]) + layer["active"] >= 0 for layer in counted)
+            and all(sum(layer["k"]) > 0 and layer["k_step"] > 0 for layer in counted)
+            and all(len(shares) > 0 and active + 0.0 for active, shares in samples)
+            and all(
+                len(s["pieces"]) == len(shares) for s in usage["samples"] if "pieces" in s for _, shares in s["active"]
+            )
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
 
 
 def _json(file: Path) -> dict[str, Any] | None:

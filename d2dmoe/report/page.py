@@ -83,14 +83,15 @@ def _facts(conversion: Conversion) -> dict[str, Any]:
     """The head of the page: what was converted, on what, where and when."""
     recipe, results, machine = conversion.recipe, conversion.results, conversion.results.get("machine", {})
     unknown = "unknown"
-    where = [machine.get("processor"), machine.get("gpu"), f"{machine.get('threads', '?')} threads"]
+    threads = machine.get("threads", "unknown")
+    where = [machine.get("processor"), machine.get("gpu"), f"{threads} thread{'s' * (threads != 1)}"]
     facts = {
         "model": conversion.name, "base": recipe.get("model", unknown), "data": recipe.get("data", unknown),
         "second text": recipe.get("also_eval"), "preset": recipe.get("preset", unknown),
         "blocks": _blocks(conversion), "machine": ", ".join(filter(None, where)),
         "versions": f"d2dmoe {results.get('d2dmoe', unknown)}, torch {machine.get('torch', unknown)}, "
         f"transformers {machine.get('transformers', unknown)}",
-        "date": results.get("date", unknown),
+        "date": str(results.get("date", unknown)).replace("T", " ").replace("+00:00", " UTC"),
     }  # fmt: skip
     command = " ".join(map(str, results.get("command", []))) or unknown
     return {"facts": {k: v for k, v in facts.items() if v}, "command": command, "title": conversion.title}

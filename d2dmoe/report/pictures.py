@@ -19,13 +19,13 @@ from .tables import short_names
 INK = "#2a2c31"  # text and axes: readable as it is in a PNG, replaced by the page's text colour in an SVG
 COLOURS = ("#3f7fd0", "#d9722e", "#2f9e78", "#b357b8", "#b08a1e", "#c9485b")  # readable on white and on black
 SETTINGS = {
-    "font.size": 10, "font.family": ["DejaVu Sans", "Helvetica", "Arial", "sans-serif"], "svg.fonttype": "none",
+    "font.size": 10, "font.family": "DejaVu Sans", "svg.fonttype": "none",
     "svg.hashsalt": "d2dmoe", "text.parse_math": False, "text.color": INK, "axes.labelcolor": INK,
     "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 10, "axes.spines.top": False,
     "axes.spines.right": False, "figure.facecolor": "none", "axes.facecolor": "none", "legend.frameon": False,
     "savefig.facecolor": "none", "legend.fontsize": 9, "image.cmap": "viridis",
 }  # fmt: skip
-SIZE = (4.8, 3.4)  # inches: what a phone shows without making the letters too small
+SIZE = (4.8, 3.2)  # inches: what a phone shows without making the letters too small
 Figure = Any  # matplotlib's
 DENSE = "dense"
 
@@ -74,11 +74,11 @@ def _usage_plans(usage: dict[str, Any]) -> Iterator[tuple[str, str, Callable[[],
                    lambda s=sample: patches(s))  # fmt: skip
 
 
-def _axes(size: tuple[float, float] = SIZE, **words: str) -> tuple[Figure, Any]:
+def _axes(**words: str) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size)
-    axes = figure.add_axes((0.15, 0.16, 0.81, 0.74))
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_axes((0.15, 0.15, 0.82, 0.82))
     axes.set(**words)
     return figure, axes
 
@@ -104,15 +104,17 @@ def quality_against_time(conversions: list[Conversion]) -> Figure:
     for conversion, label in labels(conversions):
         quality = {row.get("active", 1.0): row["metric"]["value"] for row in conversion.rows}
         for panel, rows in panels(conversion.times).items():
-            points = sorted(
-                (r["sparse_ms"] / r["dense_ms"], quality[r["active"]]) for r in rows if r["active"] in quality
-            )
+            known = [row for row in rows if row["active"] in quality]
+            known.sort(key=lambda row: row["active"])
+            points = [(row["sparse_ms"] / row["dense_ms"], quality[row["active"]]) for row in known]
             if points:
                 name = f"{label}, {panel}" if len(conversions) > 1 else panel
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=5, color=next(colours), label=name)
                 axes.plot([1.0], [conversion.rows[0]["dense"]["value"]], "*", color=INK, markersize=11, zorder=3)
     axes.plot([], [], "*", color=INK, markersize=9, label=DENSE)
-    _finish(axes, metric)
+    axes.set_xlim(left=0)
+    axes.set_position((0.15, 0.34, 0.82, 0.63))
+    _finish(axes, metric, loc="upper center", bbox_to_anchor=(0.45, -0.22), ncols=1 + (len(conversions) == 1))
     return figure
 
 
@@ -178,7 +180,9 @@ def _heat(figure: Figure, axes: Any, shares: Any, label: str, most: float | None
     drawn = axes.imshow(shares, aspect="auto", interpolation="nearest", vmin=0, vmax=most, extent=extent)
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    bar = figure.colorbar(drawn, ax=axes, fraction=0.05, pad=0.03, label=label)
+    left, bottom, _, height = axes.get_position().bounds
+    axes.set_position((left - 0.03, bottom, 0.7, height))
+    bar = figure.colorbar(drawn, cax=figure.add_axes((left + 0.69, bottom, 0.03, height)), label=label)
     bar.outline.set_visible(False)
 
 
@@ -218,13 +222,13 @@ def _colours() -> Iterator[str]:
         yield from COLOURS
 
 
-def _finish(axes: Any, metric: str | None) -> None:
+def _finish(axes: Any, metric: str | None, **legend: Any) -> None:
     if metric in LOG_METRICS:
         values = [v for line in axes.lines for v in line.get_ydata()]
         if max(values) > 4 * min(values) > 0:
             axes.set_yscale("log")
     axes.grid(alpha=0.25, color=INK, linewidth=0.6)
-    axes.legend()
+    axes.legend(**legend)
 
 
 def as_svg(figure: Figure, prefix: str, title: str) -> str:
@@ -241,7 +245,7 @@ def as_svg(figure: Figure, prefix: str, title: str) -> str:
     text = stream.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'\b(id=")|(url\(#)|(href="#)', lambda m: f"{m[0]}{prefix}-", text)
-    text = text.replace(INK, "currentColor")
+    text = text.replace(INK, "currentColor").replace("'DejaVu Sans'", "'DejaVu Sans', sans-serif")
     head, rest = text.split(">", 1)
     head = re.sub(r' (width|height|version)="[^"]*"', "", head)
     name = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
