@@ -9,13 +9,14 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import HfApi, errors
+from huggingface_hub.utils import filter_repo_objects
 
 from .. import hub
 from ..errors import UserError, first_line
 from .folder import CHECKS, Folder
 
 NEEDED = ("config.json", "results.json", "recipe.yaml", "README.md")
-LEFT_HERE = [".*", ".*/*", "*.partial/*", "*.tmp"]
+LEFT_HERE = [".*", "*/.*", "*.partial/*", "*.tmp"]  # hidden files, working folders, files half written
 QUICK = ("record", "files", "checksums")  # of the checks of `verify`: those that load no model
 
 
@@ -52,7 +53,8 @@ def push(
         raise
     except Exception as error:
         raise _explain(folder, repository, error) from None
-    files = sum(1 for path in Path(folder).rglob("*") if path.is_file())
+    here = (path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
+    files = sum(1 for _ in filter_repo_objects(here, ignore_patterns=LEFT_HERE))
     return {"repository": made.repo_id, "address": str(made), "commit": commit.oid, "files": files}
 
 
