@@ -18,6 +18,6 @@ def quality_loss(row: dict[str, Any]) -> float:
 
 def loss_unit(metric: str) -> str:
     """The unit in which `quality_loss` counts."""
-    nats = {"perplexity": "nats per token", "masked_lm": "nats per token", "accuracy": "KL in nats",
+    nats = {"perplexity": "nats", "masked_lm": "nats", "accuracy": "KL in nats",
             "kl_to_dense": "KL in nats"}  # fmt: skip
     return nats.get(metric, "1 − cosine")

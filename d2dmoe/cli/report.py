@@ -34,6 +34,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
             refresh_card(only)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror}); name another file") from None
-    pictures = f", and {len(files) - 1} pictures in {output.with_suffix('')}" if len(files) > 1 else ""
+    count = len(files) - 1
+    pictures = f", and {count} picture{'s' * (count > 1)} in {output.with_suffix('')}" if count else ""
     emit(arguments, command, 0, [{"file": str(file)} for file in files], f"{output}{pictures}")
     return 0

@@ -15,6 +15,11 @@ from ..quality import quality_loss
 USAGE, RESULTS, TIMES = "report.json", "results.json", "bench*.json"
 
 
+def percent(active: float) -> str:
+    """An active fraction in per cent, exact enough to tell budgets apart: `25 %`, `33.41 %`."""
+    return f"{100 * active:.4g} %"
+
+
 @dataclass
 class Conversion:
     """One converted folder.
@@ -57,7 +62,7 @@ class Conversion:
         if row.get("active", 1.0) == 1:
             return "dense"
         budgets = self.record.get("budgets", [])
-        goals = [b.get("objective") for b in budgets if abs(b["active"] - row["active"]) < 1e-9]
+        goals = [b.get("objective") for b in budgets if abs(b.get("active", 0) - row["active"]) < 1e-9]
         goal = next(filter(None, goals), "")
         return goal.replace("=", " ") if goal else f"active {row['active']:g}"
 
@@ -75,7 +80,8 @@ def read_conversion(path: str | Path, name: str | None = None) -> Conversion:
     if results is None:
         raise UserError(f"{path}: has no {RESULTS}; give a folder that d2dmoe convert has written")
     _check_results(results, path)
-    record = (_json(folder / "config.json") or {}).get("quantization_config") or {}
+    record = (_json(folder / "config.json") or {}).get("quantization_config")
+    record = record if isinstance(record, dict) and record.get("quant_method") == "d2dmoe" else {}
     times = [row for file in sorted(folder.glob(TIMES)) for row in _model_times(file)]
     name, usage = name or folder.resolve().name, _json(folder / USAGE)
     if usage is not None and not _is_usage(usage):
@@ -142,6 +148,7 @@ def _check_results(results: dict[str, Any], path: str | Path) -> None:
     if isinstance(rows, list) and any(isinstance(row, dict) and row.get("model") == "after" for row in rows):
         raise UserError(f"{path}: is a sparsified dense model; convert it first, the report is of a conversion")
     try:
+        _ = results.get("machine", {}).get("processor"), [*results.get("command", [])]
         for row in rows:
             quality_loss(row), row["dense"]["value"]
             _ = [row[key] + 0.0 for key in ("active_fraction", "flops_fraction_ffn", "flops_fraction_model")]

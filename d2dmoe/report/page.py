@@ -12,7 +12,7 @@ from markupsafe import Markup
 from ..files import write_text
 from ..quality import loss_unit, quality_loss
 from .card_sections import with_times
-from .conversions import TIMES, USAGE, Conversion, check_comparable, read_conversion
+from .conversions import TIMES, USAGE, Conversion, check_comparable, percent, read_conversion
 from .pictures import as_svg, can_draw, draw, labels, save_png
 
 PAGE, EXTRA = "report.html", "pip install d2dmoe-toolkit[plot]"
@@ -171,7 +171,7 @@ def layer_table(conversion: Conversion) -> Table | None:
         return None
     header = ["block", "experts"]
     for budget in usage["budgets"]:
-        header += [f"active at {budget['active']:.0%}", "k, 5–50–95 %", "experts used by no token"]
+        header += [f"active at {percent(budget['active'])}", "k, 5–50–95 %", "experts used by no token"]
     body = []
     for number, block in enumerate(usage["blocks"]):
         cells = [block, str(usage["budgets"][0]["layers"][number]["experts"])]
@@ -207,7 +207,7 @@ def _samples(conversion: Conversion) -> list[dict[str, Any]]:
         span = max(high - low, 1e-9)
         shade = lambda share, low=low, span=span: max(0, min(LEVELS - 1, int((share - low) / span * LEVELS)))  # noqa: E731
         found.append({
-            "active": f"{active:.0%}", "low": f"{low:.0%}", "high": f"{high:.0%}",
+            "active": percent(active), "low": f"{low:.0%}", "high": f"{high:.0%}",
             "mean": _number(statistics.mean(every)),
             "texts": [[{"text": piece, "share": f"{share:.0%}", "shade": shade(share)}
                        for piece, share in zip(pieces, shares, strict=True)] for pieces, shares in mine],
@@ -227,7 +227,7 @@ def _missing(conversions: list[Conversion], drawn: bool) -> list[str]:
             found.append(
                 f"{label}: there is no {USAGE}, so experts, layers and samples are missing; convert writes it."
             )
-        if not conversion.times:
+        if not conversion.times and (conversion.usage or {}).get("kind") != "images":  # which bench does not time
             found.append(
                 f"{label}: no measured times. d2dmoe bench --model DIR --json DIR/{TIMES.replace('*', '')} writes "
                 f"them, and d2dmoe report DIR adds them."

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .conversions import Conversion
+from .conversions import Conversion, percent
 from .plots import LOG_METRICS
 from .tables import short_names
 
@@ -64,10 +64,10 @@ def _drawing() -> Iterator[None]:
 def _usage_plans(usage: dict[str, Any]) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
     yield "layers", "Active fraction of each layer", lambda: compute_by_layer(usage)
     for budget in usage["budgets"]:
-        percent = f"{budget['active']:.0%}"
-        ending = percent.replace("%", "").strip()
-        yield f"experts-{ending}", f"Experts used at budget {percent}", lambda b=budget: experts_used(b)
-        yield f"k-{ending}", f"Experts per token at budget {percent}", lambda b=budget: experts_per_token(b)
+        share = percent(budget["active"])
+        ending = share.removesuffix(" %")
+        yield f"experts-{ending}", f"Experts used at budget {share}", lambda b=budget: experts_used(b)
+        yield f"k-{ending}", f"Experts per token at budget {share}", lambda b=budget: experts_per_token(b)
     for number, sample in enumerate(usage["samples"]):
         if "png" in sample:
             yield (f"image-{number + 1}", f"Share of experts over the patches of image {number + 1}",
@@ -132,7 +132,7 @@ def compute_by_layer(usage: dict[str, Any]) -> Figure:
     figure, axes = _axes(xlabel="layer", ylabel="active fraction")
     for colour, budget in zip(_colours(), usage["budgets"], strict=False):
         points = [(n, layer["active"]) for n, layer in enumerate(budget["layers"]) if "active" in layer]
-        label = f"{budget['active']:.0%} overall"
+        label = f"{percent(budget['active'])} overall"
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=label)
     axes.set_ylim(0, 1.02)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -192,19 +192,21 @@ def patches(sample: dict[str, Any]) -> Figure:
     from matplotlib.figure import Figure
 
     image = matplotlib.image.imread(io.BytesIO(base64.b64decode(sample["png"])))
+    grey = image[..., :3].mean(-1)  # colours are those of the shares
     figure = Figure(figsize=(4.8, 2.0))
     every = figure.subplots(1, 1 + len(sample["active"]), squeeze=False)[0]
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.86, wspace=0.06)
     extent = (0, image.shape[1], image.shape[0], 0)
     for axes, (active, shares) in zip(every, [(None, None), *sample["active"]], strict=True):
-        axes.imshow(image, extent=extent, interpolation="nearest")
         axes.set_axis_off()
         if shares is None:
-            axes.set_title("image")
+            axes.imshow(image, extent=extent, interpolation="nearest")
+            axes.set_title("image", fontsize=8)
         else:
             values = [value for row in shares for value in row]
-            axes.imshow(shares, extent=extent, interpolation="nearest", cmap="magma", alpha=0.65)
-            axes.set_title(f"{active:.0%}: {min(values):.2f}–{max(values):.2f}", fontsize=8)
+            axes.imshow(grey, extent=extent, interpolation="nearest", cmap="gray", vmin=0, vmax=1)
+            axes.imshow(shares, extent=extent, interpolation="nearest", alpha=0.6)
+            axes.set_title(f"{percent(active)}: {min(values):.2f}–{max(values):.2f}", fontsize=8)
     return figure
 
 
@@ -227,6 +229,7 @@ def _finish(axes: Any, metric: str | None, **legend: Any) -> None:
         values = [v for line in axes.lines for v in line.get_ydata()]
         if max(values) > 4 * min(values) > 0:
             axes.set_yscale("log")
+    axes.locator_params(axis="x", nbins=6)
     axes.grid(alpha=0.25, color=INK, linewidth=0.6)
     axes.legend(**legend)
 

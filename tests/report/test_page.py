@@ -396,6 +396,21 @@ def test_a_fault_in_the_report_does_not_cost_the_conversion(home, d2dmoe, tmp_pa
     assert "there is no report.json" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_the_report_is_written_before_the_folder_appears(home, d2dmoe, tmp_path, monkeypatch):
+    def interrupt(*_, **__) -> None:
+        assert not (tmp_path / "out").exists()
+        raise KeyboardInterrupt
+
+    argv = convert_argv(home / "dense", home / "text.txt", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("d2dmoe.pipeline.reporting.write_report", interrupt)
+        d2dmoe(*argv, code=130)
+    assert names(tmp_path) == {"out.partial"}
+    d2dmoe(*argv, "--resume")
+    assert names(tmp_path) == {"out"}
+    assert {"report.html", "report.json"} <= names(tmp_path / "out")
+
+
 def test_a_converted_model_converted_again_takes_no_old_report_along(home):
     from d2dmoe.hub import companions
 
