@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import httpx
 import pytest
 from cli_support import run_python
 from hub_mirror import mirror_environment
@@ -77,8 +76,11 @@ def test_what_is_sent(home, folder, tmp_path):
 
 
 def test_no_hub(folder, d2dmoe, monkeypatch):
+    class ConnectError(Exception):
+        """As the HTTP library of huggingface_hub calls it; which library that is differs between its releases."""
+
     def unreachable(*_, **__) -> None:
-        raise httpx.ConnectError("[Errno 111] Connection refused")
+        raise ConnectError("[Errno 111] Connection refused")
 
     monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", unreachable)

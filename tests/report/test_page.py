@@ -311,6 +311,15 @@ def test_several_conversions_side_by_side(home, folder, d2dmoe, tmp_path):
     assert "paper (the paper's rule)</text>" in svg
 
 
+def test_a_budget_is_called_by_the_goal_of_the_user(folder, d2dmoe):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["budgets"][1]["objective"] = "flops=0.91"
+    (folder / "config.json").write_text(json.dumps(config))
+    d2dmoe("report", folder)
+    _, *body = read(folder / "report.html").tables[0]
+    assert [line[0] for line in body] == ["active 0.25", "flops 0.91", "active 0.75", "dense"]
+
+
 def test_the_curves_are_the_rows(folder):
     from d2dmoe.report.conversions import read_conversion
 
