@@ -9,7 +9,7 @@ from ..errors import UserError
 from .output import emit
 
 NAME = "report"
-HELP = "write the page on a conversion again, or put several side by side"
+HELP = "make report.html of a converted folder again, or put several conversions side by side on one page"
 
 
 def add_flags(sub: argparse.ArgumentParser) -> None:
