@@ -114,7 +114,7 @@ LEFT_BEHIND = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.ot",
     "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.mlmodel", "*.tflite", "*.pkl", "onnx/*", "openvino/*",
     "coreml/*", ".*", "*/.*", "checkpoint-*/*", "runs/*", "config.json", "README.md", "recipe.yaml", "results.json",
-    CHECKSUMS,
+    CHECKSUMS, "report.html", "report.json", "report/*.png", "bench*.json",
 )  # fmt: skip
 
 
