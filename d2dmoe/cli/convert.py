@@ -33,13 +33,8 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
     flags = {**given(arguments, ConvertConfig), **further}
     config = resolve(ConvertConfig, read_recipe(arguments.recipe), flags)
     from ..pipeline.convert import convert
-<<<<<<< HEAD
     from ..pipeline.plan import check_fed, make_plan
-    from ..report import eval_table, write_json
-=======
-    from ..pipeline.plan import make_plan
     from ..report import drift_table, eval_table, write_json
->>>>>>> report
     from ..training import first_process
     from ..twin import read_dense_config
 
