@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..moe.layer import DynamicFFN, layers
+from ..moe.projection import DynamicProjection, projections
 from ..progress import progress
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
@@ -72,6 +73,30 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[dict[str, torch.
     watched = layers(model)
     for index, layer in enumerate(watched):
         layer.observer = watch(index)
+    try:
+        yield current
+    finally:
+        for layer in watched:
+            layer.observer = None
+
+
+@contextmanager
+def observing_projections(
+    model: nn.Module, observer: Callable[[DynamicProjection, torch.Tensor, torch.Tensor | None], None]
+) -> Iterator[dict[str, torch.Tensor | None]]:
+    """Have `observer(layer, x, keep)` called in every projection at every forward pass; otherwise as `observing`."""
+    current: dict[str, torch.Tensor | None] = {"mask": None}
+
+    def call(layer: DynamicProjection, x: torch.Tensor, keep: torch.Tensor | None) -> None:
+        mask = current["mask"]
+        if mask is not None and mask.numel() == x.shape[0] and not mask.all():
+            wanted = mask.reshape(-1).bool()
+            x, keep = x[wanted], None if keep is None else keep[wanted]
+        observer(layer, x, keep)
+
+    watched = projections(model)
+    for layer in watched:
+        layer.observer = call
     try:
         yield current
     finally:
