@@ -20,14 +20,14 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, command: list[str]) -> int:
     """Run the verb; returns the exit code."""
     from .. import hub
-    from ..discovery import discover, skeleton
+    from ..discovery import discover, find_projections, skeleton
     from ..pipeline.plan import describe
     from ..report import list_table
 
     model_config = hub.read_config(arguments.model, arguments.revision)
     model = skeleton(hub.model_class(model_config, arguments.model), model_config)
-    rows = describe(discover(model))
+    rows = describe(discover(model), find_projections(model))
     emit(arguments, command, 0, rows, list_table(rows))
-    if not any(row["converted"] for row in rows):
+    if not any(row["converted"] and row["kind"] != "attention" for row in rows):
         raise UserError(f"--model {arguments.model}: no feed-forward block found; give another model")
     return 0

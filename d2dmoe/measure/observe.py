@@ -143,6 +143,25 @@ def run_observed(model: nn.Module, batches: Iterable[dict[str, Any]], observer: 
                 model(**model_inputs(model, batch))
 
 
+class ChannelCounter:
+    """An observer of projections that counts the input channels that run, padding left out."""
+
+    def __init__(self) -> None:
+        self.executed: dict[int, int] = {}
+        self.possible: dict[int, int] = {}
+
+    def __call__(self, layer: DynamicProjection, x: torch.Tensor, keep: torch.Tensor | None) -> None:
+        """See `observing_projections`."""
+        self.possible[layer.number] = self.possible.get(layer.number, 0) + x.numel()
+        self.executed[layer.number] = self.executed.get(layer.number, 0) + (
+            x.numel() if keep is None else int(keep.sum())
+        )
+
+    def fraction(self, number: int) -> float:
+        """Share of the channels of one projection that ran; 1 if it never ran."""
+        return self.executed[number] / self.possible[number] if self.possible.get(number) else 1.0
+
+
 class ActiveCounter:
     """An observer that counts executed (token, expert) pairs of each layer, padding left out."""
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
-from ..config.projections import Projection
+from ..config.projections import Projection, ProjectionState
 from ..config.record import D2DMoEConfig
 from ..config.validate import MEND, WHERE, refuse
 from ..errors import UserError
 from ..tensors import PROJECTED, Shapes
 from .check import LINEAR
 from .packing import sizes
-from .projection import DynamicProjection, make_projection
+from .projection import DynamicProjection, make_projection, projections
 
 Localised = list[tuple[int, Projection]]  # number in the record, and the projection under the names of this class
 
@@ -72,3 +73,22 @@ def check_projected(layers: Iterable[DynamicProjection], shapes: Shapes, prefix:
                     f"{WHERE} of config.json gives {full} the shape {wanted} (inputs, outputs and rank), and the "
                     f"checkpoint has it in {found}; {MEND}"
                 )
+
+
+@torch.no_grad()
+def trim_projections(model: nn.Module, config: D2DMoEConfig) -> None:
+    """Keep no more of a basis than the budgets use, and make projections plain again that all budgets run dense."""
+    used = [[budget.projection_states[n] for budget in config.budgets] for n in range(len(config.projections))]
+    keep = [any(state.method != "dense" for state in states) for states in used]
+    for layer, states, kept in zip(projections(model), used, keep, strict=True):
+        layer.gate_state = ProjectionState()
+        if not kept:
+            model.set_submodule(layer.projection.name, layer.dense())
+            continue
+        rank = max((rank for state in states for rank in state.ranks), default=0)
+        layer.projection.rank = rank
+        layer.low_rank_in = nn.Parameter(layer.low_rank_in[:, :rank].clone(), requires_grad=False)
+        layer.low_rank_out = nn.Parameter(layer.low_rank_out[:rank].clone(), requires_grad=False)
+    config.keep_projections(keep)
+    for number, layer in enumerate(projections(model)):
+        layer.number = number

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...attention.bases import Basis
 from ...config.projections import ProjectionState
 from ...data.batches import Batches
 from ...measure.observe import model_inputs, observing_projections, pieces, trunk
@@ -131,21 +130,23 @@ KINDS = {"low-rank": ("low-rank",), "channels": ("channels", "channels+"), "auto
 
 
 @torch.no_grad()
-def groups_of(model: nn.Module, batches: Batches, bases: Sequence[Basis], attention: str) -> list[Group]:
+def groups_of(
+    model: nn.Module, batches: Batches, spectra: Sequence[list[torch.Tensor]], attention: str
+) -> list[Group]:
     """The groups of a model whose bases are fitted, with the costs of their ways.
 
     Args:
         model: Converted model.
         batches: Calibration batches; the costs are measured on the last of them.
-        bases: Of its projections.
+        spectra: Of the bases of its projections, see `Basis`.
         attention: Key of `KINDS`.
     """
     layers, scores = projections(model), _scores(model, batches)
     found = []
     for group in dict.fromkeys(layer.projection.group for layer in layers):
         members = [n for n, layer in enumerate(layers) if layer.projection.group == group]
-        spectra = [bases[n].spectra for n in members]
-        found.append(Group(members, [layers[n] for n in members], spectra, scores[group], KINDS[attention]))
+        own = [spectra[n] for n in members]
+        found.append(Group(members, [layers[n] for n in members], own, scores[group], KINDS[attention]))
     _measure(model, batches, found)
     return found
 
