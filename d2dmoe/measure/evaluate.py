@@ -143,9 +143,7 @@ def _dense_costs() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _costs(
-    model: nn.Module, counter: ActiveCounter, channels: ChannelCounter, dense: DenseCost
-) -> dict[str, Any]:
+def _costs(model: nn.Module, counter: ActiveCounter, channels: ChannelCounter, dense: DenseCost) -> dict[str, Any]:
     """Active and FLOP fractions of the gate in force."""
     by_layer = counter.by_layer(len(layers(model)))
     before = dense.blocks(dense_ffn_flops(layer) for layer in layers(model))

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..moe.gating import set_gate
 from ..config.projections import ProjectionState
+from ..moe.gating import set_gate
 from ..moe.layer import DynamicFFN, GateState, layers
 from ..moe.projection import DynamicProjection, projections
 from .observe import observing, observing_projections
@@ -90,7 +90,6 @@ class DenseCost:
         """FLOPs per token of all blocks, from those per row of each."""
         return sum(row * each for row, each in zip(self.rows, flops, strict=True))
 
-
     def projections(self, flops: Iterable[float]) -> float:
         """FLOPs per token of all projections around attention, from those per row of each."""
         return sum(row * each for row, each in zip(self.projection_rows, flops, strict=True))
@@ -112,7 +111,7 @@ def dense_cost(model: nn.Module, inputs: dict[str, torch.Tensor]) -> DenseCost:
 
 def _rows_of_calls(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[list[float], list[float]]:
     """For each converted block and projection, the rows of one call in one pass."""
-    seen, projected = [0] * len(layers(model)), {layer: 0 for layer in projections(model)}
+    seen, projected = [0] * len(layers(model)), dict.fromkeys(projections(model), 0)
 
     def count(index, layer, x, hidden, scores, run):
         seen[index] += x.shape[0]

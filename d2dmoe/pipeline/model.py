@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..config.options import ConvertConfig
 from ..attention.bases import fit_bases
+from ..config.options import ConvertConfig
 from ..config.projections import Projection
 from ..config.record import Block, D2DMoEConfig
 from ..config.sizes import attention_way, choose_experts, choose_projections, ranks, shared_experts, targets
@@ -25,9 +25,9 @@ from ..measure.observe import release_memory
 from ..moe.gating import set_gate
 from ..moe.layer import layers
 from ..moe.loader import attach, remember
+from ..moe.packing import Neurons
 from ..moe.projected import trim_projections
 from ..moe.projection import projections as dynamic_projections
-from ..moe.packing import Neurons
 from ..progress import progress
 from ..stages.budgets.calibrate import calibrate, calibrate_again
 from ..stages.budgets.projections import groups_of
@@ -104,9 +104,7 @@ def convert_model(
     say("routers done; calibrating")
     dense = dense or (lambda: twin)
     spectra = _bases(model, config, batches, work, resume) if projections else []
-    fitted(
-        work, "stand-ins", resume, model, stored, lambda: _calibrate(model, config, stored, batches, dense, spectra)
-    )
+    fitted(work, "stand-ins", resume, model, stored, lambda: _calibrate(model, config, stored, batches, dense, spectra))
     if config.heal and stored.budgets:
         say(f"healing: {config.heal} steps of distillation from the dense model")
         fitted(

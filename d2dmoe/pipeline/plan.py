@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..config.options import ConvertConfig
-from ..config.record import Block, router_width
 from ..config.projections import Projection
+from ..config.record import Block, router_width
 from ..config.sizes import choose_experts, choose_projections, divisors, ranks, targets
 from ..discovery.blocks import Discovery, discover
 from ..discovery.inputs import dummy_inputs
@@ -47,7 +47,8 @@ class ConversionPlan:
     def summary(self) -> dict[str, Any]:
         """Plain figures for reports."""
         return {
-            "blocks": len(self.blocks), "projections": len(self.projections),
+            "blocks": len(self.blocks),
+            "projections": len(self.projections),
             "dense_parameters": self.dense_parameters,
             "added_parameters": self.added_parameters,
             "padded_neurons": sum(block.slots - block.width for block in self.blocks),

@@ -126,13 +126,15 @@ class Group:
         return np.maximum.accumulate(costs[::-1])[::-1].tolist()
 
 
-KINDS = {"low-rank": ("low-rank",), "channels": ("channels", "channels+"), "auto": ("low-rank", "channels", "channels+")}
+KINDS = {
+    "low-rank": ("low-rank",),
+    "channels": ("channels", "channels+"),
+    "auto": ("low-rank", "channels", "channels+"),
+}
 
 
 @torch.no_grad()
-def groups_of(
-    model: nn.Module, batches: Batches, spectra: Sequence[list[torch.Tensor]], attention: str
-) -> list[Group]:
+def groups_of(model: nn.Module, batches: Batches, spectra: Sequence[list[torch.Tensor]], attention: str) -> list[Group]:
     """The groups of a model whose bases are fitted, with the costs of their ways.
 
     Args:

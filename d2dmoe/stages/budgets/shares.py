@@ -14,7 +14,7 @@ from ...measure.flops import dense_cost, dense_ffn_flops
 from ...measure.observe import model_inputs, pieces
 from ...moe.layer import layers
 from .allocate import allocate, cost_curves, give_out, layer_costs, least_experts
-from .projections import STEPS, Group
+from .projections import Group
 
 TOGETHER = 0.0  # in place of a share of the projections' own
 
@@ -88,9 +88,7 @@ def _works(model: nn.Module, batches: Batches, groups: Sequence[Group]) -> tuple
     return blocks, [group.macs * cost.projection_rows[group.members[0]] for group in groups]
 
 
-def _joint(
-    model: nn.Module, batches: Batches, config: D2DMoEConfig, groups: list[Group]
-) -> Callable[[float], Shares]:
+def _joint(model: nn.Module, batches: Batches, config: D2DMoEConfig, groups: list[Group]) -> Callable[[float], Shares]:
     costs = layer_costs(model, batches, config)
     measured = [budget.active for budget in config.budgets]
     actives = sorted(set(measured))
