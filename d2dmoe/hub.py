@@ -114,7 +114,7 @@ LEFT_BEHIND = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.ot",
     "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.mlmodel", "*.tflite", "*.pkl", "onnx/*", "openvino/*",
     "coreml/*", ".*", "*/.*", "checkpoint-*/*", "runs/*", "config.json", "README.md", "recipe.yaml", "results.json",
-    CHECKSUMS,
+    CHECKSUMS, "report.html", "report.json", "report/*.png", "bench*.json",
 )  # fmt: skip
 
 
@@ -218,7 +218,7 @@ def model_class(config: Any, name: str = "") -> type[PreTrainedModel]:
 
 
 def fit_length(data: Data, config: Any) -> Data:
-    """The data's settings, with sequences no longer than the model can take."""
+    """The data's settings, with sequences no longer than the config says. Some models take a few tokens less."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
     return replace(data, max_length=min(data.max_length, limit)) if limit > 0 else data
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
+from huggingface_hub import errors
 from transformers import PreTrainedModel
 
 from . import hub
@@ -31,10 +33,27 @@ def read_dense_config(name: str, revision: str | None = None) -> Any:
         UserError: As `hub.read_config`.
     """
     config = hub.read_config(name, revision)
-    if hub.is_converted(config) and Path(name).is_dir():
+    if hub.is_converted(config):
         hub.check_safetensors(name)
-        shapes = shapes_in(weight_files(Path(name)))
+        shapes = shapes_in(weight_files(Path(name))) if Path(name).is_dir() else _shapes_on_hub(name, revision)
         dense = [f"{block.down}.weight" for block in hub.conversion_record(config).blocks]
         if is_stripped(shapes) and all(any(name.endswith(tensor) for name in shapes) for tensor in dense):
             return hub.without_record(config)
     return config
+
+
+def _shapes_on_hub(name: str, revision: str | None = None) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a hub model, by the headers of its safetensors files; empty where they cannot be had.
+
+    Only the headers are fetched. Without the hub those of an earlier download are read.
+    """
+    try:
+        if not hub.local_only(name):
+            files = huggingface_hub.get_safetensors_metadata(name, revision=revision).files_metadata.values()
+            return {key: tuple(entry.shape) for file in files for key, entry in file.tensors.items()}
+        folder = huggingface_hub.snapshot_download(
+            name, revision=revision, local_files_only=True, allow_patterns="*.safetensors"
+        )
+        return shapes_in(weight_files(Path(folder)))
+    except (OSError, ValueError, errors.NotASafetensorsRepoError, errors.SafetensorsParsingError):
+        return {}

@@ -72,7 +72,7 @@ class Run:
 def convert_and_evaluate(run: Run) -> dict[str, Any]:
     """Convert in memory; rows of `evaluate`, one per active fraction, and minutes of the conversion.
 
-    One more row, at `ORACLE_AT`, chooses experts by the true values of what the routers predict; a file may leave it out.
+    One more row, at `ORACLE_AT`, chooses experts by the true values of what the routers predict; files may omit it.
     """
     config = run.config
     subject = prepare(config.model, replace(config, data=run.eval_data), [], tokens=run.eval_limit)

@@ -32,6 +32,13 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes about as long as a conversion of a tiny model: only the tests of the report draw."""
+    if "report" not in request.path.parts:
+        monkeypatch.setattr("d2dmoe.report.page.can_draw", lambda: False)
+
+
 @pytest.fixture
 def data_dir() -> Path:
     """The data folder, or a skip that says how to get it."""

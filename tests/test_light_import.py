@@ -17,7 +17,7 @@ from d2dmoe.discovery import discover
 from d2dmoe.moe.loader import attach
 
 HEAVY = "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'sklearn'} & set(sys.modules)\nassert not heavy, heavy"
-VERBS = ("convert", "sparsify", "eval", "bench", "verify", "export", "list", "env")
+VERBS = ("convert", "sparsify", "eval", "bench", "report", "verify", "push", "export", "list", "env")
 
 
 def run(code: str, *arguments: object) -> str:

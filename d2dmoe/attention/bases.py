@@ -21,9 +21,9 @@ class Basis:
 
     With `C` the covariance of the outputs and `F` the moments of the gradients there, an error `E` costs
     ``trace(F E C)``. The best `P Q` of rank `r` in place of the identity is ``G V V' inverse(G)`` with
-    ``G = F ** 0.5`` and `V` the first `r` eigenvectors of ``G C G``; what it leaves is the sum of the other eigenvalues.
-    (Whitened singular value decomposition as in SVD-LLM, arXiv 2403.07378, with output weights as in FWSVD,
-    arXiv 2207.00112, of which this takes the whole matrix and not rows.)
+    ``G = F ** 0.5`` and `V` the first `r` eigenvectors of ``G C G``; what it leaves is the sum of the other
+    eigenvalues. (Whitened singular value decomposition as in SVD-LLM, arXiv 2403.07378, with output weights as
+    in FWSVD, arXiv 2207.00112, of which this takes the whole matrix and not rows.)
     """
 
     into: torch.Tensor  # P (outputs, rank)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from ..errors import UserError, first_line
 from ..version import __version__
-from . import bench, convert, env, evaluate, export, listing, sparsify, verify
+from . import bench, convert, env, evaluate, export, listing, push, report, sparsify, verify
 
-VERBS = (convert, sparsify, evaluate, bench, verify, export, listing, env)
+VERBS = (convert, sparsify, evaluate, bench, report, verify, push, export, listing, env)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,14 +33,15 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
     flags = {**given(arguments, ConvertConfig), **further}
     config = resolve(ConvertConfig, read_recipe(arguments.recipe), flags)
     from ..pipeline.convert import convert
-    from ..pipeline.plan import make_plan
-    from ..report import eval_table, write_json
+    from ..pipeline.plan import check_fed, make_plan
+    from ..report import drift_table, eval_table, write_json
     from ..training import first_process
     from ..twin import read_dense_config
 
     if arguments.dry_run:
         model_config = read_dense_config(config.model, config.revision)
         plan = make_plan(model_config, config)
+        check_fed(plan.skeleton, plan.discovery, config.model)
         if config.sparsify != "skip":
             print("before that: sparsify, whose training the plan below does not count", file=sys.stderr)
         emit(arguments, command, config.seed, [plan.summary()], _plan_text(plan, config))
@@ -52,6 +53,8 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
     )  # fmt: skip
     if results:
         print(eval_table(results["rows"]))
+        if config.also_eval:
+            print("", drift_table(results["rows"]), sep="\n")
         if arguments.json:
             write_json(arguments.json, results)
     return 0

@@ -29,6 +29,8 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--active", type=numbers, metavar="A,B,…", help=every)
     sub.add_argument("--tau", type=numbers, metavar="T,U,…", help="thresholds, one row each")
     sub.add_argument("--tokens", type=int, default=0, help="stop after this many tokens; 0 for all")
+    second = "a second text: its active fraction and loss stand beside those of --data, for each budget"
+    sub.add_argument("--also-eval", metavar="DATA", help=second)
     sub.add_argument("--plot", metavar="FILE", help="draw quality against whole-model FLOPs (needs matplotlib)")
     sub.add_argument("--oracle", action="store_true", help="select by true expert norms instead of the routers")
 
@@ -36,7 +38,7 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, command: list[str]) -> int:
     """Run the verb; returns the exit code."""
     from ..measure.evaluate import compare, prepare
-    from ..report import check_plot, compare_table, eval_table, plot_curves
+    from ..report import check_plot, compare_table, drift_table, eval_table, plot_curves
 
     config = resolve(DataConfig, given(arguments, DataConfig))
     names = arguments.compare or [arguments.model]
@@ -49,9 +51,11 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
         check_active(setting.get("active", 1.0))
     part = arguments.part or ("held_out" if config.data == "builtin" else "all")
     options = {"part": part, "tokens": arguments.tokens, "metric": arguments.metric}
+    options["also_eval"] = arguments.also_eval
     subjects = [prepare(name, config, settings, **options) for name in dict.fromkeys(names)]
     rows = compare(subjects, settings, oracle=arguments.oracle)
-    emit(arguments, command, 0, rows, compare_table(rows) if arguments.compare else eval_table(rows))
+    text = compare_table(rows) if arguments.compare else eval_table(rows)
+    emit(arguments, command, 0, rows, f"{text}\n\n{drift_table(rows)}" if arguments.also_eval else text)
     if arguments.plot:
         plot_curves(rows, arguments.plot)
     return 0

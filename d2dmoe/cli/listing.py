@@ -19,15 +19,21 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, command: list[str]) -> int:
     """Run the verb; returns the exit code."""
-    from .. import hub
-    from ..discovery import discover, find_projections, skeleton
-    from ..pipeline.plan import describe
+    from ..discovery import find_projections
+    from ..pipeline.plan import check_fed, describe, survey
     from ..report import list_table
+    from ..twin import read_dense_config
 
-    model_config = hub.read_config(arguments.model, arguments.revision)
-    model = skeleton(hub.model_class(model_config, arguments.model), model_config)
-    rows = describe(discover(model), find_projections(model))
+    model, discovery = survey(read_dense_config(arguments.model, arguments.revision), arguments.model)
+    refused = None
+    try:
+        check_fed(model, discovery, arguments.model)
+    except UserError as error:
+        refused = error
+    rows = describe(discovery, find_projections(model) if discovery.blocks else None)
     emit(arguments, command, 0, rows, list_table(rows))
+    if refused:
+        raise refused
     if not any(row["converted"] and row["kind"] != "attention" for row in rows):
         raise UserError(f"--model {arguments.model}: no feed-forward block found; give another model")
     return 0

@@ -60,6 +60,10 @@ def check(config: Any) -> None:
     if getattr(config, "sparsify", "") == "skip" and config.sparsify_options:
         first = next(iter(config.sparsify_options)).replace("_", "-")
         raise UserError(f"--sparsify-{first} belongs to --sparsify; give it a regulariser, for instance hoyer")
+    if getattr(config, "also_eval", None) and not config.eval_tokens:
+        raise UserError(
+            f"--also-eval {config.also_eval} is measured beside --data, and --eval-tokens 0 measures nothing"
+        )
     if getattr(config, "heal_tokens", 1) < 1:
         raise UserError("--heal-tokens 0: must be at least 1")
     if getattr(config, "heal", 0) and config.heal_parameters != "all" and config.stand_in == "zero":

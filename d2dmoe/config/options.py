@@ -91,6 +91,12 @@ class SourceConfig:
     max_shard_size: str = knob("5GB", "largest safetensors file")
     device: str = knob("auto", "where to convert: auto (a GPU if there is one), cpu, cuda or cuda:N")
     eval_tokens: int = knob(16_384, "held-out tokens for the figures in results.json; 0 skips them")
+    also_eval: str | None = knob(
+        None, "a second text to evaluate every budget on, as --data takes it, to see how far figures drift on it"
+    )
+    report_samples: int = knob(
+        3, "held-out texts or images that the report shows token by token; 0 keeps the data out of the folder"
+    )
 
 
 @dataclass
@@ -228,7 +234,7 @@ class HealConfig(CalibrationConfig):
 
 @dataclass
 class ConvertConfig(
-    HealConfig, BudgetConfig, AttentionConfig, StandInConfig, RouterConfig, GateConfig, SplitConfig, SparsifyFirstConfig, SourceConfig,
-    DataConfig,
+    HealConfig, BudgetConfig, AttentionConfig, StandInConfig, RouterConfig, GateConfig, SplitConfig,
+    SparsifyFirstConfig, SourceConfig, DataConfig,
 ):  # fmt: skip
     """Everything `d2dmoe convert` can be told; the keys of a recipe. Each stage takes the part that it inherits."""

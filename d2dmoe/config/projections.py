@@ -1,4 +1,4 @@
-"""The projections around attention in the record of a checkpoint, and what each budget does with them. No torch here."""
+"""The projections around attention in the record, and what each budget does with them. No torch here."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..config.options import DataConfig
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .table import where
 from .token_ids import check_range, say_cut, sequences_of, without_padding
 
@@ -56,11 +56,7 @@ class Batches(Sequence[dict[str, torch.Tensor]]):
         return batch
 
     def _pixels(self, items: list[Document]) -> torch.Tensor:
-        from PIL import Image
-
-        stored = [item["image"] for item in items]
-        files = [io.BytesIO(one["bytes"]) if one.get("bytes") else one["path"] for one in stored]
-        images = [Image.open(file).convert("RGB") for file in files]
+        images = [_opened(item).convert("RGB") for item in items]
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
 
     def shuffled(self, seed: int) -> Batches:
@@ -132,6 +128,8 @@ def make_batches(
             raise UserError(f"--data {config.data} holds images: install pillow, or d2dmoe-toolkit[vision]")
         if processor is None or not hasattr(processor, "image_mean"):
             raise UserError(f"--data {config.data} holds images, and the model comes with no image processor")
+        for document in documents:
+            _opened(document, config.data).close()
         return Batches(documents, config.batch_size, image_processor=processor)
     pad_id = _usable(vocabulary, pad_id, getattr(processor, "pad_token_id", None))
     if "input_ids" in documents[0]:
@@ -144,6 +142,22 @@ def make_batches(
     packed = packed if config.sequences == "auto" else config.sequences == "packed"
     make = _pack if packed else _chunk
     return Batches(make(documents, processor, config, vocabulary), config.batch_size, pad_id=pad_id)
+
+
+def _opened(document: Document, source: str = "") -> Any:
+    """The image of a document, of which only the header is read yet.
+
+    Raises:
+        UserError: Naming the row, if there is no image in it.
+    """
+    from PIL import Image
+
+    stored = document["image"]
+    try:
+        return Image.open(io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"])
+    except OSError as error:
+        shown = "no PNG or JPEG file" if stored.get("bytes") else first_line(error)
+        raise UserError(f"--data {where(document, source)}: its image cannot be read ({shown}); mend the row") from None
 
 
 def _usable(vocabulary: int | None, *candidates: Any) -> int:

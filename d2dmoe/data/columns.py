@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def _content_column(table: Table, columns: Columns, label: str | None) -> tuple[
     if "input_ids" in names and any(True for _ in _values(table, "input_ids")):
         return "input_ids", "input_ids"
     for name in IMAGE_COLUMNS:
-        if name in names and any(_is_image(value) for value in _values(table, name)):
+        if name in names and any(as_image(value) for value in _values(table, name)):
             return "image", name
     others = [name for name in names if name not in (*LABEL_COLUMNS, label)]
     strings = [name for name in others if any(isinstance(row.get(name), str) for row in table.rows)]
@@ -118,11 +119,28 @@ def _content_column(table: Table, columns: Columns, label: str | None) -> tuple[
     named = named or (strings if len(strings) == 1 else [])
     if not named and not strings:
         named = [name for name in (*TEXT_COLUMNS, "input_ids") if name in names]
+        images = [name for name in IMAGE_COLUMNS if name in names and any(True for _ in _values(table, name))]
+        if images and not named:
+            return "image", images[0]  # what is in it is told to be none
+    if not named and not strings and (first := _first_structure(table, others)):
+        raise UserError(
+            f"--data {table.source}: no column holds text, token ids or images; {first}; give a column `text` with one "
+            f"text in each row"
+        )
     if not named:
         raise UserError(
             f"--data {table.source}: cannot tell the text column among {', '.join(names)}; give --text-column"
         )
     return "text", named[0]
+
+
+def _first_structure(table: Table, names: list[str]) -> str:
+    """What the first column of lists or objects holds; empty without such a column."""
+    for name in names:
+        value = next((v for v in _values(table, name) if isinstance(v, list | dict)), None)
+        if value is not None:
+            return f"{name!r} holds {_kind(value)}"
+    return ""
 
 
 def _check_mixture(table: Table) -> None:
@@ -141,9 +159,14 @@ def _content(kind: str, column: str, value: Any, row: dict[str, Any], place: str
     if kind == "input_ids":
         return checked_ids(value, row.get("attention_mask"), place)
     if kind == "image":
-        if not _is_image(value):
-            raise UserError(f"--data {place}: column {column!r} holds {_kind(value)} and no image; mend the row")
-        return value
+        image = as_image(value)
+        if image is None:
+            raise UserError(
+                f"--data {place}: column {column!r} holds {_kind(value)} and no image; give the content of one PNG or "
+                f"JPEG file in each row"
+            )
+        return image
+    value = _decoded(value)
     if not isinstance(value, str):
         raise UserError(
             f"--data {place}: column {column!r} holds {_kind(value)} and no text; mend the row, or name another "
@@ -158,13 +181,41 @@ def _content(kind: str, column: str, value: Any, row: dict[str, Any], place: str
 
 
 def _kind(value: Any) -> str:
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    if isinstance(value, dict):
+        texts = [name for name, inner in value.items() if isinstance(inner, str)]
+        return "an object" + (f" (with text in its field {texts[0]!r})" if texts else "")
+    if isinstance(value, list):
+        return "a list" + (" of texts" if value and all(isinstance(one, str) for one in value) else "")
+    names = {bool: "true or false", int: "a number", float: "a number", bytes: "bytes that are not UTF-8"}
     return names.get(type(value), "text" if isinstance(value, str) else f"a {type(value).__name__}")
 
 
-def _is_image(value: Any) -> bool:
-    """Whether this is an encoded image as `datasets` stores it."""
-    return isinstance(value, dict) and bool(value.get("bytes") or value.get("path"))
+def _decoded(value: Any) -> Any:
+    """Text of a parquet file whose writer has not marked its column as text."""
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode("utf-8")
+    return value
+
+
+def as_image(value: Any) -> dict[str, Any] | None:
+    """An encoded image as `datasets` stores it, `None` if this is none.
+
+    Args:
+        value: Bytes, also as a list of their numbers; an object with `bytes` or `path`; or a list of one of these.
+    """
+    if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], int):
+        value = value[0]
+    if isinstance(value, dict) and value.get("path") and not value.get("bytes"):
+        return value
+    data = _as_bytes(value.get("bytes") if isinstance(value, dict) else value)
+    return {"path": None, **(value if isinstance(value, dict) else {}), "bytes": data} if data else None
+
+
+def _as_bytes(value: Any) -> bytes | None:
+    if isinstance(value, list) and all(type(one) is int and 0 <= one < 256 for one in value):
+        return bytes(value)
+    return value if isinstance(value, bytes) else None
 
 
 def _plain(label: Any) -> Any:

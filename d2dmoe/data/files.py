@@ -162,12 +162,39 @@ def _parquet(path: Path, columns: Columns) -> list[Document]:
 
     _check_fetched(path)
     try:
-        pyarrow.parquet.read_schema(path)  # `datasets` would print its own line for a damaged file
-        table = load_dataset("parquet", data_files=str(path), split="train")
+        schema = pyarrow.parquet.read_schema(path)  # `datasets` would print its own line for a damaged file
+        table = load_dataset("parquet", data_files=str(path), split="train", **_readable(path, schema, columns))
+    except UserError:
+        raise
     except Exception as error:
         reason = first_line(error.__cause__ or error)
         raise UserError(f"--data {path}: not a parquet file with rows in it ({reason})") from None
     return from_dataset(table, str(path), columns)
+
+
+def _readable(path: Path, schema: Any, columns: Columns) -> dict[str, Any]:
+    """Options of the builder in `datasets` that leave out columns whose type it does not know.
+
+    Raises:
+        UserError: If it knows none, or not that of a column that was asked for.
+    """
+    import datasets
+    import pyarrow
+
+    odd = {}
+    for field in schema:
+        try:
+            datasets.Features.from_arrow_schema(pyarrow.schema([field]))
+        except ValueError:
+            odd[field.name] = field.type
+    wanted = next((name for name in odd if name in columns.asked or len(odd) == len(schema)), None)
+    if wanted is not None:
+        raise UserError(
+            f"--data {path}: column {wanted!r} is of the type {odd[wanted]}, which holds no text, token ids or images; "
+            f"name another one with --text-column"
+        )
+    known = pyarrow.schema([field for field in schema if field.name not in odd])
+    return {"columns": known.names, "features": datasets.Features.from_arrow_schema(known)} if odd else {}
 
 
 def from_dataset(dataset: Any, source: str, columns: Columns) -> list[Document]:
@@ -176,11 +203,14 @@ def from_dataset(dataset: Any, source: str, columns: Columns) -> list[Document]:
 
     names = list(dataset.column_names)
     columns.check(names, source)
-    kept = ("input_ids", "attention_mask", *IMAGE_COLUMNS, *columns.asked)
-    dataset = dataset.with_format(None)
+    kept = ("input_ids", "attention_mask", *IMAGE_COLUMNS, *columns.texts, *columns.asked)
+    dataset, others, found = dataset.with_format(None), [], False
     for name, feature in (dataset.features or {}).items():
         if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
         elif name not in kept and not isinstance(feature, datasets.Value | datasets.ClassLabel):
-            dataset = dataset.remove_columns(name)  # lists and structures that nothing here uses
+            others.append(name)  # lists and structures that nothing here uses
+        found = found or name in kept or "string" in str(getattr(feature, "dtype", ""))
+    if found:
+        dataset = dataset.remove_columns(others)
     return select(Table(dataset.to_list(), source, None, names), columns)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from ..config.record import Block
-from .inputs import dummy_inputs
+from .inputs import NoInputsError, on_small_inputs
 from .trace import Call, Trace, features, run_traced
 
 WINDOW = 8  # how many linear calls may lie between the two ends of a block
@@ -35,19 +35,26 @@ class Discovery:
     other: list[tuple[str, int, int, str]]  # (linear, in features, out features, why)
 
 
-def discover(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) -> Discovery:
+def discover(
+    model: nn.Module,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    sample: Callable[[], Mapping[str, torch.Tensor]] | None = None,
+) -> Discovery:
     """Find every FFN and GLU block of `model`.
 
     Args:
         model: Any module in fp32 or fp64; Hugging Face models need no `inputs`.
         inputs: Keyword arguments of one small forward pass with at least two positions per sample.
+        sample: Gives a batch of real data; asked for if the model does not run on inputs made from its config.
 
     Returns:
         Blocks in the order in which the model runs them, refusals with their reasons, and the linear maps that
         belong to no block.
+
+    Raises:
+        NoInputsError: If the model runs on no inputs that could be found.
     """
-    inputs = dict(inputs) if inputs is not None else dummy_inputs(model)
-    trace = run_traced(model, inputs)
+    trace = run_traced(model, dict(inputs)) if inputs is not None else traced(model, sample)
     found = _group(_matches(trace))
     blocks, refused = [], []
     most_rows = max((call.input.numel() // call.input.shape[-1] for call in trace.linears), default=0)
@@ -61,6 +68,16 @@ def discover(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None)
     refused += [(b, f"its activation {b.activation_module} also runs outside feed-forward blocks") for b in elsewhere]
     blocks = [block for block in blocks if block not in elsewhere]
     return Discovery(blocks, refused, _others(model, trace, blocks, refused))
+
+
+def traced(model: nn.Module, sample: Callable[[], Mapping[str, torch.Tensor]] | None, *, follow: bool = False) -> Trace:
+    """`run_traced` on inputs made from the config, or else on those of `sample`; arguments as of `discover`."""
+    try:
+        return on_small_inputs(model, lambda inputs: run_traced(model, inputs, follow=follow), None)
+    except NoInputsError:
+        if sample is None:
+            raise
+    return on_small_inputs(model, lambda inputs: run_traced(model, inputs, follow=follow), sample())
 
 
 def _matches(trace: Trace) -> Iterator[tuple[Block, tuple[Call, ...]]]:

@@ -8,7 +8,7 @@ values past it; the linear map that reads it, and nothing else, is the output pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config.projections import ROLES, Projection, sections_of
-from .inputs import dummy_inputs
+from .blocks import traced
 from .trace import Call, features, run_traced
 
 
@@ -38,19 +38,23 @@ class _Attention:
     output: int
 
 
-def find_projections(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) -> Projections:
+def find_projections(
+    model: nn.Module,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    sample: Callable[[], Mapping[str, torch.Tensor]] | None = None,
+) -> Projections:
     """Find the query, key, value and output projections of `model`.
 
     Args:
         model: Any module, a skeleton without weights as well; Hugging Face models need no `inputs`.
         inputs: Keyword arguments of one small forward pass.
+        sample: Gives a batch of real data; asked for if the model does not run on inputs made from its config.
 
     Returns:
         The projections in the order in which the model runs them. Attention in which more than one linear map makes
         the values, or more than two the queries and keys (multi-head latent attention), is none of this form.
     """
-    inputs = dict(inputs) if inputs is not None else dummy_inputs(model)
-    trace = run_traced(model, inputs, follow=True)
+    trace = run_traced(model, dict(inputs), follow=True) if inputs is not None else traced(model, sample, follow=True)
     leaves = {id(call.leaf): number for number, call in enumerate(trace.linears)}
     attentions = [a for n, call in enumerate(trace.linears) if (a := _attention(n, call, leaves)) is not None]
     roles: dict[str, set[str]] = {}

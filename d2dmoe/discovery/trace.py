@@ -110,7 +110,9 @@ def run_traced(model: nn.Module, inputs: dict[str, torch.Tensor], *, follow: boo
     trace = Trace(samples=samples, activations=(*fatrelu_names(model), *ACTIVATIONS))
     training = model.training
     model.eval()
-    with _instrumented(model, trace, follow), torch.set_grad_enabled(follow):
-        model(**inputs)
-    model.train(training)
+    try:
+        with _instrumented(model, trace, follow), torch.set_grad_enabled(follow):
+            model(**inputs)
+    finally:
+        model.train(training)
     return trace

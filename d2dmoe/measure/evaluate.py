@@ -18,6 +18,7 @@ from ..config.options import DataConfig
 from ..config.record import D2DMoEConfig
 from ..data.batches import Batches, make_batches
 from ..data.documents import read_documents
+from ..discovery.positions import fit_to_positions
 from ..errors import UserError
 from ..kernels import dispatching
 from ..moe.gating import set_gate, stored_config
@@ -25,6 +26,7 @@ from ..moe.layer import layers
 from ..moe.projection import projections
 from ..progress import progress
 from ..vocabulary import special_tokens
+from .drift import SecondText, add_drift, second_text
 from .flops import DenseCost, dense_cost, dense_ffn_flops, projection_flops, sparse_ffn_flops
 from .metrics import METRICS, Batch, Metric, choose_metric
 from .observe import ActiveCounter, ChannelCounter, model_inputs, observing, observing_projections, pieces
@@ -89,6 +91,16 @@ def evaluate(
             everything = all(layer.gate_state.tau == 0 for layer in layers(model))
         row = base if everything else point.row(model, timed, dense.metric, cost) | {"tokens": tokens}
         rows.append({**point.setting, **row})
+    return rows
+
+
+def evaluate_both(
+    model: nn.Module, batches: Sequence[Batch], second: SecondText | None, settings: list[Setting], **options: Any
+) -> list[dict[str, Any]]:
+    """As `evaluate`, and each row has an entry `drift` where there is a second text."""
+    rows = evaluate(model, batches, settings, **options)
+    if second:
+        add_drift(rows, second, evaluate(model, second.batches, settings, **{**options, "metric": second.metric}))
     return rows
 
 
@@ -197,6 +209,7 @@ class Subject:
     batches: Batches
     metric: str
     tokenizer: Any
+    second: SecondText | None = None
 
     def rows(self, settings: list[Setting], *, oracle: bool = False) -> list[dict[str, Any]]:
         """Load the model and evaluate it; without settings at its stored budgets."""
@@ -204,7 +217,7 @@ class Subject:
             settings = [{"active": a} for a in sorted({*(b.active for b in self.stored.budgets), 1.0})]
         settings = [{**s, "oracle": True} for s in settings] if oracle else settings
         model = hub.load_model(self.name, self.config)
-        return evaluate(model, self.batches, settings, metric=self.metric, tokenizer=self.tokenizer)
+        return evaluate_both(model, self.batches, self.second, settings, metric=self.metric, tokenizer=self.tokenizer)
 
 
 def prepare(
@@ -215,6 +228,7 @@ def prepare(
     part: str = "all",
     tokens: int = 0,
     metric: str | None = None,
+    also_eval: str | None = None,
 ) -> Subject:
     """Prepare an evaluation: every check that needs no weights.
 
@@ -225,6 +239,7 @@ def prepare(
         part: Part of the data.
         tokens: Stop after this many tokens; 0 for all.
         metric: A key of `METRICS`, or `None` for the natural one.
+        also_eval: A second text, on which every row gets an entry `drift`.
 
     Raises:
         UserError: If the model, the data, a setting or the metric does not fit.
@@ -234,7 +249,7 @@ def prepare(
     for setting in settings:
         check_tau(setting.get("tau", 0.0), stored.gate if stored else "max")
     kind = hub.model_class(config, name)
-    data = hub.fit_length(data, config)
+    data = fit_to_positions(data, kind, config)
     documents = read_documents(data.data, part, data.text_column, data.label_column, data.header)
     processor = hub.load_processor(name, config)
     facts = hub.token_facts(name, config)
@@ -243,7 +258,10 @@ def prepare(
     batches = batches.first(tokens) if tokens else batches
     hub.check_safetensors(name)
     metric = choose_metric(metric, kind, config, batches.collate(batches.items[:1]), processor)
-    return Subject(name, config, stored, batches, metric, processor)
+    second = also_eval and second_text(
+        also_eval, data, name=name, config=config, kind=kind, processor=processor, metric=metric, tokens=tokens
+    )
+    return Subject(name, config, stored, batches, metric, processor, second or None)
 
 
 def compare(subjects: list[Subject], settings: list[Setting], *, oracle: bool = False) -> list[dict[str, Any]]:

@@ -64,10 +64,19 @@ def projection_flops(layer: DynamicProjection, active: float = 1.0, state: Proje
 def model_flops(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
     """FLOPs of one forward pass with the gate in force: matrix products, convolutions and attention.
 
-    `FlopCounterMode` counts them. It does not know the CPU's fused attention, so attention runs as matrix products.
+    `FlopCounterMode` counts them. It does not know the CPU's fused attention, so attention runs as matrix products. It
+    asks every argument of a module that wants gradients for its history, which a view of a parameter lacks without
+    gradients (DeBERTa), so no parameter wants any meanwhile.
     """
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(**inputs)
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in wanting:
+            parameter.requires_grad_(False)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(**inputs)
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
     return counter.get_total_flops()
 
 

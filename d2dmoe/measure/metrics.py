@@ -14,6 +14,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 from .. import hub
 from ..config.options import METRIC_NAMES
 from ..errors import UserError
+from ..quality import quality_loss as quality_loss  # by this name for those who import it from here
 from ..vocabulary import special_tokens
 
 IGNORED = -100
@@ -242,14 +243,3 @@ def choose_metric(wanted: str | None, kind: type, config: Any, batch: Batch, tok
     if wanted == "masked_lm" and kind.__name__.endswith("ForMaskedLM"):
         raise UserError("--metric masked_lm: the model has no tokenizer with a mask token; give another")
     raise UserError(f"--metric {wanted}: does not fit a {kind.__name__}; possible here: {', '.join(possible)}")
-
-
-def quality_loss(row: dict[str, Any]) -> float:
-    """Quality that a row of `evaluate` has lost against the dense model.
-
-    In nats per token for language models, as the KL divergence for classifiers, else as 1 minus the metric.
-    """
-    name, value = row["metric"]["name"], row["metric"]["value"]
-    if name in ("perplexity", "masked_lm"):
-        return row["metrics"]["loss"] - row["dense_metrics"]["loss"]
-    return {"accuracy": row["metrics"].get("kl_to_dense"), "kl_to_dense": value}.get(name, 1.0 - value)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..discovery.inputs import model_inputs
 from ..moe.layer import DynamicFFN, layers
 from ..moe.projection import DynamicProjection, projections
 from ..progress import progress
@@ -20,16 +21,6 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 # (layer number, layer, x (tokens, d), hidden (E, tokens, s), scores (tokens, E) or None, run (tokens, E) or None);
 # an observer whose attribute `needs_hidden` is false may get `None` for hidden, and does not slow the layer down
 Observer = Callable[[int, DynamicFFN, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], None]
-
-
-def model_inputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inputs of a batch that the model's forward accepts, on its device. A decoder gets the encoder's tokens."""
-    accepted = inspect.signature(model.forward).parameters
-    inputs = {k: v for k, v in batch.items() if k in accepted and k != "labels"}
-    if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted and "input_ids" in inputs:
-        inputs.setdefault("decoder_input_ids", inputs["input_ids"])
-    first = next(model.parameters())
-    return {k: v.to(first.device, first.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
 
 
 def release_memory() -> None:

@@ -1,7 +1,7 @@
-"""Linear maps around attention that can do less than all of their work. Their weights stay where the dense model has them.
+"""Linear maps around attention that can do less than all of their work. Their weights stay as the dense model has them.
 
-With `P` ``(outputs, rank)`` and `Q` ``(rank, outputs)`` the stored basis of a section of the outputs, `m` the mean output
-and `W` the weights:
+With `P` ``(outputs, rank)`` and `Q` ``(rank, outputs)`` the stored basis of a section of the outputs, `m` the mean
+output and `W` the weights:
 
 * `dense`: ``x W + b``;
 * `low-rank`: ``(x A) Q + b + m - (m P) Q`` with ``A = W P``, so that the mean output is exact;
@@ -100,10 +100,7 @@ class DynamicProjection(nn.Module):
         state = self.gate.in_force(self)
         if isinstance(state, tuple):
             return self._by_rows(input, state)
-        if state.method == "channels":
-            keep = self.channels(input, state)
-        else:
-            keep = None
+        keep = self.channels(input, state) if state.method == "channels" else None
         if self.observer is not None:
             rows = input.reshape(-1, input.shape[-1])
             self.observer(self, rows, None if keep is None else keep.reshape(rows.shape))
@@ -166,7 +163,7 @@ class DynamicProjection(nn.Module):
 
     @torch.no_grad()
     def factors(self, ranks: tuple[int, ...]) -> Factors:
-        """`A` transposed ``(sum of ranks, inputs)``, and by section `Q` transposed ``(width, rank)`` and the constant."""
+        """`A` transposed ``(sum of ranks, inputs)``; by section `Q` transposed ``(width, rank)`` and the constant."""
         if self.merged and self.gate_state.method == "low-rank":
             return self._merged_factors()
         compiling = torch.compiler.is_compiling()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,13 @@ from .. import hub
 from ..config.options import ConvertConfig
 from ..config.record import Block
 from ..data.batches import Batches
-from ..measure.evaluate import evaluate
+from ..measure.drift import SecondText, second_text
+from ..measure.evaluate import evaluate_both
+from ..measure.metrics import choose_metric
 from ..moe.gating import stored_config
 from ..moe.loader import cast
 from ..report.card import model_card
+from ..report.card_sections import extended_card
 from ..report.machine import machine, portable
 from ..training import broadcast, first_process, launched, process_device, wait_for_everyone
 from ..twin import read_dense_config
@@ -28,6 +33,7 @@ from .first import SparsifyStage, prepare_sparsify
 from .model import convert_model
 from .parts import both_parts
 from .plan import ConversionPlan, fit_to_data, make_plan
+from .reporting import add_report, usage_of
 from .workdir import (
     check_recipe,
     finish_publishing,
@@ -68,7 +74,7 @@ def convert(
     named, output, work = named_folders(config.output_dir, config.model, "d2dmoe")
     job = _prepare(config, work)
     if first := first_process():
-        keep = (config.model, config.data)
+        keep = (config.model, config.data, config.also_eval or config.data)
         prepare_folders(output, work, job.plan, keep=keep, resume=resume, overwrite=overwrite)
     wait_for_everyone()
     recipe, results, started = {**asdict(config), "output_dir": named}, {}, time.time()
@@ -82,11 +88,15 @@ def convert(
         sparsified = {"sparsify": job.sparsified.run(resume, say)} if job.sparsified else {}
         model, log = _converted(job, config, work, resume, say)
         if first:
-            rows = _figures(model, job.held_out, job.processor)
+            rows = _figures(model, job)
             results = _record(config, job.plan, command, started) | {"router_log": log, **sparsified, "rows": rows}
             results["calibration_tokens"] = job.calibration.first(config.calibration_tokens).tokens
             further = hub.companions(config.model, config.revision)
-            say(write_checkpoint(output, work, model, job.processor, recipe, results, model_card, further))
+            usage = usage_of(model, job.held_out, job.processor, config.report_samples, say)
+            say(write_checkpoint(
+                output, work, model, job.processor, recipe, results, _card, further,
+                report=lambda folder: add_report(folder, output.name, usage, say),
+            ))  # fmt: skip
         wait_for_everyone()
     return results
 
@@ -102,6 +112,7 @@ class _Job:
     processor: Any
     calibration: Batches
     held_out: Batches | None
+    second: SecondText | None
     asleep: list[Block]  # blocks that do not run on this data
 
 
@@ -116,11 +127,30 @@ def _prepare(config: ConvertConfig, work: Path) -> _Job:
     sparsified = prepare_sparsify(config, work) if config.sparsify != "skip" else None
     if sparsified:
         model_config = sparsified.job.changed  # the activation may be another one
-    plan, processor = make_plan(model_config, config), hub.load_processor(config.model, model_config, config.revision)
-    calibration, held_out = batches_for(config, model_config, plan, processor)
+    processor = functools.cache(lambda: hub.load_processor(config.model, model_config, config.revision))
+    kind = hub.model_class(model_config, config.model)
+    parts = functools.cache(lambda: both_parts(config, kind, model_config, processor()))
+    plan = make_plan(model_config, config, lambda: parts()[0][0])
+    calibration, held_out = parts()
+    calibration, processor = calibration.shuffled(config.seed), processor()
     asleep = fit_to_data(plan, calibration[0], config.data)
     hub.check_safetensors(config.model)
-    return _Job(device, model_config, sparsified, plan, processor, calibration, held_out, asleep)
+    second = _second_text(config, model_config, plan, processor, held_out)
+    return _Job(device, model_config, sparsified, plan, processor, calibration, held_out, second, asleep)
+
+
+def _second_text(
+    config: ConvertConfig, model_config: Any, plan: ConversionPlan, processor: Any, held_out: Batches | None
+) -> SecondText | None:
+    """The text of `--also-eval`, measured by what the held-out data is measured by."""
+    if not config.also_eval or held_out is None:
+        return None
+    kind = plan.model_class
+    metric = choose_metric(None, kind, model_config, held_out.collate(held_out.items[:1]), processor)
+    return second_text(
+        config.also_eval, config, name=config.model, config=model_config, kind=kind, processor=processor,
+        metric=metric, tokens=config.eval_tokens, revision=config.revision,
+    )  # fmt: skip
 
 
 def _converted(
@@ -166,24 +196,21 @@ def _record(config: ConvertConfig, plan: ConversionPlan, command: list[str] | No
     return {
         "d2dmoe": __version__, "machine": machine(),
         "command": [portable(word) for word in command or ["d2dmoe", "convert", "--model", config.model]],
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": config.seed, "plan": plan.summary(), "minutes": round((time.time() - started) / 60, 2),
     }  # fmt: skip
 
 
-def _figures(model: PreTrainedModel, held_out: Batches | None, processor: Any) -> list[dict[str, Any]]:
+def _figures(model: PreTrainedModel, job: _Job) -> list[dict[str, Any]]:
     """Rows of the stored budgets and of the dense model on held-out data; none without such data."""
-    if held_out is None:
+    if job.held_out is None:
         return []
     settings = [{"active": a} for a in sorted({*(b.active for b in stored_config(model).budgets), 1.0})]
-    return evaluate(model, held_out, settings, tokenizer=processor)
+    return evaluate_both(model, job.held_out, job.second, settings, tokenizer=job.processor)
 
 
-def batches_for(
-    config: ConvertConfig, model_config: Any, plan: ConversionPlan, processor: Any
-) -> tuple[Batches, Batches | None]:
-    """Calibration batches, shuffled, and held-out batches (`None` when `eval_tokens` is 0)."""
-    calibration, held_out = both_parts(config, plan.model_class, model_config, processor)
-    return calibration.shuffled(config.seed), held_out
+def _card(model: PreTrainedModel, recipe: dict[str, Any], results: dict[str, Any]) -> str:
+    return extended_card(model_card(model, recipe, results), results)
 
 
 def _output_dtype(config: ConvertConfig, model_config: Any) -> torch.dtype:

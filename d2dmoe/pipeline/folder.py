@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .. import hub
 from ..config.record import D2DMoEConfig
+from ..discovery.inputs import NoInputsError
 from ..errors import UserError, first_line
 from ..moe.check import STRIPPED, check_permutation
 from ..moe.gating import set_gate, stored_config
@@ -34,6 +35,8 @@ class Folder:
 
     def record(self) -> str:
         """`config.json` is readable, and its record consistent."""
+        if not self.folder.is_dir():
+            raise UserError("there is no such folder; verify takes one that is on this machine")
         self.config = hub.read_config(self.path)
         if not hub.is_converted(self.config):
             raise UserError(
@@ -108,9 +111,13 @@ class Folder:
 
     def all_on(self) -> str:
         """With everything on, the outputs are those of the dense model."""
+        try:
+            dense = model_outputs(self.dense)
+        except NoInputsError as error:
+            return f"not compared: {error}"
         with set_gate(self.model, active=1):
             converted = model_outputs(self.model)
-        errors = {name: relative_error(value, converted[name]) for name, value in model_outputs(self.dense).items()}
+        errors = {name: relative_error(value, converted[name]) for name, value in dense.items()}
         for name, error in errors.items():
             if not error <= MODEL_TOLERANCE:
                 raise UserError(f"with all experts on, {name} differs from the dense model's by {error:.2g} relative")
@@ -121,7 +128,11 @@ class Folder:
         stored = stored_config(self.model).budgets
         for number, budget in enumerate(stored):
             with set_gate(self.model, budget=number):
-                for name, value in model_outputs(self.model).items():
+                try:
+                    outputs = model_outputs(self.model)
+                except NoInputsError as error:
+                    return f"not run: {error}"
+                for name, value in outputs.items():
                     if not bool(value.isfinite().all()):
                         raise UserError(f"budget {number}, active {budget.active:g}: {name} is not finite; {AGAIN}")
         return ", ".join(f"{active:g}" for active in stored.actives) or "none stored"

@@ -88,18 +88,19 @@ def convert_model(
             f"float32; load it with dtype=torch.float32 (cast it after the conversion)"
         )
     model.eval()
-    blocks = _blocks_of(model, config) if blocks is None else blocks
+    blocks = _blocks_of(model, config, batches) if blocks is None else blocks
     if projections is None:
-        projections = choose_projections(config, find_projections(model).found) if config.attention != "none" else []
+        projections = _projections_of(model, config, batches)
     stored = _record(config, blocks, projections)
     release_memory()
     orders = stage(work, "split", resume, lambda: _split(model, config, blocks, batches, say))
     twin = copy.deepcopy(model) if config.speedup and dense is None else None
-    reference, output = block_outputs(model, blocks), model_outputs(model)
+    sample = batches[0]
+    reference, output = block_outputs(model, blocks, sample), model_outputs(model, sample)
     attach(model, stored, [orders[block.name] for block in blocks], budgets=len(targets(config)))
     _zero_constants(model)
     _let_go_of_files(model)
-    verify(model, reference, output)
+    verify(model, reference, output, sample)
     log = _routers(model, config, batches, work, resume)
     say("routers done; calibrating")
     dense = dense or (lambda: twin)
@@ -126,14 +127,21 @@ def _record(config: ConvertConfig, blocks: list[Block], projections: list[Projec
     )  # fmt: skip
 
 
-def _blocks_of(model: PreTrainedModel, config: ConvertConfig) -> list[Block]:
+def _blocks_of(model: PreTrainedModel, config: ConvertConfig, batches: Batches) -> list[Block]:
     """Every block of the model, each with its number of experts."""
-    blocks = discover(model).blocks
+    blocks = discover(model, sample=lambda: batches[0]).blocks
     if not blocks:
         raise UserError("no feed-forward block found in this model")
     for block in blocks:
         block.experts = choose_experts(block, config.experts, config.expert_size)
     return blocks
+
+
+def _projections_of(model: PreTrainedModel, config: ConvertConfig, batches: Batches) -> list[Projection]:
+    """The projections to convert."""
+    if config.attention == "none":
+        return []
+    return choose_projections(config, find_projections(model, sample=lambda: batches[0]).found)
 
 
 def _split(

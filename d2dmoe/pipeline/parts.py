@@ -8,6 +8,7 @@ from .. import hub
 from ..config.options import ConvertConfig
 from ..data.batches import Batches, make_batches
 from ..data.documents import read_documents
+from ..discovery.positions import fit_to_positions
 from ..errors import UserError
 from ..sparsify.options import SparsifyConfig
 
@@ -29,7 +30,7 @@ def both_parts(
     Raises:
         UserError: If the data cannot be read, does not fit the model, or is too little to hold some out.
     """
-    data = hub.fit_length(config, model_config)
+    data = fit_to_positions(config, kind, model_config)
     facts = hub.token_facts(config.model, model_config, config.revision)
     label2id = model_config.label2id if hub.is_classifier(kind, model_config) else None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,16 +15,17 @@ from ..config.projections import Projection
 from ..config.record import Block, router_width
 from ..config.sizes import choose_experts, choose_projections, divisors, ranks, targets
 from ..discovery.blocks import Discovery, discover
-from ..discovery.inputs import dummy_inputs
+from ..discovery.inputs import NoInputsError, corner, dummy_inputs, model_inputs
 from ..discovery.projections import Projections, find_projections
 from ..discovery.skeleton import skeleton
 from ..discovery.trace import runs_on
 from ..errors import UserError, first_line
-from ..hub import is_converted, model_class
-from ..measure.observe import model_inputs
+from ..hub import is_converted, model_class, refuse_quantised
 from ..stages.standins import MEMORY
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+TEXT_OR_IMAGES = "convert can feed a model that runs on text or token ids alone, or on images alone"
+Batch = dict[str, torch.Tensor]
 BASE_MEMORY = 700 * 2**20  # Python with torch and transformers imported
 
 
@@ -58,18 +61,50 @@ class ConversionPlan:
         }
 
 
-def make_plan(model_config: Any, config: ConvertConfig) -> ConversionPlan:
-    """Discover the blocks on a skeleton of the model, choose their experts and count.
+def survey(model_config: Any, name: str, sample: Callable[[], Batch] | None = None) -> tuple[nn.Module, Discovery]:
+    """A skeleton of the model, and the blocks in it.
+
+    Args:
+        model_config: The model's config.
+        name: The model's name, for messages.
+        sample: Gives a batch of the data, asked for if the model does not run on inputs made from its config.
 
     Raises:
-        UserError: If the model is a converted one, no block is found, or the experts do not divide a width.
+        UserError: If the model is converted or quantised, cannot be built, or runs on no inputs that could be found.
     """
     if is_converted(model_config):
-        raise UserError(f"--model {config.model} is already a converted checkpoint; give the dense model it came from")
-    kind = model_class(model_config, config.model)
-    model = skeleton(kind, model_config)
-    model.tie_weights()
-    discovery = discover(model)
+        raise UserError(f"--model {name} is already a converted checkpoint; give the dense model it came from")
+    refuse_quantised(name, model_config)
+    kind = model_class(model_config, name)
+    try:
+        model = skeleton(kind, model_config)
+        model.tie_weights()
+    except Exception as error:
+        raise UserError(
+            f"--model {name}: a {kind.__name__} cannot be built from its config ({first_line(error)}); mend its "
+            f"config.json, install what it asks for, or give another model"
+        ) from None
+    try:
+        return model, discover(model, sample=sample)
+    except NoInputsError as error:
+        way = (
+            "give another model or other data" if sample else "only convert itself tries a batch of its --data as well"
+        )
+        raise UserError(f"--model {name}: {error}; {way}") from None
+
+
+def make_plan(model_config: Any, config: ConvertConfig, sample: Callable[[], Batch] | None = None) -> ConversionPlan:
+    """Discover the blocks on a skeleton of the model, choose their experts and count.
+
+    Args:
+        model_config: The model's config.
+        config: What to convert and how.
+        sample: As for `survey`.
+
+    Raises:
+        UserError: As `survey`, or if no block is found, or the experts do not divide a width.
+    """
+    model, discovery = survey(model_config, config.model, sample)
     if not discovery.blocks:
         reasons = "; ".join(f"{block.up}: {why}" for block, why in discovery.refused[:3])
         found = "no feed-forward block found" + (f" ({reasons})" if reasons else "")
@@ -80,7 +115,7 @@ def make_plan(model_config: Any, config: ConvertConfig) -> ConversionPlan:
             raise UserError(f"--min-experts {config.min_experts}: {block.name} has {block.experts} experts in all")
     projections = []
     if config.attention != "none":
-        projections = choose_projections(config, find_projections(model).found)
+        projections = choose_projections(config, find_projections(model, sample=sample).found)
     dense = sum(p.numel() for p in model.parameters())
     added = sum(p.rank * 2 * p.outputs + p.inputs + p.outputs for p in projections)
     added += sum(_added(block, config, discovery.blocks) for block in discovery.blocks)
@@ -92,7 +127,7 @@ def make_plan(model_config: Any, config: ConvertConfig) -> ConversionPlan:
     )
     captured = 4 * min(rows, 8192) * sum(b.d_model + b.experts for b in discovery.blocks)
     peak = BASE_MEMORY + 4 * (dense + added) + max(activations + captured, activations + _moments(block, config))
-    return ConversionPlan(kind, discovery, dense, added, peak, stored * (dense + added), model, projections)
+    return ConversionPlan(type(model), discovery, dense, added, peak, stored * (dense + added), model, projections)
 
 
 def fit_to_data(plan: ConversionPlan, batch: dict[str, torch.Tensor], source: str) -> list[Block]:
@@ -108,24 +143,66 @@ def fit_to_data(plan: ConversionPlan, batch: dict[str, torch.Tensor], source: st
     """
     name, main = plan.model_class.__name__, getattr(plan.model_class, "main_input_name", "input_ids")
     feeds = f"--data {source} gives {', '.join(batch)}"
-    text = "convert can feed a model that runs on text or token ids alone, or on images alone"
     if main not in batch:
-        raise UserError(f"{feeds}, and {name} takes {main}; {text}")
-    corner = {k: v[:2, :16] if v.ndim == 2 else v[:2] for k, v in batch.items()}
-    inputs = model_inputs(plan.skeleton, corner)
+        raise UserError(f"{feeds}, and {name} takes {main}; {TEXT_OR_IMAGES}")
     try:
-        reached = runs_on(plan.skeleton, inputs)
-    except Exception as error:
-        lacking = ", ".join(sorted(dummy_inputs(plan.skeleton).keys() - inputs.keys()))
-        reason = f"it takes {lacking} as well" if lacking else first_line(error)
-        raise UserError(f"{feeds}, on which {name} does not run ({reason}); {text}") from None
-    asleep = [block for block in plan.blocks if not {block.up, block.down, block.gate or block.up} <= reached]
+        reached = _reached(plan.skeleton, batch)
+    except UserError as error:
+        raise UserError(f"{feeds}, on which {name} does not run ({error}); {TEXT_OR_IMAGES}") from None
+    asleep = [block for block in plan.blocks if not block_parts(block) <= reached]
     if len(asleep) == len(plan.blocks):
-        raise UserError(f"{feeds}, and no feed-forward block of {name} runs on that; {text}")
+        raise UserError(f"{feeds}, and no feed-forward block of {name} runs on that; {TEXT_OR_IMAGES}")
     plan.discovery.blocks = [block for block in plan.blocks if block not in asleep]
     plan.discovery.refused += [(block, f"does not run on --data {source}") for block in asleep]
     plan.projections = [projection for projection in plan.projections if projection.name in reached]
     return asleep
+
+
+def check_fed(model: nn.Module, discovery: Discovery, source: str) -> None:
+    """Exclude blocks that no data of `convert` reaches, as far as the config alone tells.
+
+    Args:
+        model: A skeleton.
+        discovery: Is changed.
+        source: The model, for messages.
+
+    Raises:
+        UserError: If none is left of some.
+    """
+    main = getattr(model, "main_input_name", "input_ids")
+    if not discovery.blocks:
+        return
+    try:
+        if main not in ("input_ids", "pixel_values"):
+            raise UserError(f"it takes {main}")
+        value = dummy_inputs(model)[main]
+        batch = {main: value} | ({"attention_mask": torch.ones_like(value)} if main == "input_ids" else {})
+        reached = _reached(model, batch)
+    except UserError as error:
+        discovery.refused += [(block, f"convert has no data for this model: {error}") for block in discovery.blocks]
+        discovery.blocks = []
+        raise UserError(f"--model {source}: {TEXT_OR_IMAGES}, and {type(model).__name__} is none ({error})") from None
+    asleep = [block for block in discovery.blocks if not block_parts(block) <= reached]
+    discovery.blocks = [block for block in discovery.blocks if block not in asleep]
+    discovery.refused += [(block, f"does not run on {main} alone, and {TEXT_OR_IMAGES}") for block in asleep]
+
+
+def block_parts(block: Block) -> set[str]:
+    """Names of a block's linear maps."""
+    return {block.up, block.down, block.gate or block.up}
+
+
+def _reached(model: nn.Module, batch: Batch) -> set[str]:
+    """Names of the linear maps that this batch reaches; `UserError` with the reason if the model does not run on it."""
+    inputs = model_inputs(model, corner(batch))
+    try:
+        return runs_on(model, inputs)
+    except Exception as error:
+        reason = first_line(error)
+        with suppress(Exception):  # there may be no inputs from the config
+            lacking = ", ".join(sorted(dummy_inputs(model).keys() - inputs.keys()))
+            reason = f"it takes {lacking} as well" if lacking else reason
+        raise UserError(reason) from None
 
 
 def _added(block: Block, config: ConvertConfig, blocks: list[Block]) -> int:
@@ -169,8 +246,8 @@ def describe(discovery: Discovery, projections: Projections | None = None) -> li
     ]  # fmt: skip
     rows += [
         {
-            "name": name, "kind": "attention" if name in around else "linear", "activation": None, "d_model": inputs, "width": outputs,
-            "parts": {"up": name, "gate": None, "down": None}, "divisors": [], "converted": False,
+            "name": name, "kind": "attention" if name in around else "linear", "activation": None, "d_model": inputs,
+            "width": outputs, "parts": {"up": name, "gate": None, "down": None}, "divisors": [], "converted": False,
             "why": around.get(name) or why,
         }
         for name, inputs, outputs, why in discovery.other if around.get(name, "other")

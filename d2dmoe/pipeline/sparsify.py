@@ -36,6 +36,7 @@ from ..training import accelerate_state_kept, broadcast, on_cpu, pick_device
 from ..twin import read_dense_config
 from ..version import __version__
 from .parts import both_parts
+from .plan import survey
 from .workdir import (
     check_recipe,
     finish_publishing,
@@ -74,9 +75,9 @@ def prepare(config: SparsifyConfig) -> Job:
     if getattr(original, "quantization_config", None) is not None:
         done = "already converted" if hub.is_converted(original) else "quantised"
         raise UserError(f"--model {config.model}: {done}; sparsify comes before that, on the dense model")
-    kind = hub.model_class(original, config.model)
-    bones = skeleton(kind, original)
-    if not discover(bones).blocks:
+    bones, found = survey(original, config.model)
+    kind = type(bones)
+    if not found.blocks:
         raise UserError(f"--model {config.model}: no feed-forward block found, so there is nothing to sparsify")
     changed = original
     if config.activation != "keep":
@@ -227,7 +228,7 @@ def _trainer(
     teacher = hub.load_model(config.model, job.original, config.revision) if distils else None
     if teacher is not None:
         teacher.requires_grad_(False)
-    collate = collator(job.task, job.train, job.processor, config.seed)
+    collate = collator(job.task, job.train, job.processor, job.original, config.seed)
     set_seed(config.seed)  # adapters start at random
     trainer = SparsifyTrainer(
         model=_with_adapters(model, config), args=arguments, train_dataset=job.train.items,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from ..discovery.inputs import dummy_inputs
+from ..discovery.inputs import Batch, on_small_inputs
 from ..errors import UserError
 from ..moe.layer import layers
 
@@ -13,8 +13,10 @@ VERIFY_TOLERANCE, MODEL_TOLERANCE = 1e-4, 1e-3  # of a block; of the whole model
 
 
 @torch.no_grad()
-def block_outputs(model: PreTrainedModel, blocks: list) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Input and output of every block in one small forward pass of the dense model."""
+def block_outputs(
+    model: PreTrainedModel, blocks: list, batch: Batch | None = None
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Input and output of every block in one small forward pass of the dense model; for `batch` see `model_outputs`."""
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     inputs: dict[str, torch.Tensor] = {}
     handles = []
@@ -29,7 +31,7 @@ def block_outputs(model: PreTrainedModel, blocks: list) -> dict[str, tuple[torch
             )
         )
     try:
-        model(**dummy_inputs(model))
+        on_small_inputs(model, lambda inputs: model(**inputs), batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -37,11 +39,15 @@ def block_outputs(model: PreTrainedModel, blocks: list) -> dict[str, tuple[torch
 
 
 @torch.no_grad()
-def model_outputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The floating-point outputs of the model for one small input."""
-    with torch.random.fork_rng():
+def model_outputs(model: PreTrainedModel, batch: Batch | None = None) -> dict[str, torch.Tensor]:
+    """The floating-point outputs of the model for one small input: a corner of `batch` where none else can be made."""
+
+    def run(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
-        output = model(**dummy_inputs(model))
+        return model(**inputs)
+
+    with torch.random.fork_rng():
+        output = on_small_inputs(model, run, batch)
     return {k: v for k, v in output.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
 
 
@@ -52,9 +58,10 @@ def relative_error(value: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @torch.no_grad()
 def verify(
-    model: PreTrainedModel, reference: dict[str, tuple[torch.Tensor, torch.Tensor]], output: dict[str, torch.Tensor]
-) -> None:
-    """Compare every block and the whole model, all experts on, with the dense ones.
+    model: PreTrainedModel, reference: dict[str, tuple[torch.Tensor, torch.Tensor]], output: dict[str, torch.Tensor],
+    batch: Batch | None = None,
+) -> None:  # fmt: skip
+    """Compare every block and the whole model, all experts on, with the dense ones; for `batch` see `model_outputs`.
 
     Raises:
         UserError: Naming the block or output and its relative error.
@@ -67,7 +74,7 @@ def verify(
                 f"{layer.block.name}: as experts it differs from the dense block by {error:.2g} relative "
                 f"(allowed {VERIFY_TOLERANCE:g}), so this model is not converted"
             )
-    for name, value in model_outputs(model).items():
+    for name, value in model_outputs(model, batch).items():
         error = relative_error(value, output[name])
         if not error <= MODEL_TOLERANCE:
             raise UserError(

@@ -30,7 +30,7 @@ from ..training import first_process, wait_for_everyone
 from .plan import ConversionPlan
 
 # Keys that may change between an interrupted run and the one that resumes it.
-FREE_ON_RESUME = {"output_dir", "eval_tokens", "max_shard_size", "device"}
+FREE_ON_RESUME = {"output_dir", "eval_tokens", "also_eval", "report_samples", "max_shard_size", "device"}
 Card = Callable[[PreTrainedModel, dict[str, Any], dict[str, Any]], str]
 INSIDE = ".d2dmoe.partial"
 # In the working folder: its mark, the output folder before this one, and the mark that the new one is complete.
@@ -240,7 +240,7 @@ def _short(value: Any) -> str:
 
 def write_checkpoint(
     output: Path, work: Path, model: PreTrainedModel, processor: Any, recipe: dict, results: dict, card: Card,
-    further: dict[str, Path],
+    further: dict[str, Path], report: Callable[[Path], None] = lambda _: None,
 ) -> str:  # fmt: skip
     """Write everything under a temporary name, open it again, then rename it to the output folder.
 
@@ -253,6 +253,7 @@ def write_checkpoint(
         results: The contents of `results.json`.
         card: Makes the README.
         further: Files to carry over, by their path in the folder; those that were written here are left out.
+        report: Writes the report into the folder. Checksums leave its files out: they may be made anew.
 
     Returns:
         What has been saved, as a sentence that names the files that were carried over.
@@ -275,6 +276,7 @@ def write_checkpoint(
     for name in carried:
         (scratch / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(further[name], scratch / name)
+    report(scratch)
     publish(scratch, output, work)
     return f"saved {named}" + f", with {', '.join(carried)} as they were" * bool(carried)
 

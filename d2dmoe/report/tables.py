@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..quality import quality_loss
+
 EVAL_COLUMNS = {
     "active": "active_fraction",
     "FFN FLOPs": "flops_fraction_ffn",
@@ -33,6 +35,24 @@ def eval_table(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]  # fmt: skip
     return table([*EVAL_COLUMNS, metric, f"dense {metric}", *further], body)
+
+
+def drift_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of `evaluate` with an entry `drift`: active fraction and quality on the data and on the second text."""
+    shown = [row for row in rows if "drift" in row]
+    name, other = shown[0]["metric"]["name"], shown[0]["drift"]["data"]
+    header = ["active", f"on {other}", name, f"on {other}", "loss increase", f"on {other}"]
+    body = [
+        [
+            row["active_fraction"], row["drift"]["active_fraction"], row["metric"]["value"],
+            row["drift"]["metric"]["value"], quality_loss(row), quality_loss(row["drift"]),
+        ]
+        for row in shown
+    ]  # fmt: skip
+    several = len({row.get("model") for row in shown}) > 1
+    models = short_names(list(dict.fromkeys(row["model"] for row in shown))) if several else {}
+    body = [[models[row["model"]], *cells] if several else cells for row, cells in zip(shown, body, strict=True)]
+    return table(["model"] * several + header, body)
 
 
 def compare_table(rows: list[dict[str, Any]]) -> str:

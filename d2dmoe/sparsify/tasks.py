@@ -11,9 +11,11 @@ import torch
 from .. import hub
 from ..data.batches import Batches
 from ..errors import UserError
+from ..vocabulary import size_of, special_tokens
 from .masks import IGNORED
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+MASKED_SHARE = 0.15
 
 
 def possible_tasks(kind: type, config: Any, vision: bool) -> list[str]:
@@ -43,7 +45,7 @@ def choose_task(wanted: str, kind: type, config: Any, batches: Batches, processo
             f"--data {source}: {'some rows have' if any('label' in i for i in batches.items) else 'it has'} no label; "
             f"name their column with --label-column, or train without labels by --task distillation"
         )
-    if task == "masked_lm" and getattr(processor, "mask_token_id", None) is None:
+    if task == "masked_lm" and special_tokens(config, processor).mask_token_id is None:
         raise UserError("--task masked_lm: the model has no tokenizer with a mask token; use --task distillation")
     return task
 
@@ -52,28 +54,47 @@ class Masking:
     """Batches for masked language models. What is masked follows from the epoch and the batch alone, so that a resumed
     training masks what an uninterrupted one would have masked.
 
+    Of the tokens that are not special, 15 % are to be told; four fifths of these are replaced by the mask token, and
+    half of the rest by any token (Devlin et al., *BERT*, 2019, section 3.1).
+
     Attributes:
         epoch: Set from outside; another one masks other tokens.
     """
 
-    def __init__(self, tokenizer: Any, seed: int):
-        from transformers import DataCollatorForLanguageModeling
-
-        self.mask = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=0.15)
+    def __init__(self, batches: Batches, special: Any, vocabulary: int, seed: int):
+        self.batches, self.special, self.vocabulary = batches, special, vocabulary
         self.seed, self.epoch = seed, 0
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Items with `input_ids` to `input_ids`, `attention_mask` and `labels`."""
         rows = [{"input_ids": item["input_ids"]} for item in items]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(repr((self.seed, self.epoch, rows)).encode()))
-            return self.mask(rows)
+        batch = self.batches.collate(rows)
+        ids, seed = batch["input_ids"], zlib.crc32(repr((self.seed, self.epoch, rows)).encode())
+        generator = torch.Generator().manual_seed(seed)
+        chance = torch.rand(ids.shape, generator=generator)
+        others = torch.randint(self.vocabulary, ids.shape, generator=generator)
+        chance[torch.isin(ids, torch.tensor(self.special.all_special_ids)) | (batch["attention_mask"] == 0)] = 1
+        if MASKED_SHARE <= float(chance.min()) < 1:
+            chance[chance == chance.min()] = 0  # one at least, because there is no loss of none
+        masked = others.where(chance < 0.9 * MASKED_SHARE, ids)
+        masked = masked.masked_fill(chance < 0.8 * MASKED_SHARE, self.special.mask_token_id)
+        batch["labels"] = ids.masked_fill(chance >= MASKED_SHARE, IGNORED)
+        return {**batch, "input_ids": masked}
 
 
-def collator(task: str, batches: Batches, processor: Any, seed: int = 0) -> Collator:
-    """Turns items of `batches` into the keyword arguments of a training step."""
+def collator(task: str, batches: Batches, processor: Any, config: Any, seed: int = 0) -> Collator:
+    """Turns items of `batches` into the keyword arguments of a training step.
+
+    Args:
+        task: From `choose_task`.
+        batches: The data.
+        processor: The tokenizer, if there is one.
+        config: The model's config, which tells the mask token where no tokenizer does.
+        seed: Of what is masked.
+    """
     if task == "masked_lm":
-        return Masking(processor, seed)
+        special, size = special_tokens(config, processor), size_of(config)
+        return Masking(batches, special, size or len(processor), seed)
 
     def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = batches.collate(items)

@@ -609,7 +609,7 @@ def test_an_unforeseen_error_is_one_line_unless_debugging(
     def fail(*_, **__) -> None:
         raise KeyError("surprise\nand more")
 
-    monkeypatch.setattr("d2dmoe.discovery.discover", fail)
+    monkeypatch.setattr("d2dmoe.pipeline.plan.survey", fail)
     result = run_in_process(capsys, "list", "--model", home / "dense")
     assert result.code == 1
     has(sentence(result.err), "KeyError", "surprise", "--debug")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -301,3 +304,93 @@ def test_long_text_goes_on_whatever_the_kind_of_tokenizer():
     batches = make_batches([{"text": "abcdefg"}], tokenizer, DataConfig(max_length=5), packed=False)
     expected = [[begin, *map(ord, piece), end] for piece in ("abc", "def", "g")]
     assert rows_of(batches) == expected
+
+
+# --- columns of parquet files that are packed otherwise -------------------------------------------------------------
+
+
+def png(colour: int) -> bytes:
+    """A picture of one colour."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (6, 4), (colour, 2 * colour, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+PICTURES = [png(n) for n in range(1, 4)]
+PACKED_IMAGES = {
+    "list of bytes": pyarrow.array([list(p) for p in PICTURES], pyarrow.list_(pyarrow.uint8())),
+    "list of int64": pyarrow.array([list(p) for p in PICTURES]),
+    "binary": pyarrow.array(PICTURES),
+    "large binary": pyarrow.array(PICTURES, pyarrow.large_binary()),
+    "object": pyarrow.array([{"bytes": p, "path": None} for p in PICTURES]),
+    "object without a path": pyarrow.array([{"bytes": p} for p in PICTURES]),
+    "object of a list": pyarrow.array([{"bytes": list(p), "path": "a.png"} for p in PICTURES]),
+    "list of one object": pyarrow.array([[{"bytes": p}] for p in PICTURES]),
+    "list of one": pyarrow.array([[p] for p in PICTURES]),
+}
+
+
+def write_columns(path: Path, **columns: object) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+@pytest.mark.parametrize("column", PACKED_IMAGES.values(), ids=PACKED_IMAGES)
+def test_images_however_they_are_packed(tmp_path, column):
+    path = write_columns(tmp_path / "t.parquet", image=column, label=[1, 0, 1])
+    documents = read_documents(str(path))
+    assert [d["label"] for d in documents] == [1, 0, 1]
+
+    def processor(images, return_tensors):
+        return {
+            "pixel_values": torch.stack(
+                [torch.frombuffer(bytearray(one.tobytes()), dtype=torch.uint8).reshape(-1, 3) for one in images]
+            )
+        }
+
+    processor.image_mean = 0
+    pixels = make_batches(documents, processor, DataConfig(), packed=False)[0]["pixel_values"]
+    assert pixels.tolist() == [[[n, 2 * n, 0]] * 24 for n in range(1, 4)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"image": [[[[1, 2, 3]] * 2] * 2] * 3}, ["row 1: column 'image' holds a list and no image", "PNG or JPEG"]),
+        ({"image": [[{"bytes": b"a"}] * 2] * 3}, ["row 1: column 'image' holds a list and no image"]),
+        ({"text": [{"text": "a"}] * 3}, ["row 1: column 'text' holds an object (with text in its field 'text')"]),
+        ({"text": [["a", "b"]] * 3, "title": ["x"] * 3}, ["row 1: column 'text' holds a list of texts", "--text-col"]),
+        ({"doc": [{"id": 1, "text": "a"}] * 3}, ["no column holds text", "'doc' holds an object (with text in its"]),
+        ({"n": [1, 2, 3], "parts": [["a"]] * 3}, ["no column holds text", "'parts' holds a list of texts"]),
+        ({"text": [b"\xff\xfe"] * 3}, ["row 1: column 'text' holds bytes that are not UTF-8"]),
+        ({"text": pyarrow.array([[("a", "b")]] * 3, pyarrow.map_(pyarrow.string(), pyarrow.string()))},
+         ["column 'text' is of the type map<"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_packed_columns_that_cannot_be_read(tmp_path, columns, words):
+    refused(write_columns(tmp_path / "t.parquet", **columns), f"--data {tmp_path}/t.parquet", *words)
+
+
+def test_bytes_of_text_and_columns_without_a_name(tmp_path):
+    assert read_documents(str(write_columns(tmp_path / "a.parquet", text=["é".encode(), b"b"]))) == [
+        {"text": "é"}, {"text": "b"},
+    ]  # fmt: skip
+    blank = write_columns(tmp_path / "b.parquet", **{"": [0, 1], "text": ["a", "b"], "tags": [["x"], []]})
+    assert read_documents(str(blank)) == [{"text": "a"}, {"text": "b"}]
+    odd = pyarrow.array([[("k", 1)]] * 2, pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    beside = write_columns(tmp_path / "c.parquet", facts=odd, text=["a", "b"])
+    assert read_documents(str(beside)) == [{"text": "a"}, {"text": "b"}]
+    refused(beside, "column 'facts' is of the type map<", text_column="facts")
+
+
+def test_a_file_that_is_no_picture_is_named_before_any_work(tmp_path):
+    path = write_columns(tmp_path / "t.parquet", image=[PICTURES[0], b"no picture"])
+    processor = type("Processor", (), {"image_mean": 0})()
+    with pytest.raises(UserError, match=r"t\.parquet, row 2: its image cannot be read \(no PNG or JPEG file\)"):
+        make_batches(read_documents(str(path)), processor, DataConfig(), packed=False)
+    lines(tmp_path / "t.jsonl", {"image": {"path": str(tmp_path / "absent.png")}})
+    with pytest.raises(UserError, match=r"t\.jsonl, line 1: its image cannot be read"):
+        make_batches(read_documents(str(tmp_path / "t.jsonl")), processor, DataConfig(), packed=False)

@@ -191,3 +191,14 @@ def test_fractions_of_a_padded_model_are_those_of_the_dense_one():
     total = model_flops(dense, model_inputs(dense, batches[0])) / 48
     blocks = sum(dense_ffn_flops(layer) for layer in layers(model))
     assert (1 - row["flops_fraction_model"]) * total == pytest.approx((1 - row["flops_fraction_ffn"]) * blocks)
+
+
+def test_a_model_that_hands_a_view_of_a_parameter_to_a_module():
+    """DeBERTa gives its table of relative positions to a linear map; the counter asks for the history of that."""
+    model = tiny("deberta-v2")
+    inputs = dummy_inputs(model)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    assert all(before)
+    counted = model_flops(model, inputs)
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+    assert model_flops(model.requires_grad_(False), inputs) == counted > 0

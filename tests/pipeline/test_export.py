@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from cli_support import BERT, GPT2, convert_argv, run_in_process, save_model, sentences
+from cli_support import BERT, GPT2, convert_argv, run_in_process, run_python, save_model, sentences
+from hub_mirror import hub_mirror, mirror_environment
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -215,3 +216,55 @@ def test_a_folder_saved_without_d2dmoe(name, capsys, tmp_path):
     with torch.no_grad(), d2dmoe.set_gate(new, active=1):
         assert_close(new(**inputs)[0], dense(**inputs)[0], rtol=1e-4, atol=1e-5)
     assert run_in_process(capsys, "verify", root / "new").code == 0
+
+
+ON_THE_HUB = """
+import contextlib, io, json, sys
+from d2dmoe.cli import main
+
+for argv in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(argv)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]))
+"""
+
+
+def test_a_folder_saved_without_d2dmoe_on_the_hub(tmp_path):
+    """Told by the headers of its files alone; with the hub gone, by an earlier download."""
+    root, kind, _ = made("gpt2", tmp_path)
+    command = [sys.executable, "-c", PLAIN, str(root / "moe"), kind.__name__, str(root / "plain")]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    data = ["--data", str(root / "text.txt"), "--max-length", "32"]
+    runs = [
+        ["eval", "--model", "org/plain", *data, "--tokens", "200"],
+        convert_argv("org/plain", root / "text.txt", "dry", "--dry-run"),
+        convert_argv("org/moe", root / "text.txt", "dry", "--dry-run"),
+        convert_argv("org/plain", root / "text.txt", root / "new"),
+        ["sparsify", "--model", "org/plain", *data, "--output-dir", "sparse", "--max-steps", "1", "--device", "cpu",
+         "--eval-tokens", "0"],
+        ["verify", "org/plain"],
+    ]  # fmt: skip
+    with hub_mirror({"org/plain": root / "plain", "org/moe": root / "moe"}, log=(log := [])) as endpoint:
+        environment = mirror_environment(endpoint, tmp_path / "cache")
+        result = run_python("-c", ON_THE_HUB, json.dumps(runs), cwd=tmp_path, environment=environment)
+    assert result.code == 0, result.err
+    stripped, dry, whole, done, sparsified, verified = (json.loads(line) for line in result.out.splitlines())
+    assert (stripped[0], stripped[1]) == (1, "")
+    assert "the routers and stand-ins of this checkpoint are gone" in stripped[2]
+    assert "d2dmoe convert --model" in stripped[2]
+    assert dry[0] == 0, dry[2]
+    assert "| transformer.h.1.mlp | ffn |" in dry[1]
+    assert whole[0] == 1
+    assert "--model org/moe is already a converted checkpoint" in whole[2]
+    assert not any('"GET /org/moe' in line and "safetensors" in line and " 200 " in line for line in log)
+    assert done[0] == 0, done[2]
+    assert sparsified[0] == 0, sparsified[2]
+    assert verified[0] == 1
+    assert "org/plain: the check record failed: there is no such folder" in verified[2]
+    new, dense = kind.from_pretrained(root / "new"), kind.from_pretrained(root / "dense")
+    inputs = dummy_inputs(dense)
+    with torch.no_grad(), d2dmoe.set_gate(new, active=1):
+        assert_close(new(**inputs)[0], dense(**inputs)[0], rtol=1e-4, atol=1e-5)
+    again = run_python("-c", ON_THE_HUB, json.dumps(runs[1:2]), cwd=tmp_path, environment=environment)
+    assert json.loads(again.out)[:2] == dry[:2], again.err  # the hub is gone

@@ -81,7 +81,7 @@ class Group:
         return [ProjectionState("low-rank", tuple(rank)) for rank in ranks]
 
     def _columns(self) -> list[tuple[float, int, int, int]]:
-        """`(saved per multiply-accumulate, member, section, price)` of the columns after each first, best ones first."""
+        """`(saved per multiply-accumulate, member, section, price)` of all columns but each first, best ones first."""
         if not self._sorted:
             for n, (layer, spectra) in enumerate(zip(self.layers, self.spectra, strict=True)):
                 p = layer.projection
@@ -112,9 +112,10 @@ class Group:
 
     def left_out(self, share: float) -> float:
         """Eigenvalues that low rank leaves out at a share of the work."""
-        tails = [float(spectrum[rank:].sum()) for spectra, state in zip(self.spectra, self._low_rank(share), strict=True)
-                 for spectrum, rank in zip(spectra, state.ranks, strict=True)]  # fmt: skip
-        return max(sum(tails), 1e-12)
+        total = 0.0
+        for spectra, state in zip(self.spectra, self._low_rank(share), strict=True):
+            total += sum(float(values[rank:].sum()) for values, rank in zip(spectra, state.ranks, strict=True))
+        return max(total, 1e-12)
 
     def best(self, share: float) -> str:
         """The way that costs least at a share of the work."""
