@@ -77,18 +77,10 @@ def check_projected(layers: Iterable[DynamicProjection], shapes: Shapes, prefix:
 
 @torch.no_grad()
 def trim_projections(model: nn.Module, config: D2DMoEConfig) -> None:
-    """Keep no more of a basis than the budgets use, and make projections plain again that all budgets run dense."""
-    used = [[budget.projection_states[n] for budget in config.budgets] for n in range(len(config.projections))]
-    keep = [any(state.method != "dense" for state in states) for states in used]
-    for layer, states, kept in zip(projections(model), used, keep, strict=True):
-        layer.gate_state = ProjectionState()
-        if not kept:
-            model.set_submodule(layer.projection.name, layer.dense())
-            continue
+    """Keep no more of a basis than the budgets use."""
+    for number, layer in enumerate(projections(model)):
+        states = [budget.projection_states[number] for budget in config.budgets]
         rank = max((rank for state in states for rank in state.ranks), default=0)
-        layer.projection.rank = rank
+        layer.gate_state, layer.projection.rank = ProjectionState(), rank
         layer.low_rank_in = nn.Parameter(layer.low_rank_in[:, :rank].clone(), requires_grad=False)
         layer.low_rank_out = nn.Parameter(layer.low_rank_out[:rank].clone(), requires_grad=False)
-    config.keep_projections(keep)
-    for number, layer in enumerate(projections(model)):
-        layer.number = number

@@ -198,16 +198,6 @@ class DynamicProjection(nn.Module):
             start += width
         return torch.cat(first).to(dtype), second, constants
 
-    def dense(self) -> nn.Module:
-        """The plain map with the same parameters."""
-        kind = Conv1D if isinstance(self, Conv1D) else nn.Linear
-        plain = kind.__new__(kind)
-        nn.Module.__init__(plain)
-        for name in _sizes(self):
-            setattr(plain, name, getattr(self, name))
-        plain.weight, plain.bias = self.weight, self.bias
-        return plain.train(self.training)
-
     @torch.no_grad()
     def merge(self) -> None:
         """Keep what the setting in force needs, and nothing that others would."""
@@ -264,15 +254,11 @@ def make_projection(dense: nn.Module, projection: Projection, number: int) -> Dy
     kind = DynamicConv1D if isinstance(dense, Conv1D) else DynamicLinear
     layer = kind.__new__(kind)
     nn.Module.__init__(layer)
-    for name in _sizes(dense):
+    for name in ("nf", "nx") if isinstance(dense, Conv1D) else ("in_features", "out_features"):
         setattr(layer, name, getattr(dense, name))
     layer.weight, layer.bias = dense.weight, dense.bias
     layer.extend(projection, number)
     return layer.train(dense.training)
-
-
-def _sizes(linear: nn.Module) -> tuple[str, str]:
-    return ("nf", "nx") if isinstance(linear, Conv1D) else ("in_features", "out_features")
 
 
 def projections(model: nn.Module) -> list[DynamicProjection]:
