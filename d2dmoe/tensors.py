@@ -18,6 +18,7 @@ from .files import write_text
 
 CHECKSUMS, RECORD, VOUCHER = "checksums.json", "quantization_config", "weights_checksum"
 ADDED = ("router.hidden", "router.score", "constants", "delta_in", "delta_out", "linear_in", "linear_out", "order")
+PROJECTED = ("low_rank_in", "low_rank_out", "output_mean", "channel_norms")  # added to projections around attention
 AGAIN = "copy it again from where it came from"
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -48,7 +49,7 @@ def is_stripped(shapes: Shapes) -> bool:
 
 def is_added(name: str) -> bool:
     """Whether a conversion added this tensor to those of the dense model."""
-    return name.endswith(tuple(f".{ending}" for ending in ADDED))
+    return name.endswith(tuple(f".{ending}" for ending in (*ADDED, *PROJECTED)))
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -19,6 +19,7 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, command: list[str]) -> int:
     """Run the verb; returns the exit code."""
+    from ..discovery import find_projections
     from ..pipeline.plan import check_fed, describe, survey
     from ..report import list_table
     from ..twin import read_dense_config
@@ -29,10 +30,10 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
         check_fed(model, discovery, arguments.model)
     except UserError as error:
         refused = error
-    rows = describe(discovery)
+    rows = describe(discovery, find_projections(model) if discovery.blocks else None)
     emit(arguments, command, 0, rows, list_table(rows))
     if refused:
         raise refused
-    if not any(row["converted"] for row in rows):
+    if not any(row["converted"] and row["kind"] != "attention" for row in rows):
         raise UserError(f"--model {arguments.model}: no feed-forward block found; give another model")
     return 0

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from itertools import compress, pairwise
 from typing import Any
 
+from .projections import ProjectionState
+
 LEAST_ACTIVE = 0.01  # where calibration curves begin
 HAND_OVER, FADE = 1 / 3, 2  # of the way between two budgets; a power. Measured: LAB.md, 2026-11-26
 
@@ -25,6 +27,9 @@ class Budget:
             experts.
         objective: Goal of the user other than an active fraction, for instance `max-loss=0.01`.
         achieved: Figure of the objective at this budget.
+        ffn_active: Active fraction of the feed-forward blocks where the projections around attention have a share of
+            the budget of their own; 0 where it is `active`.
+        methods, ranks, channel_thresholds: What each of those projections does, see `ProjectionState`.
     """
 
     active: float
@@ -34,6 +39,25 @@ class Budget:
     residuals: list[float] = field(default_factory=list)
     objective: str = ""
     achieved: float = 0.0
+    ffn_active: float = 0.0
+    methods: list[str] = field(default_factory=list)
+    ranks: list[list[int]] = field(default_factory=list)
+    channel_thresholds: list[float] = field(default_factory=list)
+
+    @property
+    def projection_states(self) -> list[ProjectionState]:
+        """What each projection does at this budget."""
+        settings = zip(self.methods, self.ranks, self.channel_thresholds, strict=True)
+        return [ProjectionState(method, tuple(ranks), threshold) for method, ranks, threshold in settings]
+
+    @projection_states.setter
+    def projection_states(self, states: Sequence[ProjectionState]) -> None:
+        self.methods, self.ranks = [s.method for s in states], [list(s.ranks) for s in states]
+        self.channel_thresholds = [s.threshold for s in states]
+
+    def keep_projections(self, keep: Sequence[bool]) -> None:
+        """Drop the settings of the projections for which `keep` is false."""
+        self.projection_states = list(compress(self.projection_states, keep))
 
     def forget_fits(self) -> None:
         """No stand-in is fitted in any block."""
@@ -153,6 +177,11 @@ class Budgets(Sequence):
         """Drop the figures of the blocks for which `keep` is false."""
         for budget in self.stored:
             budget.keep_blocks(keep)
+
+    def projection_states(self, active: float) -> list[ProjectionState] | None:
+        """What the projections do at an active fraction: as at the next stored budget above; `None`: all are dense."""
+        above = [budget for budget in self.stored if budget.active >= active - 1e-6]
+        return min(above, key=lambda budget: budget.active).projection_states if above else None
 
     def thresholds(self, active: float, curve: Curve) -> list[float]:
         """Threshold of each block for an active fraction of the model.

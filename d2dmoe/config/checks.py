@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from .budgets import LEAST_ACTIVE
+from .sizes import attention_way
 
 
 def check(config: Any) -> None:
@@ -36,6 +37,10 @@ def check(config: Any) -> None:
         raise UserError(f"--max-shard-size {size}: must be a number and KB, MB, GB or TB, for instance 5GB")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", getattr(config, "device", "auto")):
         raise UserError(f"--device {config.device}: must be auto, cpu, cuda or cuda:N")
+    if hasattr(config, "attention"):
+        attention_way(config.attention)
+        if config.attention_active > 1:
+            raise UserError(f"--attention-active {config.attention_active:g}: a share is at most 1")
     for active in getattr(config, "active", None) or []:
         check_active(active)
         if active < LEAST_ACTIVE and config.gate != "topk":

@@ -171,6 +171,24 @@ class StandInConfig:
 
 
 @dataclass
+class AttentionConfig:
+    """What becomes of the projections around attention."""
+
+    attention: str = knob(
+        "none",
+        "what becomes of the projections around attention: dense as they are (none), two thin factors (low-rank), the "
+        "input channels that matter to each token (channels), or for each of them what loses least (auto); "
+        "auto:q,k,v converts these only",
+    )
+    attention_active: float = knob(
+        0.0,
+        "share of the projections' work that runs at every budget; by default a budget holds for feed-forward blocks "
+        "and projections as a whole, and each gets what saves most",
+    )
+    attention_layers: str = knob("", "attention layers to convert, by number from 0: 2-5 or 0,3 (default: all)")
+
+
+@dataclass
 class BudgetConfig:
     """Which operating points are stored, and how they are shared out among the layers."""
 
@@ -216,7 +234,7 @@ class HealConfig(CalibrationConfig):
 
 @dataclass
 class ConvertConfig(
-    HealConfig, BudgetConfig, StandInConfig, RouterConfig, GateConfig, SplitConfig, SparsifyFirstConfig, SourceConfig,
-    DataConfig,
+    HealConfig, BudgetConfig, AttentionConfig, StandInConfig, RouterConfig, GateConfig, SplitConfig,
+    SparsifyFirstConfig, SourceConfig, DataConfig,
 ):  # fmt: skip
     """Everything `d2dmoe convert` can be told; the keys of a recipe. Each stage takes the part that it inherits."""

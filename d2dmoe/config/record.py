@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from .budgets import Budget, Budgets, Curve
+from .projections import Projection, check_projections
 from .validate import compare_checksums, points, refuse, typed, validate
 
 
@@ -57,6 +58,7 @@ class Block:
 
 
 CHECKPOINT_VERSION = 1
+PROJECTED = ("ffn_active", "methods", "ranks", "channel_thresholds")  # fields of a budget
 CALIBRATED = ("budgets", "default_active", "curve")
 
 
@@ -77,6 +79,7 @@ class D2DMoEConfig:
         min_experts, max_experts: Bounds on the experts per token (0: no upper bound).
         shared_experts: The first so many experts of every block always run.
         neuron_order: Does every block store its neurons' places in the original model, as a tensor `order`?
+        projections: The converted linear maps around attention.
     """
 
     blocks: list[Block] = field(default_factory=list)
@@ -93,6 +96,7 @@ class D2DMoEConfig:
     max_experts: int = 0
     shared_experts: int = 0
     neuron_order: bool = False
+    projections: list[Projection] = field(default_factory=list)
     version: int = CHECKPOINT_VERSION
 
     def __post_init__(self) -> None:
@@ -139,6 +143,12 @@ class D2DMoEConfig:
         self.budgets.keep_blocks(keep)
         self.curve.keep_blocks(keep)
 
+    def keep_projections(self, keep: list[bool]) -> None:
+        """Drop the record of the projections for which `keep` is false."""
+        self.projections = list(compress(self.projections, keep))
+        for budget in self.budgets:
+            budget.keep_projections(keep)
+
     def calibration(self) -> dict[str, Any]:
         """Budgets, default and curve as plain JSON values."""
         return {key: value for key, value in self.to_dict().items() if key in CALIBRATED}
@@ -151,7 +161,11 @@ class D2DMoEConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         values = asdict(self)
-        return {**values, "budgets": values["budgets"]["stored"], "curve": values["curve"]["points"]}
+        budgets, projections = values["budgets"]["stored"], values.pop("projections")
+        if not projections:  # as releases wrote it that knew none: their checksums stay true
+            budgets = [{k: v for k, v in budget.items() if k not in PROJECTED} for budget in budgets]
+        found = {**values, "budgets": budgets, "curve": values["curve"]["points"]}
+        return {**found, "projections": projections} if projections else found
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> D2DMoEConfig:
@@ -172,8 +186,10 @@ class D2DMoEConfig:
         known["blocks"] = _each(Block, known.get("blocks", []), "blocks")
         known["budgets"] = Budgets(_each(Budget, known.get("budgets", []), "budgets"))
         known["curve"] = Curve(points(known.get("curve", [])))
+        known["projections"] = _each(Projection, known.get("projections", []), "projections")
         config = cls(**known)
         validate(config)
+        check_projections(config.projections, config.budgets)
         if "checksums" in values:
             compare_checksums(values["checksums"], config.to_dict(), shown=values.get)
         return config

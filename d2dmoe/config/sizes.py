@@ -5,10 +5,78 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import UserError
-from .options import BudgetConfig, ConvertConfig, StandInConfig
+from .options import AttentionConfig, BudgetConfig, ConvertConfig, StandInConfig
+from .projections import Projection
 from .record import Block, can_split
 
 DEFAULT_ACTIVE = (0.25, 0.5, 0.75)
+
+
+ATTENTION = ("none", "auto", "low-rank", "channels")
+
+
+def attention_way(attention: str) -> tuple[str, str]:
+    """The way and the roles of `--attention auto:q,k,v`.
+
+    Raises:
+        UserError: If there is no such way or role.
+    """
+    way, _, roles = attention.partition(":")
+    if way not in ATTENTION:
+        raise UserError(f"--attention {attention}: {way!r} is none of {', '.join(ATTENTION)}")
+    wanted = [role.strip() for role in roles.split(",")] if roles else list("qkvo")
+    if not {*wanted} <= {*"qkvo"}:
+        raise UserError(f"--attention {attention}: after the colon come some of q,k,v,o")
+    return way, "".join(wanted)
+
+
+def choose_projections(config: AttentionConfig, projections: list[Projection]) -> list[Projection]:
+    """Those projections of a model that are to be converted, with as much room for factors as they can use.
+
+    Raises:
+        UserError: If there is none of them, or no such layer.
+    """
+    way, roles = attention_way(config.attention)
+    if way == "none":
+        return []
+    if not projections:
+        raise UserError(f"--attention {config.attention}: no projection around attention found in this model")
+    layers = [p.name for p in projections if "o" in p.role]  # each attention ends with one
+    wanted = numbers(config.attention_layers, len(layers))
+    ends = [projections.index(p) for p in projections if "o" in p.role]
+    found = []
+    for place, projection in enumerate(projections):
+        layer = next((n for n, end in enumerate(ends) if place <= end), len(ends) - 1)
+        if layer in wanted and {*projection.role} <= {*roles}:
+            found.append(projection)
+    if not found:
+        raise UserError(
+            f"--attention {config.attention}: no projection of this model does that alone; there are "
+            f"{', '.join(sorted({p.role for p in projections}))} (a fused one is converted with all its roles)"
+        )
+    groups = {group: number for number, group in enumerate(dict.fromkeys(p.group for p in found))}
+    for projection in found:
+        projection.rank, projection.group = max(projection.full_ranks), groups[projection.group]
+    return found
+
+
+def numbers(text: str, count: int) -> set[int]:
+    """The layers that `2-5` or `0,3` names; all for an empty text.
+
+    Raises:
+        UserError: If the text is no such list, or names a layer that is not there.
+    """
+    if not text:
+        return set(range(count))
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or (last and not last.isdecimal()):
+            raise UserError(f"--attention-layers {text}: give numbers and ranges, for instance 0,2-5")
+        found |= set(range(int(first), int(last or first) + 1))
+    if not found or max(found) >= count:
+        raise UserError(f"--attention-layers {text}: this model has {count} attention layers, counted from 0")
+    return found
 
 
 @dataclass(frozen=True)

@@ -106,9 +106,9 @@ def validate(config: Any) -> None:
         UserError: Naming the field and its value.
     """
     blocks = config.blocks
-    _one_of("gate", config.gate, GATES)
-    _one_of("stand_in", config.stand_in, STAND_INS)
-    _one_of("router_target", config.router_target, TARGETS)
+    one_of("gate", config.gate, GATES)
+    one_of("stand_in", config.stand_in, STAND_INS)
+    one_of("router_target", config.router_target, TARGETS)
     if not blocks:
         refuse("blocks", [], "a list with one entry or more")
     for number, block in enumerate(blocks):
@@ -117,7 +117,7 @@ def validate(config: Any) -> None:
     fewest = min(block.experts for block in blocks)
     for name, most in (("delta_rank", None), ("linear_rank", None), ("router_width", None), ("max_experts", None),
                        ("min_experts", fewest), ("shared_experts", fewest - 1)):  # fmt: skip
-        _in_range(name, getattr(config, name), 0, most)
+        in_range(name, getattr(config, name), 0, most)
     if 0 < config.max_experts < config.min_experts:
         refuse("max_experts", config.max_experts, f"0 or at least min_experts, {config.min_experts}")
     if not 0 < config.default_active <= 1:
@@ -128,8 +128,8 @@ def validate(config: Any) -> None:
 
 
 def _check_block(block: Any, where: str) -> None:
-    _one_of(f"{where}.kind", block.kind, KINDS)
-    _one_of(f"{where}.fused", block.fused, FUSED)
+    one_of(f"{where}.kind", block.kind, KINDS)
+    one_of(f"{where}.fused", block.fused, FUSED)
     for name in ("name", "activation", "up", "down"):
         if not getattr(block, name):
             refuse(f"{where}.{name}", getattr(block, name), "a name")
@@ -138,7 +138,7 @@ def _check_block(block: Any, where: str) -> None:
     if bool(block.fused) != (block.gate == block.up):
         refuse(f"{where}.fused", block.fused, "gate_up or up_gate where gate and up are one module, else empty")
     for name in ("d_model", "width", "calls", "experts"):
-        _in_range(f"{where}.{name}", getattr(block, name), 1)
+        in_range(f"{where}.{name}", getattr(block, name), 1)
     if block.experts > block.width or block.slots - block.width >= block.size:
         refuse(f"{where}.experts", block.experts, f"a number of experts that the width {block.width} can be split in")
     if block.layouts and [v in known for v, known in zip(block.layouts, LAYOUTS, strict=False)] != [True] * 2:
@@ -153,7 +153,7 @@ def _check_budget(budget: Any, blocks: int, where: str) -> None:
         if len(getattr(budget, name)) not in (0, blocks):
             refuse(f"{where}.{name}", getattr(budget, name), f"empty or a list of {blocks}, one per block")
     for number, kind in enumerate(budget.stand_ins):
-        _one_of(f"{where}.stand_ins[{number}]", kind, STAND_INS)
+        one_of(f"{where}.stand_ins[{number}]", kind, STAND_INS)
 
 
 def _check_curve(curve: Sequence, blocks: int) -> None:
@@ -169,25 +169,27 @@ def _check_taus(taus: Sequence[float], blocks: int, where: str) -> None:
     if len(taus) != blocks:
         refuse(where, taus, f"a list of {blocks} thresholds, one per block")
     for number, tau in enumerate(taus):
-        _in_range(f"{where}[{number}]", tau, 0)
+        in_range(f"{where}[{number}]", tau, 0)
 
 
-def check_distinct(blocks: Sequence, field: str) -> None:
-    """Raises `UserError` if two blocks have the same module in a field."""
-    names = [getattr(block, field) for block in blocks]
+def check_distinct(entries: Sequence, field: str, of: str = "blocks") -> None:
+    """Raises `UserError` if two entries of a list have the same module in a field."""
+    names = [getattr(entry, field) for entry in entries]
     for number, name in enumerate(names):
         if name in names[:number]:
-            refuse(f"blocks[{number}].{field}", name, "another module than in the blocks before it")
+            refuse(f"{of}[{number}].{field}", name, f"another module than in the {of} before it")
 
 
-def _one_of(where: str, value: str, known: Sequence[str]) -> None:
+def one_of(where: str, value: str, known: Sequence[str]) -> None:
+    """Raises `UserError` unless a field of the record has one of these values."""
     if value not in known:
         refuse(
             where, value, f"one of {', '.join(known) if all(known) else ', '.join(filter(None, known)) + ' or empty'}"
         )
 
 
-def _in_range(where: str, value: float, least: float, most: float | None = None) -> None:
+def in_range(where: str, value: float, least: float, most: float | None = None) -> None:
+    """Raises `UserError` unless a field of the record is a number in this range."""
     if not math.isfinite(value) or value < least or (most is not None and value > most):
         refuse(where, value, f"at least {least}" + ("" if most is None else f" and at most {most}"))
 

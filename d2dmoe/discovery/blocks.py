@@ -54,7 +54,7 @@ def discover(
     Raises:
         NoInputsError: If the model runs on no inputs that could be found.
     """
-    trace = run_traced(model, dict(inputs)) if inputs is not None else _traced(model, sample)
+    trace = run_traced(model, dict(inputs)) if inputs is not None else traced(model, sample)
     found = _group(_matches(trace))
     blocks, refused = [], []
     most_rows = max((call.input.numel() // call.input.shape[-1] for call in trace.linears), default=0)
@@ -70,13 +70,14 @@ def discover(
     return Discovery(blocks, refused, _others(model, trace, blocks, refused))
 
 
-def _traced(model: nn.Module, sample: Callable[[], Mapping[str, torch.Tensor]] | None) -> Trace:
+def traced(model: nn.Module, sample: Callable[[], Mapping[str, torch.Tensor]] | None, *, follow: bool = False) -> Trace:
+    """`run_traced` on inputs made from the config, or else on those of `sample`; arguments as of `discover`."""
     try:
-        return on_small_inputs(model, lambda inputs: run_traced(model, inputs), None)
+        return on_small_inputs(model, lambda inputs: run_traced(model, inputs, follow=follow), None)
     except NoInputsError:
         if sample is None:
             raise
-    return on_small_inputs(model, lambda inputs: run_traced(model, inputs), sample())
+    return on_small_inputs(model, lambda inputs: run_traced(model, inputs, follow=follow), sample())
 
 
 def _matches(trace: Trace) -> Iterator[tuple[Block, tuple[Call, ...]]]:

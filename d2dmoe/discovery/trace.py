@@ -28,6 +28,7 @@ class Call:
     name: str
     input: torch.Tensor
     output: torch.Tensor
+    leaf: torch.Tensor | None = None  # what autograd follows, if it does
 
 
 @dataclass
@@ -62,7 +63,7 @@ def runs_on(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> set[str]:
 
 
 @contextmanager
-def _instrumented(model: nn.Module, trace: Trace) -> Iterator[None]:
+def _instrumented(model: nn.Module, trace: Trace, follow: bool) -> Iterator[None]:
     """Make linear maps return noise, and record the inputs and outputs of all modules."""
     generator = torch.Generator().manual_seed(1)
     linears, handles = [], []
@@ -72,7 +73,8 @@ def _instrumented(model: nn.Module, trace: Trace) -> Iterator[None]:
             shape = (*x.shape[:-1], features(linear)[1])
             noise = torch.randn(shape, generator=generator, dtype=torch.float64) * NOISE_SCALE
             noise = noise.clamp(-NOISE_LIMIT, NOISE_LIMIT).to(x.device, x.dtype)
-            trace.linears.append(Call(name, x, noise))
+            leaf = noise.requires_grad_() if follow else None
+            trace.linears.append(Call(name, x, noise, leaf))
             return noise.clone()  # an in-place activation must not change the record
 
         return forward
@@ -88,7 +90,7 @@ def _instrumented(model: nn.Module, trace: Trace) -> Iterator[None]:
         if isinstance(module, nn.Linear | Conv1D) and _is_map(module):
             module.forward = noisy(name, module)
             linears.append(module)
-        else:
+        elif not follow:
             handles.append(module.register_forward_hook(record(name), with_kwargs=True))
     try:
         yield
@@ -99,15 +101,17 @@ def _instrumented(model: nn.Module, trace: Trace) -> Iterator[None]:
             handle.remove()
 
 
-@torch.no_grad()
-def run_traced(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Trace:
-    """Run the model once with linear maps that return noise; returns the record."""
+def run_traced(model: nn.Module, inputs: dict[str, torch.Tensor], *, follow: bool = False) -> Trace:
+    """Run the model once with linear maps that return noise; returns the record.
+
+    With `follow` autograd knows what each tensor was computed from, and calls of other modules are not recorded.
+    """
     samples = next(iter(inputs.values())).shape[0]
     trace = Trace(samples=samples, activations=(*fatrelu_names(model), *ACTIVATIONS))
     training = model.training
     model.eval()
     try:
-        with _instrumented(model, trace):
+        with _instrumented(model, trace, follow), torch.set_grad_enabled(follow):
             model(**inputs)
     finally:
         model.train(training)

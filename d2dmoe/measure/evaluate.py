@@ -23,12 +23,13 @@ from ..errors import UserError
 from ..kernels import dispatching
 from ..moe.gating import set_gate, stored_config
 from ..moe.layer import layers
+from ..moe.projection import projections
 from ..progress import progress
 from ..vocabulary import special_tokens
 from .drift import SecondText, add_drift, second_text
-from .flops import DenseCost, dense_cost, dense_ffn_flops, sparse_ffn_flops
+from .flops import DenseCost, dense_cost, dense_ffn_flops, projection_flops, sparse_ffn_flops
 from .metrics import METRICS, Batch, Metric, choose_metric
-from .observe import ActiveCounter, model_inputs, observing, pieces
+from .observe import ActiveCounter, ChannelCounter, model_inputs, observing, observing_projections, pieces
 
 Setting = dict[str, Any]  # keyword arguments of `set_gate`
 LOGITS_HELD = 2**25  # elements, 128 MB in fp32
@@ -110,6 +111,7 @@ class _Point:
     setting: Setting
     metric: Metric
     counter: ActiveCounter = field(default_factory=ActiveCounter)
+    channels: ChannelCounter = field(default_factory=ChannelCounter)
 
     def gate(self, model: nn.Module) -> AbstractContextManager:
         """Context manager that sets the gate."""
@@ -117,8 +119,11 @@ class _Point:
 
     def run(self, model: nn.Module, inputs: Batch, batch: Batch, reference: torch.Tensor | None) -> torch.Tensor | None:
         """One forward pass. `reference` is the dense model's result, `None` in the dense pass itself."""
-        with self.gate(model), observing(model, self.counter) as current:
-            current["mask"] = batch.get("attention_mask")
+        with (
+            self.gate(model), observing(model, self.counter) as current,
+            observing_projections(model, self.channels) as other,
+        ):  # fmt: skip
+            current["mask"] = other["mask"] = batch.get("attention_mask")
             kept = self.metric.keep(model(**inputs), batch)
         self.metric.add(kept, kept if reference is None else reference, batch)
         return kept if self.metric.compares else kept[:0]
@@ -129,7 +134,9 @@ class _Point:
         (_, dense_value), *dense_further = dense.figures().items()
         with self.gate(model):
             costs = (
-                _dense_costs() if self.setting.get("active") == 1 or cost is None else _costs(model, self.counter, cost)
+                _dense_costs()
+                if self.setting.get("active") == 1 or cost is None
+                else _costs(model, self.counter, self.channels, cost)
             )
             milliseconds = _milliseconds(model, timed)
         return {
@@ -148,18 +155,24 @@ def _dense_costs() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _costs(model: nn.Module, counter: ActiveCounter, dense: DenseCost) -> dict[str, Any]:
+def _costs(model: nn.Module, counter: ActiveCounter, channels: ChannelCounter, dense: DenseCost) -> dict[str, Any]:
     """Active and FLOP fractions of the gate in force."""
     by_layer = counter.by_layer(len(layers(model)))
     before = dense.blocks(dense_ffn_flops(layer) for layer in layers(model))
     after = dense.blocks(sparse_ffn_flops(layer, active) for layer, active in zip(layers(model), by_layer, strict=True))
+    projected, saved = projections(model), {}
+    full = total = dense.dense_projections(model)
+    if projected:
+        total = dense.projections(projection_flops(x, channels.fraction(x.number)) for x in projected)
+        saved = {"flops_fraction_attention": total / full}
     taus = [layer.gate_state.tau for layer in layers(model)]
     return {
         "gate": stored_config(model).gate,
         "tau": taus[0] if len(set(taus)) == 1 else taus,
         "active_fraction": counter.fraction,
         "flops_fraction_ffn": after / before,
-        "flops_fraction_model": (dense.total - before + after) / dense.total,
+        **saved,
+        "flops_fraction_model": (dense.total - before + after - full + total) / dense.total,
         "active_by_layer": [round(active, 4) for active in by_layer],
     }
 

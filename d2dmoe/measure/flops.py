@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..config.projections import ProjectionState
 from ..moe.gating import set_gate
 from ..moe.layer import DynamicFFN, GateState, layers
-from .observe import observing
+from ..moe.projection import DynamicProjection, projections
+from .observe import observing, observing_projections
 
 
 def dense_ffn_flops(layer: DynamicFFN) -> int:
@@ -46,6 +48,18 @@ def sparse_ffn_flops(layer: DynamicFFN, active: float, state: GateState | None =
     return cost
 
 
+def projection_flops(layer: DynamicProjection, active: float = 1.0, state: ProjectionState | None = None) -> float:
+    """FLOPs per row of a projection with this share of its input channels; `state` stands for its own setting.
+
+    Factors count as the two products that they are; the score of a channel is one multiplication.
+    """
+    p, state = layer.projection, state or layer.gate_state
+    factors = 2 * p.factored_macs(state.ranks) if state.ranks else 0
+    if state.method == "low-rank":
+        return factors * p.calls
+    return (2 * p.macs if state.method == "dense" else active * 2 * p.macs + factors + p.inputs) * p.calls
+
+
 @torch.no_grad()
 def model_flops(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
     """FLOPs of one forward pass with the gate in force: matrix products, convolutions and attention.
@@ -74,34 +88,49 @@ class DenseCost:
         total: FLOPs of the whole model.
         rows: For each converted layer, the rows that one of its calls has for each token. Layers differ where a model
             merges patches (Swin), or reads more than it writes (T5).
+        projection_rows: The same for each projection around attention.
     """
 
     total: float
     rows: list[float]
+    projection_rows: list[float] = field(default_factory=list)
 
     def blocks(self, flops: Iterable[float]) -> float:
         """FLOPs per token of all blocks, from those per row of each."""
         return sum(row * each for row, each in zip(self.rows, flops, strict=True))
 
+    def projections(self, flops: Iterable[float]) -> float:
+        """FLOPs per token of all projections around attention, from those per row of each."""
+        return sum(row * each for row, each in zip(self.projection_rows, flops, strict=True))
+
+    def dense_projections(self, model: nn.Module) -> float:
+        """The same with all of them dense."""
+        return self.projections(projection_flops(layer, state=ProjectionState()) for layer in projections(model))
+
 
 def dense_cost(model: nn.Module, inputs: dict[str, torch.Tensor]) -> DenseCost:
     """Count the dense model on this batch."""
     with set_gate(model, active=1):
-        rows = _rows_of_calls(model, inputs)
-        cost = DenseCost(model_flops(model, inputs) / rows[0], [count / rows[0] for count in rows])
+        rows, others = _rows_of_calls(model, inputs)
+        relative = [[count / rows[0] for count in counts] for counts in (rows, others)]
+        cost = DenseCost(model_flops(model, inputs) / rows[0], *relative)
     cost.total -= cost.blocks(padding_flops(layer) for layer in layers(model))
     return cost
 
 
-def _rows_of_calls(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[float]:
-    """For each converted layer, the rows of one call in one pass."""
-    seen = [0] * len(layers(model))
+def _rows_of_calls(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[list[float], list[float]]:
+    """For each converted block and projection, the rows of one call in one pass."""
+    seen, projected = [0] * len(layers(model)), dict.fromkeys(projections(model), 0)
 
     def count(index, layer, x, hidden, scores, run):
         seen[index] += x.shape[0]
 
+    def count_rows(layer, x, keep):
+        projected[layer] += x.shape[0]
+
     count.needs_hidden = False
-    with observing(model, count):
+    with observing(model, count), observing_projections(model, count_rows):
         model(**inputs)
     seen = [total / layer.block.calls for total, layer in zip(seen, layers(model), strict=True)]
-    return seen if seen[0] else [1.0] * len(seen)
+    others = [total / layer.projection.calls for layer, total in projected.items()]
+    return (seen, others) if seen[0] else ([1.0] * len(seen), [1.0] * len(others))

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..discovery.inputs import model_inputs
 from ..moe.layer import DynamicFFN, layers
+from ..moe.projection import DynamicProjection, projections
 from ..progress import progress
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
@@ -70,6 +71,30 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[dict[str, torch.
             layer.observer = None
 
 
+@contextmanager
+def observing_projections(
+    model: nn.Module, observer: Callable[[DynamicProjection, torch.Tensor, torch.Tensor | None], None]
+) -> Iterator[dict[str, torch.Tensor | None]]:
+    """Have `observer(layer, x, keep)` called in every projection at every forward pass; otherwise as `observing`."""
+    current: dict[str, torch.Tensor | None] = {"mask": None}
+
+    def call(layer: DynamicProjection, x: torch.Tensor, keep: torch.Tensor | None) -> None:
+        mask = current["mask"]
+        if mask is not None and mask.numel() == x.shape[0] and not mask.all():
+            wanted = mask.reshape(-1).bool()
+            x, keep = x[wanted], None if keep is None else keep[wanted]
+        observer(layer, x, keep)
+
+    watched = projections(model)
+    for layer in watched:
+        layer.observer = call
+    try:
+        yield current
+    finally:
+        for layer in watched:
+            layer.observer = None
+
+
 TOKENS_AT_ONCE = 1024
 
 
@@ -107,6 +132,25 @@ def run_observed(model: nn.Module, batches: Iterable[dict[str, Any]], observer: 
             current["mask"] = batch.get("attention_mask")
             with suppress(EnoughSeen):
                 model(**model_inputs(model, batch))
+
+
+class ChannelCounter:
+    """An observer of projections that counts the input channels that run, padding left out."""
+
+    def __init__(self) -> None:
+        self.executed: dict[int, int] = {}
+        self.possible: dict[int, int] = {}
+
+    def __call__(self, layer: DynamicProjection, x: torch.Tensor, keep: torch.Tensor | None) -> None:
+        """See `observing_projections`."""
+        self.possible[layer.number] = self.possible.get(layer.number, 0) + x.numel()
+        self.executed[layer.number] = self.executed.get(layer.number, 0) + (
+            x.numel() if keep is None else int(keep.sum())
+        )
+
+    def fraction(self, number: int) -> float:
+        """Share of the channels of one projection that ran; 1 if it never ran."""
+        return self.executed[number] / self.possible[number] if self.possible.get(number) else 1.0
 
 
 class ActiveCounter:

@@ -13,10 +13,12 @@ from typing import Any
 from torch import nn
 
 from ..config.checks import check_active, check_tau
+from ..config.projections import ProjectionState
 from ..config.record import D2DMoEConfig
 from ..errors import UserError
 from .gate import Gates, GateState, gates_here, set_gates
 from .layer import DynamicFFN, layers
+from .projection import DynamicProjection, projections
 
 SAID = 64  # notes that a model remembers having given
 
@@ -59,9 +61,10 @@ class set_gate:
         active: Active fraction. 1 runs everything (exactly the dense model); a stored budget brings its own
             thresholds and stand-ins; any other fraction takes thresholds between those of its neighbours and the
             stand-ins of one of them, see `Budgets.stand_ins`, and warns once.
-        tau: Threshold instead; 0 runs everything, larger runs less.
+        tau: Threshold instead; 0 runs everything, larger runs less. Projections around attention then run dense.
         budget: Number of a stored budget instead, 0 for the one that runs least.
-        layers: Numbers or names of the converted layers to set, or one of them; all by default.
+        layers: Numbers of the converted feed-forward layers to set, or names of converted layers and projections, or
+            one of them; all by default.
         oracle: Select by the true expert norms instead of the router (for analysis; saves nothing).
 
     Raises:
@@ -123,7 +126,7 @@ def use_gate(
     given = {"active": active, "tau": tau, "budget": budget}
     rows = {name: value for name, value in given.items() if isinstance(value, Sequence) and not isinstance(value, str)}
     if not rows:
-        states: dict[DynamicFFN, Gates] = {**_states(model, active, tau, budget, None, False)}
+        states: dict[nn.Module, Gates] = {**_states(model, active, tau, budget, None, False)}
     else:
         _one_of(active, tau, budget)
         ((name, values),) = rows.items()
@@ -147,7 +150,7 @@ def _states(
     budget: int | None,
     layers: Sequence[int | str] | int | str | None,
     oracle: bool,
-) -> dict[DynamicFFN, GateState]:
+) -> dict[nn.Module, GateState | ProjectionState]:
     """The gate of each layer that is to be set."""
     _one_of(active, tau, budget)
     model = converted_model(model)
@@ -155,15 +158,38 @@ def _states(
     active, tau = (
         None if value is None else _number(name, value) for name, value in (("active", active), ("tau", tau))
     )
+    projected = projections(model)
+    if layers is not None:
+        wanted = {layers} if isinstance(layers, Integral | str) else {*layers}
+        projected = [layer for layer in projected if layer.projection.name in wanted]
+        layers = [item for item in wanted if item not in {layer.projection.name for layer in projected}]
     chosen = _choose(model, layers)
-    if any(layer.merged for _, layer in chosen):
+    if any(layer.merged for layer in (*projected, *(layer for _, layer in chosen))):
         raise UserError("this model was merged at one budget; load it again to choose another")
     if budget is not None:
         states = _states_of_budget(config, budget)
     else:
         states = _states_for_active(config, active) if active is not None else _states_for_tau(config, tau, chosen)
     target = ("root" if config.router_target == "root" else "norm") if oracle else ""
-    return {layer: replace(states[index], oracle=target) for index, layer in chosen}
+    found: dict[nn.Module, GateState | ProjectionState] = {
+        layer: replace(states[index], oracle=target) for index, layer in chosen
+    }
+    return found | _states_of_projections(config, projected, active, budget)
+
+
+def _states_of_projections(
+    config: D2DMoEConfig, projected: list[DynamicProjection], active: float | None, budget: int | None
+) -> dict[nn.Module, ProjectionState]:
+    """What each projection does: as stored, at the next stored budget above, or everything."""
+    states = None
+    if budget is not None:
+        states = config.budgets[budget].projection_states
+    elif active is not None and active < 1:
+        states = config.budgets.projection_states(active)
+    places = {number: place for place, number in enumerate(sorted({layer.number for layer in projected}))}
+    if states is not None and len(places) < len(states):  # some of them only: a place is the number in the record
+        places = {number: number for number in places}
+    return {layer: ProjectionState() if states is None else states[places[layer.number]] for layer in projected}
 
 
 def _number(name: str, value: Any) -> float | None:

@@ -17,12 +17,14 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 from ..config.record import Block, D2DMoEConfig
 from ..errors import UserError
-from ..tensors import shapes_in
+from ..tensors import PROJECTED, shapes_in
 from .check import check_block, check_config, check_tensors, refuse_part
 from .gating import set_gate
 from .layer import DynamicFFN, layers
 from .mount import fill, make_layer, mount
 from .packing import Neurons, dense_tensors, pack, unpack
+from .projected import check_projected, localise_projections, mount_projections
+from .projection import projections
 from .quantization import D2DMoEQuantizationConfig
 from .trainable import trainable
 
@@ -46,7 +48,10 @@ def swap_modules(model: PreTrainedModel, config: D2DMoEConfig, files: Iterable[A
     for number, block in here.items():
         check_block(model, number, block)
         mount(model, make_layer(model, number, block, config, budgets=len(config.budgets)))
-    check_tensors(layers(model), shapes_in(files), model.base_model_prefix)
+    mount_projections(model, localise_projections(model, config, _prefixes(model)))
+    shapes = shapes_in(files)
+    check_tensors(layers(model), shapes, model.base_model_prefix)
+    check_projected(projections(model), shapes, model.base_model_prefix)
     _keep_packed(model)
     _guard_initialisation(model)
 
@@ -86,6 +91,11 @@ def finish(model: PreTrainedModel, config: D2DMoEConfig, dtype: torch.dtype | No
     if len(layers(model)) != len(config.blocks):
         keep = {layer.number for layer in layers(model)}
         config.keep_blocks([number in keep for number in range(len(config.blocks))])
+    if len(projections(model)) != len(config.projections):
+        keep = {layer.number for layer in projections(model)}
+        config.keep_projections([number in keep for number in range(len(config.projections))])
+        for place, layer in enumerate(projections(model)):
+            layer.number = place
     trainable(model)
     set_gate(model, active=config.default_active)
 
@@ -107,6 +117,11 @@ def _refuse_missing(model: PreTrainedModel) -> None:
         for name, parameter in (*layer.named_parameters(), *layer.named_buffers()):
             if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False):
                 raise UserError(f"the checkpoint lacks {layer.block.name}.{name}; convert the model again")
+    for layer in projections(model):
+        for name in PROJECTED:
+            parameter = getattr(layer, name)
+            if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False):
+                raise UserError(f"the checkpoint lacks {layer.projection.name}.{name}; convert the model again")
 
 
 KEEP = {torch.float16: ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")}
@@ -262,7 +277,7 @@ def attach(model: PreTrainedModel, config: D2DMoEConfig, orders: list[torch.Tens
 
     Args:
         model: Dense model with real weights.
-        config: Its `blocks` have their number of experts set.
+        config: Its `blocks` have their number of experts set, its `projections` their ranks.
         orders: For each block, its neurons in expert order ``(width,)``.
         budgets: How many sets of stand-ins to make room for.
     """
@@ -272,6 +287,7 @@ def attach(model: PreTrainedModel, config: D2DMoEConfig, orders: list[torch.Tens
         layer = make_layer(model, number, block, config, budgets=budgets)
         fill(layer, model, order)
         mount(model, layer)
+    mount_projections(model, list(enumerate(config.projections)))
     model.register_load_state_dict_pre_hook(pack_state)
     _keep_packed(model)
     trainable(model)

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import UserError
 from .gating import stored_config
 from .layer import DynamicFFN, layers
+from .projection import projections
 
 
 @torch.no_grad()
@@ -34,6 +35,8 @@ def merge(model: nn.Module) -> nn.Module:
         raise UserError("this model is merged already")
     for layer in layers(model):
         _merge(layer)
+    for layer in projections(model):
+        layer.merge()
     model.save_pretrained = _refuse_to_save
     return model
 

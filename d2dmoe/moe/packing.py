@@ -46,6 +46,11 @@ def layout_of(linear: nn.Module, role: str) -> str:
     return f"{role}_{'conv1d' if isinstance(linear, Conv1D) else 'linear'}"
 
 
+def sizes(linear: nn.Module) -> tuple[int, int]:
+    """Input and output width of a `Linear` or `Conv1D`."""
+    return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
+
+
 class Neurons:
     """The dense tensors of one block, as seen by splitting, permuting and packing."""
 

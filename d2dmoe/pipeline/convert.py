@@ -168,7 +168,15 @@ def _converted(
     hub.check_finite(config.model, model)
     _tell(job.plan, job.asleep, say)
     log = convert_model(
-        model, config, job.calibration, blocks=job.plan.blocks, work=work, resume=resume, say=say, dense=dense
+        model,
+        config,
+        job.calibration,
+        blocks=job.plan.blocks,
+        projections=job.plan.projections,
+        work=work,
+        resume=resume,
+        say=say,
+        dense=dense,
     )
     cast(model, _output_dtype(config, model_config))
     return model, log

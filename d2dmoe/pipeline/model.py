@@ -11,25 +11,33 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from ..attention.bases import fit_bases
 from ..config.options import ConvertConfig
+from ..config.projections import Projection
 from ..config.record import Block, D2DMoEConfig
-from ..config.sizes import choose_experts, ranks, shared_experts, targets
+from ..config.sizes import attention_way, choose_experts, choose_projections, ranks, shared_experts, targets
 from ..data.batches import Batches
 from ..discovery.blocks import discover
+from ..discovery.projections import find_projections
 from ..errors import UserError
 from ..files import write_text
 from ..measure.observe import release_memory
 from ..moe.gating import set_gate
 from ..moe.layer import layers
-from ..moe.loader import attach
+from ..moe.loader import attach, remember
 from ..moe.packing import Neurons
+from ..moe.projected import trim_projections
+from ..moe.projection import projections as dynamic_projections
 from ..progress import progress
 from ..stages.budgets.calibrate import calibrate, calibrate_again
+from ..stages.budgets.projections import groups_of
+from ..stages.budgets.shares import Plan
 from ..stages.coactivation import activation_profiles
 from ..stages.heal import heal
 from ..stages.routers.fit import fit_routers
 from ..stages.routers.training import train_routers
 from ..stages.split import split_neurons
+from ..tensors import PROJECTED
 from ..training import first_process
 from ..training_state import has_state
 from .verify import block_outputs, model_outputs, verify
@@ -48,6 +56,7 @@ def convert_model(
     batches: Batches,
     *,
     blocks: list | None = None,
+    projections: list[Projection] | None = None,
     work: Path | None = None,
     resume: bool = False,
     say: Say = lambda _: None,
@@ -61,6 +70,7 @@ def convert_model(
         config: Method and sizes; data and output keys are not used.
         batches: Calibration batches.
         blocks: From a plan; discovered on the model itself when `None`.
+        projections: Likewise.
         work: Folder for what stages leave behind; `None` keeps nothing.
         resume: Use what is there.
         say: Receives progress messages.
@@ -79,7 +89,9 @@ def convert_model(
         )
     model.eval()
     blocks = _blocks_of(model, config, batches) if blocks is None else blocks
-    stored = _record(config, blocks)
+    if projections is None:
+        projections = _projections_of(model, config, batches)
+    stored = _record(config, blocks, projections)
     release_memory()
     orders = stage(work, "split", resume, lambda: _split(model, config, blocks, batches, say))
     twin = copy.deepcopy(model) if config.speedup and dense is None else None
@@ -92,23 +104,26 @@ def convert_model(
     log = _routers(model, config, batches, work, resume)
     say("routers done; calibrating")
     dense = dense or (lambda: twin)
-    fitted(work, "stand-ins", resume, model, stored, lambda: _calibrate(model, config, stored, batches, dense))
+    spectra = _bases(model, config, batches, work, resume) if projections else []
+    fitted(work, "stand-ins", resume, model, stored, lambda: _calibrate(model, config, stored, batches, dense, spectra))
     if config.heal and stored.budgets:
         say(f"healing: {config.heal} steps of distillation from the dense model")
         fitted(
             work, "healed", resume, model, stored, lambda: _heal(model, config, stored, batches, dense, work, resume),
             everything=config.heal_parameters == "all",
         )  # fmt: skip
+    trim_projections(model, stored)
+    remember(model, stored)
     set_gate(model, active=stored.default_active)
     return log
 
 
-def _record(config: ConvertConfig, blocks: list[Block]) -> D2DMoEConfig:
+def _record(config: ConvertConfig, blocks: list[Block], projections: list[Projection]) -> D2DMoEConfig:
     """The record of the checkpoint, before it has budgets."""
     return D2DMoEConfig(
         blocks=blocks, gate=config.gate, stand_in=config.stand_in, router_width=config.router_width,
         router_target=config.router_target, min_experts=config.min_experts, max_experts=config.max_experts,
-        shared_experts=shared_experts(config, blocks), **ranks(config, blocks),
+        shared_experts=shared_experts(config, blocks), projections=projections, **ranks(config, blocks),
     )  # fmt: skip
 
 
@@ -120,6 +135,13 @@ def _blocks_of(model: PreTrainedModel, config: ConvertConfig, batches: Batches) 
     for block in blocks:
         block.experts = choose_experts(block, config.experts, config.expert_size)
     return blocks
+
+
+def _projections_of(model: PreTrainedModel, config: ConvertConfig, batches: Batches) -> list[Projection]:
+    """The projections to convert."""
+    if config.attention == "none":
+        return []
+    return choose_projections(config, find_projections(model, sample=lambda: batches[0]).found)
 
 
 def _split(
@@ -162,9 +184,31 @@ def _routers(
     return log or (json.loads((work / "router-log.json").read_text()) if work is not None else [])
 
 
+def _bases(
+    model: PreTrainedModel, config: ConvertConfig, batches: Batches, work: Path | None, resume: bool
+) -> list[list[torch.Tensor]]:
+    """Fit the bases of the projections, or take them from an earlier run; returns their spectra by section."""
+
+    def fit() -> dict[str, torch.Tensor]:
+        bases = fit_bases(model, batches.first(config.calibration_tokens), config.seed)
+        found = {f"{i}.spectrum.{n}": s for i, b in enumerate(bases) for n, s in enumerate(b.spectra)}
+        return found | {
+            f"{i}.{name}": getattr(x, name) for i, x in enumerate(dynamic_projections(model)) for name in PROJECTED
+        }
+
+    tensors = stage(work, "projections", resume, fit)
+    for i, layer in enumerate(dynamic_projections(model)):
+        for name in PROJECTED:
+            getattr(layer, name).data.copy_(tensors[f"{i}.{name}"])
+    return [
+        [tensors[f"{i}.spectrum.{n}"] for n in range(len(layer.projection.sections))]
+        for i, layer in enumerate(dynamic_projections(model))
+    ]
+
+
 def _let_go_of_files(model: PreTrainedModel) -> None:
     """Copy tensors out of the mapped weight files, so that the dense blocks in them leave memory."""
-    packed = {id(p) for layer in layers(model) for p in layer.parameters()}
+    packed = {id(p) for layer in layers(model) for p in layer.parameters()}  # projections still have theirs in files
     for parameter in model.parameters():
         if id(parameter) not in packed:
             parameter.data = parameter.data.clone()
@@ -187,12 +231,18 @@ def _calibration_text(config: ConvertConfig, batches: Batches) -> tuple[Batches,
 
 def _calibrate(
     model: PreTrainedModel, config: ConvertConfig, stored: D2DMoEConfig, batches: Batches,
-    dense: Callable[[], PreTrainedModel] | None,
+    dense: Callable[[], PreTrainedModel] | None, spectra: list[list[torch.Tensor]],
 ) -> None:  # fmt: skip
     fitting, unseen = _calibration_text(config, batches)
+    plan = Plan()
+    if spectra:
+        way, _ = attention_way(config.attention)
+        text = unseen if unseen.tokens >= LEAST_UNSEEN else fitting
+        plan = Plan(groups_of(model, text, spectra, way), config.attention_active)
     calibrate(
         model, fitting, stored, targets(config),
         thresholds=config.thresholds, allocation=config.allocation, unseen=unseen, dense=dense,
+        plan=plan,
     )  # fmt: skip
 
 

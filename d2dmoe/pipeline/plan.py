@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..config.options import ConvertConfig
+from ..config.projections import Projection
 from ..config.record import Block, router_width
-from ..config.sizes import choose_experts, divisors, ranks, targets
+from ..config.sizes import choose_experts, choose_projections, divisors, ranks, targets
 from ..discovery.blocks import Discovery, discover
 from ..discovery.inputs import NoInputsError, corner, dummy_inputs, model_inputs
+from ..discovery.projections import Projections, find_projections
 from ..discovery.skeleton import skeleton
 from ..discovery.trace import runs_on
 from ..errors import UserError, first_line
@@ -38,6 +40,7 @@ class ConversionPlan:
     peak_memory_bytes: int
     disk_bytes: int
     skeleton: nn.Module
+    projections: list[Projection] = field(default_factory=list)
 
     @property
     def blocks(self) -> list[Block]:
@@ -48,6 +51,7 @@ class ConversionPlan:
         """Plain figures for reports."""
         return {
             "blocks": len(self.blocks),
+            "projections": len(self.projections),
             "dense_parameters": self.dense_parameters,
             "added_parameters": self.added_parameters,
             "padded_neurons": sum(block.slots - block.width for block in self.blocks),
@@ -109,8 +113,12 @@ def make_plan(model_config: Any, config: ConvertConfig, sample: Callable[[], Bat
         block.experts = choose_experts(block, config.experts, config.expert_size)
         if config.min_experts > block.experts:
             raise UserError(f"--min-experts {config.min_experts}: {block.name} has {block.experts} experts in all")
+    projections = []
+    if config.attention != "none":
+        projections = choose_projections(config, find_projections(model, sample=sample).found)
     dense = sum(p.numel() for p in model.parameters())
-    added = sum(_added(block, config, discovery.blocks) for block in discovery.blocks)
+    added = sum(p.rank * 2 * p.outputs + p.inputs + p.outputs for p in projections)
+    added += sum(_added(block, config, discovery.blocks) for block in discovery.blocks)
     stored = BYTES.get(config.dtype) or BYTES.get(str(getattr(model_config, "dtype", "")).removeprefix("torch."), 4)
     rows = config.batch_size * config.max_length
     block = max(discovery.blocks, key=lambda b: b.width * b.d_model)
@@ -119,7 +127,7 @@ def make_plan(model_config: Any, config: ConvertConfig, sample: Callable[[], Bat
     )
     captured = 4 * min(rows, 8192) * sum(b.d_model + b.experts for b in discovery.blocks)
     peak = BASE_MEMORY + 4 * (dense + added) + max(activations + captured, activations + _moments(block, config))
-    return ConversionPlan(type(model), discovery, dense, added, peak, stored * (dense + added), model)
+    return ConversionPlan(type(model), discovery, dense, added, peak, stored * (dense + added), model, projections)
 
 
 def fit_to_data(plan: ConversionPlan, batch: dict[str, torch.Tensor], source: str) -> list[Block]:
@@ -146,6 +154,7 @@ def fit_to_data(plan: ConversionPlan, batch: dict[str, torch.Tensor], source: st
         raise UserError(f"{feeds}, and no feed-forward block of {name} runs on that; {TEXT_OR_IMAGES}")
     plan.discovery.blocks = [block for block in plan.blocks if block not in asleep]
     plan.discovery.refused += [(block, f"does not run on --data {source}") for block in asleep]
+    plan.projections = [projection for projection in plan.projections if projection.name in reached]
     return asleep
 
 
@@ -214,8 +223,10 @@ def _moments(block: Block, config: ConvertConfig) -> int:
     return max(MEMORY, 8 * n * (n + block.d_model)) + 3 * 8 * n * n
 
 
-def describe(discovery: Discovery) -> list[dict[str, Any]]:
-    """Rows of `d2dmoe list`: every block and linear map, converted or not, and why not."""
+def describe(discovery: Discovery, projections: Projections | None = None) -> list[dict[str, Any]]:
+    """Rows of `d2dmoe list`: every block, projection and linear map, converted or not, and why not."""
+    projections = projections or Projections()
+    around = {p.name: None for p in projections.found} | dict(projections.refused)
     rows = [
         {
             "name": block.name, "kind": block.kind, "activation": block.activation, "d_model": block.d_model,
@@ -227,10 +238,19 @@ def describe(discovery: Discovery) -> list[dict[str, Any]]:
     ]  # fmt: skip
     rows += [
         {
-            "name": name, "kind": "linear", "activation": None, "d_model": inputs, "width": outputs,
-            "parts": {"up": name, "gate": None, "down": None}, "divisors": [], "converted": False, "why": why,
+            "name": p.name, "kind": "attention", "activation": None, "d_model": p.inputs, "width": p.outputs,
+            "parts": {"up": p.name, "gate": None, "down": None}, "divisors": [], "converted": True, "role": p.role,
+            "why": f"{', '.join(p.role)} of attention: with --attention",
         }
-        for name, inputs, outputs, why in discovery.other
+        for p in projections.found
+    ]  # fmt: skip
+    rows += [
+        {
+            "name": name, "kind": "attention" if name in around else "linear", "activation": None, "d_model": inputs,
+            "width": outputs, "parts": {"up": name, "gate": None, "down": None}, "divisors": [], "converted": False,
+            "why": around.get(name) or why,
+        }
+        for name, inputs, outputs, why in discovery.other if around.get(name, "other")
     ]  # fmt: skip
     return rows
 

@@ -85,24 +85,50 @@ def share_out(
         weights: Neurons of each layer, times its rows for each token.
         shared: Experts of each layer that always run.
     """
-    curves = [
+    least = [least_experts(active, count, shared) for count in experts]
+    return give_out(active, cost_curves(actives, costs, experts), weights, least)
+
+
+def least_experts(active: float, experts: int, shared: int = 0) -> int:
+    """The experts that a layer gets in any case."""
+    return min(max(1, shared, math.floor(active / SPREAD * experts)), experts)
+
+
+def cost_curves(actives: Sequence[float], costs: np.ndarray, experts: Sequence[int]) -> list[list[float]]:
+    """Cost of each layer with 0, 1, … experts, from its costs at some active fractions."""
+    return [
         [_interpolate(actives, row, n / count) for n in range(count + 1)]
         for row, count in zip(costs, experts, strict=True)
     ]
-    least = [max(1, shared, math.floor(active / SPREAD * count)) for count in experts]
-    chosen = [min(low, count) for low, count in zip(least, experts, strict=True)]
-    per_expert = [weight / count for weight, count in zip(weights, experts, strict=True)]
-    room = active * sum(weights) - sum(n * size for n, size in zip(chosen, per_expert, strict=True))
+
+
+def give_out(
+    active: float, curves: Sequence[Sequence[float]], weights: Sequence[float], least: Sequence[int]
+) -> list[float]:
+    """Share work out, one unit after the other to whom it saves most per unit of work.
+
+    Args:
+        active: The share of all work to give out.
+        curves: For each receiver its cost with 0, 1, … of its units; the last is everything.
+        weights: Work of each receiver with all its units.
+        least: Units that each receiver gets in any case.
+
+    Returns:
+        The share of each receiver's units.
+    """
+    counts, chosen = [len(curve) - 1 for curve in curves], list(least)
+    sizes = [weight / count for weight, count in zip(weights, counts, strict=True)]
+    room = active * sum(weights) - sum(n * size for n, size in zip(chosen, sizes, strict=True))
     while True:
         gains = [
             (curve[n] - curve[n + 1]) / size if n < count and size <= room + size / 2 else -1.0
-            for curve, n, count, size in zip(curves, chosen, experts, per_expert, strict=True)
+            for curve, n, count, size in zip(curves, chosen, counts, sizes, strict=True)
         ]
         best = int(np.argmax(gains))
         if gains[best] < 0:
-            return [n / count for n, count in zip(chosen, experts, strict=True)]
+            return [n / count for n, count in zip(chosen, counts, strict=True)]
         chosen[best] += 1
-        room -= per_expert[best]
+        room -= sizes[best]
 
 
 def _interpolate(actives: Sequence[float], costs: np.ndarray, active: float) -> float:

@@ -11,10 +11,10 @@ from ...config.sizes import Target
 from ...data.batches import Batches
 from ...kernels import dispatching
 from ...moe.layer import layers
-from .allocate import allocate
 from .curve import threshold_curve
 from .fit import BudgetFits
 from .goals import GOALS, Evidence, Goal
+from .shares import Plan, best_shares, even_shares
 
 
 @dispatching("sparse")
@@ -28,6 +28,7 @@ def calibrate(
     allocation: str = "uniform",
     unseen: Batches | None = None,
     dense: Callable[[], nn.Module] | None = None,
+    plan: Plan | None = None,
 ) -> None:
     """Fill `config.curve` and `config.budgets`, and the stand-ins of the model's layers.
 
@@ -41,20 +42,25 @@ def calibrate(
         unseen: Calibration batches on which neither thresholds nor stand-ins are fitted, for `max-loss` targets.
             Routers may have been trained on them.
         dense: Gives the dense model, against which `speedup` targets are measured.
+        plan: The projections around attention.
 
     Raises:
         UserError: If a target is out of reach.
     """
-    fits = BudgetFits(model, batches, config)
-    goals = _goals(targets, fits, unseen or batches, dense)
+    plan = plan or Plan()
+    even = even_shares(config, plan)
+    fits = BudgetFits(model, batches, config, even)
+    goals = _goals(targets, fits, unseen or batches, dense, plan)
     config.budgets.replace([])
     config.curve = threshold_curve(model, batches, config, thresholds)
     config.budgets.replace([goal.first_budget() for goal in goals])
     config.budgets.sort()
     config.default_active = 1.0
-    if allocation == "sensitivity" and config.budgets and len(config.blocks) > 1:
+    receivers = len(config.blocks) + len(plan.groups)
+    if allocation == "sensitivity" and config.budgets and receivers > 1:
         fits.fit_roughly()
-        fits.shares = allocate(model, batches, config)
+        fits.shares = best_shares(model, batches, config, plan)
+    if receivers > len(config.blocks) or fits.shares is not even:
         for number, budget in enumerate(config.budgets):
             fits.place(number, budget.active)
     searched = {number: goal for number, goal in _by_number(config, goals) if goal.searched}
@@ -87,9 +93,10 @@ def calibrate_again(
 
 
 def _goals(
-    targets: Sequence[Target], fits: BudgetFits, unseen: Batches, dense: Callable[[], nn.Module] | None
-) -> list[Goal]:
-    evidence = Evidence(unseen, dense)
+    targets: Sequence[Target], fits: BudgetFits, unseen: Batches, dense: Callable[[], nn.Module] | None,
+    plan: Plan | None = None,
+) -> list[Goal]:  # fmt: skip
+    evidence = Evidence(unseen, dense, plan or Plan())
     return [GOALS[target.kind](target, fits, evidence) for target in targets]
 
 

@@ -13,13 +13,14 @@ from ...data.batches import Batches
 from ...measure.observe import ActiveCounter, run_observed
 from ...moe.gating import gate_state, set_gate
 from ...moe.layer import layers
+from ...moe.projection import projections
 from ..standins import fit_means, fit_stand_ins
 from .search import bisect
+from .shares import Shares
 
 REGRESSED = ("constants", "refit", "linear")
 SEARCH_TOKENS = 8192
 ROUGH_TOKENS, ROUGH_PER_REGRESSOR = 8192, 6  # for the fits that sharing out among the layers rests on
-Shares = Callable[[float], list[float]]  # from an active fraction to that of every layer
 
 
 @dataclass
@@ -28,19 +29,20 @@ class BudgetFits:
 
     Attributes:
         batches: Calibration batches.
-        shares: Shares an active fraction out among the layers; equally at first.
+        shares: Shares a budget out among blocks and projections; equally at first.
     """
 
     model: nn.Module
     batches: Sequence
     config: D2DMoEConfig
-    shares: Shares | None = None
+    shares: Callable[[float], Shares] | None = None
 
     def place(self, number: int, active: float) -> None:
-        """Give a budget an active fraction, and the thresholds that the curve has for the layers' shares of it."""
+        """Give a budget an active fraction, and what blocks and projections do with their shares of it."""
         budget, curve = self.config.budgets[number], self.config.block_curve
-        shares = [active] * len(self.config.blocks) if self.shares is None else self.shares(active)
-        budget.active, budget.taus = active, curve.thresholds_by_block(shares)
+        shares = Shares([active] * len(self.config.blocks)) if self.shares is None else self.shares(active)
+        budget.active, budget.taus = active, curve.thresholds_by_block(shares.blocks)
+        budget.ffn_active, budget.projection_states = shares.ffn_active, shares.states
 
     def fit(self, numbers: Sequence[int]) -> None:
         """Thresholds and stand-ins of some budgets. Stand-ins move what runs: thresholds are set before and after."""
@@ -74,22 +76,24 @@ class BudgetFits:
     def _match_active(self, number: int, batches: Sequence) -> None:
         config, curve = self.config, self.config.block_curve
         budget = config.budgets[number]
-        before = budget.taus
+        before, wanted = budget.taus, budget.ffn_active or budget.active
         shares = [curve.active(index, tau) for index, tau in enumerate(before)]
 
         def measure(point: float) -> float:
-            scaled = [min(share * point / budget.active, 1.0) for share in shares]
-            budget.taus = before if point == budget.active else curve.thresholds_by_block(scaled)
+            scaled = [min(share * point / wanted, 1.0) for share in shares]
+            budget.taus = before if point == wanted else curve.thresholds_by_block(scaled)
             for index, layer in enumerate(layers(self.model)):
                 layer.gate_state = gate_state(config, budget.taus[index], number)
+            for layer, state in zip(projections(self.model), budget.projection_states, strict=True):
+                layer.gate_state = state
             return measure_active(self.model, batches)
 
         with set_gate(self.model, tau=0):
             if config.gate == "topk" and not (config.min_experts or config.max_experts):
-                budget.measured = measure(budget.active)
+                budget.measured = measure(wanted)
                 return
-            low = LEAST_ACTIVE * min(1.0, budget.active / max(shares))  # where every layer is at the curve's beginning
-            point, budget.measured = bisect(measure, budget.active, low=low, high=1.0, start=budget.active)
+            low = LEAST_ACTIVE * min(1.0, wanted / max(shares))  # where every layer is at the curve's beginning
+            point, budget.measured = bisect(measure, wanted, low=low, high=1.0, start=wanted)
             measure(point)
 
 

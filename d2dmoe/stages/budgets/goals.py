@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ...config.budgets import Budget
+from ...config.projections import ProjectionState
 from ...config.sizes import Target
 from ...data.batches import Batches
 from ...errors import UserError
@@ -22,6 +23,7 @@ from ...moe.layer import layers
 from .curve import GRID
 from .fit import BudgetFits
 from .search import bisect
+from .shares import Plan
 
 LOSS_TOKENS = 16_384
 LOSS_ROUNDS = 6
@@ -35,10 +37,12 @@ class Evidence:
     Attributes:
         unseen: Calibration batches on which neither thresholds nor stand-ins are fitted, for losses.
         dense: Gives the dense model, for speed-ups.
+        plan: The projections that take a share of the work.
     """
 
     unseen: Batches
     dense: Callable[[], nn.Module] | None = None
+    plan: Plan = field(default_factory=Plan)
     _dense: nn.Module | None = field(default=None, repr=False)
 
     def dense_model(self) -> nn.Module:
@@ -63,7 +67,9 @@ class Goal(ABC):
     def first_budget(self) -> Budget:
         """The budget to begin with, all layers at the same active fraction."""
         active, objective = self.first_active(), "" if self.target.kind == "active" else str(self.target)
-        return Budget(active, self.fits.config.equal_thresholds(active), objective=objective)
+        budget = Budget(active, self.fits.config.equal_thresholds(active), objective=objective)
+        budget.projection_states = [ProjectionState()] * len(self.fits.config.projections)
+        return budget
 
     def search(self, number: int) -> None:
         """Move a budget's active fraction until it meets the goal, and fit it there; by default it is there already.
@@ -100,9 +106,12 @@ class FlopsGoal(Goal):
         cost = dense_cost(model, model_inputs(model, next(pieces(self.fits.batches))))
         total, before = cost.total, cost.blocks(dense_ffn_flops(layer) for layer in converted)
 
+        plan, projected = self.evidence.plan, cost.dense_projections(model)
+
         def whole(active: float) -> float:
             state = gate_state(config, 0.5, 0)
-            return (total - before + cost.blocks(sparse_ffn_flops(x, active, state) for x in converted)) / total
+            saved = before - cost.blocks(sparse_ffn_flops(x, active, state) for x in converted)
+            return (total - saved - (1 - (plan.share or active)) * projected) / total
 
         low, high = whole(GRID[0]), whole(GRID[-1])
         active = GRID[0] + (self.value - low) / (high - low) * (GRID[-1] - GRID[0])  # the count is linear in it

@@ -1,0 +1,114 @@
+"""The projections around attention in the record, and what each budget does with them. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .validate import check_distinct, in_range, one_of, refuse
+
+METHODS = ("dense", "low-rank", "channels")
+ROLES = ("q", "k", "v", "o", "qk", "kv", "qv", "qkv")
+
+
+@dataclass
+class Projection:
+    """One linear map that feeds attention or takes its output, with its weights where the dense model has them.
+
+    Attributes:
+        name: Path of the linear map.
+        role: What it makes of its input: queries `q`, keys `k`, values `v`, several of them where it is fused, or `o`
+            for the one behind the heads.
+        group: Number of the tensor that it reads: projections of one group drop the same input channels.
+        inputs, outputs: Its widths.
+        sections: Widths of the parts of the output that have factors of their own: queries, keys and values where they
+            are fused.
+        calls: How often it runs in one forward pass.
+        rank: Columns of its stored basis; a budget uses the first so many, of each section its own number.
+    """
+
+    name: str
+    role: str
+    group: int
+    inputs: int
+    outputs: int
+    sections: list[int]
+    calls: int = 1
+    rank: int = 0
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per row of the dense map."""
+        return self.inputs * self.outputs
+
+    def factored_macs(self, ranks: Sequence[int]) -> int:
+        """The same for two factors of these ranks, one for each section."""
+        return sum(rank * (self.inputs + width) for rank, width in zip(ranks, self.sections, strict=True))
+
+    @property
+    def full_ranks(self) -> list[int]:
+        """For each section the largest rank whose factors cost less than its dense map."""
+        return [max((self.inputs * width - 1) // (self.inputs + width), 1) for width in self.sections]
+
+
+def sections_of(role: str, inputs: int, outputs: int) -> list[int]:
+    """Output widths of a projection's sections. Keys and values may be narrower than queries (grouped queries)."""
+    narrow, rest = divmod(outputs - inputs, 2)
+    return [inputs, narrow, narrow] if role == "qkv" and not rest and 0 < narrow <= inputs else [outputs]
+
+
+@dataclass(frozen=True)
+class ProjectionState:
+    """What a projection does.
+
+    Attributes:
+        method: `dense`; `low-rank`, two factors; or `channels`, the input channels whose score reaches the threshold.
+        ranks: Columns of the basis in use for each section: of the factors, or of what stands in for skipped channels
+            (none: nothing does).
+        threshold: For `channels`. A channel's score is ``|x_j| * ||W_j||``.
+    """
+
+    method: str = "dense"
+    ranks: tuple[int, ...] = ()
+    threshold: float = 0.0
+
+
+def check_projections(projections: Sequence[Projection], budgets: Sequence[Any]) -> None:
+    """Ranges, choices and lengths.
+
+    Args:
+        projections: Of the record.
+        budgets: `Budget`s of the record.
+
+    Raises:
+        UserError: Naming the field and its value.
+    """
+    for number, projection in enumerate(projections):
+        where = f"projections[{number}]"
+        one_of(f"{where}.role", projection.role, ROLES)
+        if not projection.name:
+            refuse(f"{where}.name", projection.name, "a name")
+        if not projection.sections or min(projection.sections) < 1 or sum(projection.sections) != projection.outputs:
+            refuse(f"{where}.sections", projection.sections, f"widths that add up to outputs, {projection.outputs}")
+        for name in ("inputs", "outputs", "calls"):
+            in_range(f"{where}.{name}", getattr(projection, name), 1)
+        in_range(f"{where}.group", projection.group, 0)
+        in_range(f"{where}.rank", projection.rank, 0, projection.outputs)
+    check_distinct(projections, "name", "projections")
+    for number, budget in enumerate(budgets):
+        _check_settings(projections, budget, f"budgets[{number}]")
+
+
+def _check_settings(projections: Sequence[Projection], budget: Any, where: str) -> None:
+    for name in ("methods", "ranks", "channel_thresholds"):
+        if len(getattr(budget, name)) != len(projections):
+            refuse(f"{where}.{name}", getattr(budget, name), f"a list of {len(projections)}, one per projection")
+    for n, projection in enumerate(projections):
+        one_of(f"{where}.methods[{n}]", budget.methods[n], METHODS)
+        count = {"dense": (0,), "low-rank": (len(projection.sections),), "channels": (0, len(projection.sections))}
+        if len(budget.ranks[n]) not in count[budget.methods[n]]:
+            refuse(f"{where}.ranks[{n}]", budget.ranks[n], f"a list of {len(projection.sections)}, one per section")
+        for place, rank in enumerate(budget.ranks[n]):
+            in_range(f"{where}.ranks[{n}][{place}]", rank, 0, projection.rank)
+        in_range(f"{where}.channel_thresholds[{n}]", budget.channel_thresholds[n], 0)

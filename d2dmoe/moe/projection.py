@@ -1,0 +1,266 @@
+"""Linear maps around attention that can do less than all of their work. Their weights stay as the dense model has them.
+
+With `P` ``(outputs, rank)`` and `Q` ``(rank, outputs)`` the stored basis of a section of the outputs, `m` the mean
+output and `W` the weights:
+
+* `dense`: ``x W + b``;
+* `low-rank`: ``(x A) Q + b + m - (m P) Q`` with ``A = W P``, so that the mean output is exact;
+* `channels`: ``(x * keep) W + ((x - x * keep) A) Q + b``, where `keep` marks the input channels whose score
+  ``|x_j| * ||W_j||`` reaches the threshold.
+
+`A` is derived: whoever changes `W` changes what is computed from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..config.projections import Projection, ProjectionState
+from ..errors import UserError
+from ..kernels import Watch, identity, native
+from ..tensors import PROJECTED
+from .gate import Gate, gates_here, set_gates
+from .prepared import offloaded
+
+linear = nn.functional.linear
+KEPT = 8  # ranks of a layer whose factors are kept
+Factors = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
+
+
+class _Samples:
+    """`kernels.Watch` where the native library cannot look: on other devices, or where it was not built."""
+
+    def __init__(self, tensors: list[torch.Tensor]):
+        self.tensors = tensors
+        self.seen = self.now()
+
+    def now(self) -> list[torch.Tensor]:
+        """Some of the values of each tensor."""
+        return [t.reshape(-1)[:: max(t.numel() // 32, 1)].clone() for t in self.tensors]
+
+    def changed(self) -> bool:
+        """Do the tensors hold other values than before?"""
+        return not all(torch.equal(a, b) for a, b in zip(self.now(), self.seen, strict=True))
+
+
+class DynamicProjection(nn.Module):
+    """What `DynamicLinear` and `DynamicConv1D` have in common.
+
+    Parameters beside the dense map's own `weight` and `bias`: the basis `low_rank_in` ``(outputs, rank)`` and
+    `low_rank_out` ``(rank, outputs)``, of whose rows (columns) for each section of the outputs a budget uses the first
+    columns (rows); `output_mean` ``(outputs,)``,
+    without the bias; `channel_norms` ``(inputs,)``, the norm of each input channel's weights over the group.
+
+    Attributes:
+        projection: Its record.
+        number: Its place among the projections of the checkpoint's record.
+        gate: Its settings, the model's own and those of threads or tasks; `gate_state` is the one in force.
+        observer: Called as `observer(layer, x, keep)` at every forward pass, with `x` ``(rows, inputs)`` and the
+            channels that run, or `None` where there is no such choice.
+        merged: Does it hold one budget only (`merge`)?
+    """
+
+    projection: Projection
+    number: int
+    gate: Gate
+    observer: Callable | None
+    merged: bool
+
+    def extend(self, projection: Projection, number: int) -> None:
+        """Add what the dense map does not have; parameters without values."""
+        self.projection, self.number, self.gate = projection, number, Gate(ProjectionState())
+        self.observer, self.merged = None, False
+        self._factors: dict[tuple[int, ...], tuple[tuple, Watch | _Samples, Factors]] = {}
+        like = {"device": self.weight.device, "dtype": self.weight.dtype}
+        shapes = ((projection.outputs, projection.rank), (projection.rank, projection.outputs),
+                  (projection.outputs,), (projection.inputs,))  # fmt: skip
+        for name, shape in zip(PROJECTED, shapes, strict=True):
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape, **like), requires_grad=False))
+
+    @property
+    def gate_state(self) -> ProjectionState:
+        """The setting in force for the caller."""
+        here = self.gate.in_force(self)
+        return here[0] if isinstance(here, tuple) else here
+
+    @gate_state.setter
+    def gate_state(self, state: ProjectionState) -> None:
+        set_gates({self: state})
+
+    def matrix(self) -> torch.Tensor:
+        """The weights as ``(outputs, inputs)``."""
+        raise NotImplementedError
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``(…, inputs)`` to ``(…, outputs)``."""
+        state = self.gate.in_force(self)
+        if isinstance(state, tuple):
+            return self._by_rows(input, state)
+        keep = self.channels(input, state) if state.method == "channels" else None
+        if self.observer is not None:
+            rows = input.reshape(-1, input.shape[-1])
+            self.observer(self, rows, None if keep is None else keep.reshape(rows.shape))
+        if keep is not None:
+            return self._channels(input, keep, state.ranks)
+        return self._low_rank(input, state.ranks) if state.method == "low-rank" else super().forward(input)
+
+    def _by_rows(self, input: torch.Tensor, states: tuple[ProjectionState, ...]) -> torch.Tensor:
+        """Each row of the batch by its own setting; a row may have become several, one after the other."""
+        times, rest = divmod(len(input), len(states))
+        if rest:
+            raise UserError(f"{len(states)} budgets were given for a batch that reaches this layer as {len(input)}")
+        y = input.new_empty(*input.shape[:-1], self.projection.outputs)
+        for state in dict.fromkeys(states):
+            rows = [n for n, s in enumerate(states) for n in range(n * times, (n + 1) * times) if s == state]
+            with gates_here({self: state}):
+                y[rows] = self(input[rows])
+        return y
+
+    def channels(self, x: torch.Tensor, state: ProjectionState) -> torch.Tensor:
+        """Which input channels run, booleans of the shape of `x` ``(…, inputs)``."""
+        return x.abs() * self.channel_norms >= state.threshold
+
+    def _channels(self, x: torch.Tensor, keep: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor:
+        kept = x * keep
+        y = linear(kept, self.matrix(), self.bias)
+        if not any(ranks):
+            return y
+        return y + (self._projected(linear(x - kept, self.matrix()), ranks) if self._learns() else
+                    self._factored(x - kept, self.factors(ranks), ranks, constant=False))  # fmt: skip
+
+    def _low_rank(self, x: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor:
+        if not self._learns():
+            return self._factored(x, self.factors(ranks), ranks)
+        y = self._projected(linear(x, self.matrix()) - self.output_mean, ranks) + self.output_mean
+        return y if self.bias is None else y + self.bias
+
+    def _projected(self, y: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor:
+        """Outputs without what the bases leave out."""
+        parts, start = [], 0
+        for rank, width in zip(ranks, self.projection.sections, strict=True):
+            rows = slice(start, start + width)
+            parts.append(y[..., rows] @ self.low_rank_in[rows, :rank] @ self.low_rank_out[:rank, rows])
+            start += width
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    @staticmethod
+    def _factored(x: torch.Tensor, factors: Factors, ranks: tuple[int, ...], constant: bool = True) -> torch.Tensor:
+        """The same, with the bias and the mean, by factors that were derived beforehand."""
+        first, second, constants = factors
+        thin = linear(x, first).split(ranks, -1)
+        parts = [linear(t, *((s, c) if constant else (s,))) for t, s, c in zip(thin, second, constants, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def _learns(self) -> bool:
+        """Do gradients have to reach the weights? Then nothing is derived from them beforehand."""
+        if not torch.is_grad_enabled():
+            return False
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    @torch.no_grad()
+    def factors(self, ranks: tuple[int, ...]) -> Factors:
+        """`A` transposed ``(sum of ranks, inputs)``; by section `Q` transposed ``(width, rank)`` and the constant."""
+        if self.merged and self.gate_state.method == "low-rank":
+            return self._merged_factors()
+        compiling = torch.compiler.is_compiling()
+        if compiling and ranks in self._factors:  # cannot ask for versions
+            return self._factors[ranks][2]
+        sources = [t for t in (self.weight, self.bias, self.low_rank_in, self.low_rank_out, self.output_mean)
+                   if t is not None]  # fmt: skip
+        keep = not compiling and not offloaded(self) and all(type(t) in (nn.Parameter, torch.Tensor) for t in sources)
+        versions = tuple(map(identity, sources)) if keep else ()
+        known = self._factors.get(ranks) if keep else None
+        if known is not None and known[0] == versions and not known[1].changed():
+            return known[2]
+        found = self._derive(ranks)
+        if keep:
+            fast = native.live()[0] and all(t.device.type == "cpu" for t in sources)
+            watch = (Watch if fast else _Samples)([t.detach() for t in sources])
+            others = [(r, entry) for r, entry in self._factors.items() if r != ranks][-KEPT + 1 :]
+            self._factors = {**dict(others), ranks: (versions, watch, found)}
+        return found
+
+    def _derive(self, ranks: tuple[int, ...]) -> Factors:
+        dtype, weight, first, second, constants, start = self.weight.dtype, self.matrix().float(), [], [], [], 0
+        for rank, width in zip(ranks, self.projection.sections, strict=True):
+            rows = slice(start, start + width)
+            basis, back = self.low_rank_in[rows, :rank].float(), self.low_rank_out[:rank, rows].float()
+            mean = self.output_mean[rows].float()
+            constant = mean - (mean @ basis) @ back
+            constant = constant if self.bias is None else constant + self.bias[rows].float()
+            first.append(basis.T @ weight[rows])
+            second.append(back.T.to(dtype).contiguous())
+            constants.append(constant.to(dtype))
+            start += width
+        return torch.cat(first).to(dtype), second, constants
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Keep what the setting in force needs, and nothing that others would."""
+        state = self.gate_state
+        if state.method == "low-rank":
+            first, second, constants = self.factors(state.ranks)
+            for name, tensor in (("merged_first", first), *((f"merged_second_{n}", t) for n, t in enumerate(second)),
+                                 *((f"merged_constant_{n}", t) for n, t in enumerate(constants))):  # fmt: skip
+                self.register_buffer(name, tensor, persistent=False)
+            self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+        if state.method != "channels":
+            for name in PROJECTED:
+                setattr(self, name, nn.Parameter(self.weight.new_empty(0), requires_grad=False))
+        self._factors, self.merged = {}, True
+
+    def _merged_factors(self) -> Factors:
+        places = range(len(self.projection.sections))
+        return self.merged_first, *([getattr(self, f"merged_{name}_{n}") for n in places]
+                                    for name in ("second", "constant"))  # fmt: skip
+
+    def _apply(self, *args, **kwargs) -> nn.Module:
+        """Moves and casts: what was derived from the tensors goes with them."""
+        self._factors = {}
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        """Copies derive their own factors."""
+        return {**self.__dict__, "_factors": {}, "observer": None}
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        p = self.projection
+        return f"{p.inputs}->{p.outputs}, {p.role}, rank={p.rank}"
+
+
+class DynamicLinear(DynamicProjection, nn.Linear):
+    """A `Linear` around attention, see `DynamicProjection`."""
+
+    def matrix(self) -> torch.Tensor:
+        """The weights as ``(outputs, inputs)``."""
+        return self.weight
+
+
+class DynamicConv1D(DynamicProjection, Conv1D):
+    """GPT-2's `Conv1D` around attention, see `DynamicProjection`."""
+
+    def matrix(self) -> torch.Tensor:
+        """The weights as ``(outputs, inputs)``."""
+        return self.weight.T
+
+
+def make_projection(dense: nn.Module, projection: Projection, number: int) -> DynamicProjection:
+    """The layer that takes a dense map's place and shares its parameters."""
+    kind = DynamicConv1D if isinstance(dense, Conv1D) else DynamicLinear
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    for name in ("nf", "nx") if isinstance(dense, Conv1D) else ("in_features", "out_features"):
+        setattr(layer, name, getattr(dense, name))
+    layer.weight, layer.bias = dense.weight, dense.bias
+    layer.extend(projection, number)
+    return layer.train(dense.training)
+
+
+def projections(model: nn.Module) -> list[DynamicProjection]:
+    """The converted projections of a model, in the order of its record."""
+    return sorted((m for m in model.modules() if isinstance(m, DynamicProjection)), key=lambda layer: layer.number)

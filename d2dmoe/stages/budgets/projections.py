@@ -1,0 +1,199 @@
+"""What projections do at a share of their work, and what that costs the output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...config.projections import ProjectionState
+from ...data.batches import Batches
+from ...measure.observe import model_inputs, observing_projections, pieces, trunk
+from ...moe.gating import set_gate
+from ...moe.projection import DynamicProjection, projections
+from ...progress import progress
+from ..heal import divergence
+
+LEVELS = (0.15, 0.3, 0.5, 0.75)  # shares of a group's work at which its cost is measured
+COST_TOKENS, SCORE_ROWS = 2048, 2048
+STEPS = 64  # parts in which the work of a group is given out
+DENSE_FROM = 0.97  # share of the work from which a group runs dense
+STAND_IN = 0.3  # share of the work that the low-rank term for skipped channels takes
+
+
+@dataclass
+class Group:
+    """Projections that read one tensor, and share their work out among them.
+
+    Attributes:
+        members: Their numbers in the record.
+        layers: The projections themselves.
+        spectra: For each, what every further column of its sections' bases saves, see `Basis`.
+        scores: Channel scores of some rows, falling.
+        kinds: Ways that may be taken, `low-rank`, `channels` or `channels+` (with the low-rank term).
+        costs: For each way, the divergence from the dense model at `LEVELS`.
+    """
+
+    members: list[int]
+    layers: list[DynamicProjection]
+    spectra: list[list[torch.Tensor]]
+    scores: torch.Tensor
+    kinds: tuple[str, ...]
+    costs: dict[str, list[float]] = field(default_factory=dict)
+    _sorted: list[tuple[float, int, int, int]] = field(default_factory=list, repr=False)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per row, dense, of all calls."""
+        return sum(layer.projection.macs * layer.projection.calls for layer in self.layers)
+
+    def states(self, share: float, kind: str) -> list[ProjectionState]:
+        """The settings of the members with which they take this share of their work."""
+        if share >= DENSE_FROM:
+            return [ProjectionState() for _ in self.layers]
+        if kind == "low-rank":
+            return self._low_rank(share)
+        low_rank = self._low_rank(STAND_IN * share) if kind == "channels+" else None
+        spent = self.work(low_rank) if low_rank else 0.0
+        place = min(max(round((share - spent) * len(self.scores)) - 1, 0), len(self.scores) - 2)
+        threshold = float(self.scores[place : place + 2].mean().clamp_min(1e-12))
+        ranks = [state.ranks for state in low_rank] if low_rank else [()] * len(self.layers)
+        return [ProjectionState("channels", r, threshold) for r in ranks]
+
+    def work(self, states: Sequence[ProjectionState]) -> float:
+        """Share of the dense work that factors of these ranks take."""
+        costs = [x.projection.factored_macs(state.ranks) for x, state in zip(self.layers, states, strict=True)]
+        return sum(costs) / sum(x.projection.macs for x in self.layers)
+
+    def _low_rank(self, share: float) -> list[ProjectionState]:
+        """Columns go where each saves most per multiply-accumulate; a section never costs more than dense."""
+        room = share * sum(layer.projection.macs for layer in self.layers)
+        ranks = [[1] * len(layer.projection.sections) for layer in self.layers]
+        room -= sum(x.projection.factored_macs(r) for x, r in zip(self.layers, ranks, strict=True))
+        for _, n, section, price in self._columns():
+            if price <= room:
+                ranks[n][section] += 1
+                room -= price
+        return [ProjectionState("low-rank", tuple(rank)) for rank in ranks]
+
+    def _columns(self) -> list[tuple[float, int, int, int]]:
+        """`(saved per multiply-accumulate, member, section, price)` of all columns but each first, best ones first."""
+        if not self._sorted:
+            for n, (layer, spectra) in enumerate(zip(self.layers, self.spectra, strict=True)):
+                p = layer.projection
+                for place, (spectrum, most) in enumerate(zip(spectra, p.full_ranks, strict=True)):
+                    price = p.inputs + p.sections[place]
+                    self._sorted += [(v / price, n, place, price) for v in spectrum[1 : min(most, p.rank)].tolist()]
+            self._sorted.sort(key=lambda column: -column[0])
+        return self._sorted
+
+    def cost(self, kind: str, share: float) -> float:
+        """Divergence that one way is taken to cost at a share of the work.
+
+        Low rank has the sum of the eigenvalues left out, times what the measured costs are of it at the levels around;
+        other ways are interpolated, log-linear between and beyond the levels.
+        """
+        if share >= DENSE_FROM:
+            return 0.0
+        measured = np.log(np.maximum(self.costs[kind], 1e-12))
+        if kind == "low-rank":
+            offsets = measured - np.log([self.left_out(level) for level in LEVELS])
+            return self.left_out(share) * math.exp(float(np.interp(share, LEVELS, offsets)))
+        if share <= LEVELS[0]:
+            slope = (measured[1] - measured[0]) / (LEVELS[1] - LEVELS[0])
+            return math.exp(measured[0] + min(slope, 0.0) * (share - LEVELS[0]))
+        if share > LEVELS[-1]:  # from the last level to nothing at 1
+            return math.exp(measured[-1]) * ((1 - share) / (1 - LEVELS[-1])) ** 1.5
+        return math.exp(float(np.interp(share, LEVELS, measured)))
+
+    def left_out(self, share: float) -> float:
+        """Eigenvalues that low rank leaves out at a share of the work."""
+        total = 0.0
+        for spectra, state in zip(self.spectra, self._low_rank(share), strict=True):
+            total += sum(float(values[rank:].sum()) for values, rank in zip(spectra, state.ranks, strict=True))
+        return max(total, 1e-12)
+
+    def best(self, share: float) -> str:
+        """The way that costs least at a share of the work."""
+        return min(self.kinds, key=lambda kind: self.cost(kind, share))
+
+    def curve(self) -> list[float]:
+        """The least cost at 0, 1 / STEPS, …, 1 of the work, falling."""
+        costs = [min(self.cost(kind, step / STEPS) for kind in self.kinds) for step in range(STEPS + 1)]
+        return np.maximum.accumulate(costs[::-1])[::-1].tolist()
+
+
+KINDS = {
+    "low-rank": ("low-rank",),
+    "channels": ("channels", "channels+"),
+    "auto": ("low-rank", "channels", "channels+"),
+}
+
+
+@torch.no_grad()
+def groups_of(model: nn.Module, batches: Batches, spectra: Sequence[list[torch.Tensor]], attention: str) -> list[Group]:
+    """The groups of a model whose bases are fitted, with the costs of their ways.
+
+    Args:
+        model: Converted model.
+        batches: Calibration batches; the costs are measured on the last of them.
+        spectra: Of the bases of its projections, see `Basis`.
+        attention: Key of `KINDS`.
+    """
+    layers, scores = projections(model), _scores(model, batches)
+    found = []
+    for group in dict.fromkeys(layer.projection.group for layer in layers):
+        members = [n for n, layer in enumerate(layers) if layer.projection.group == group]
+        own = [spectra[n] for n in members]
+        found.append(Group(members, [layers[n] for n in members], own, scores[group], KINDS[attention]))
+    _measure(model, batches, found)
+    return found
+
+
+def _scores(model: nn.Module, batches: Batches) -> dict[int, torch.Tensor]:
+    """Scores of the input channels of each group, all rows and channels together, falling."""
+    pools: dict[int, list[torch.Tensor]] = {}
+    first = {layer.projection.group: layer for layer in reversed(projections(model))}
+    stride = max(1, batches.tokens // SCORE_ROWS)
+
+    def collect(layer: DynamicProjection, x: torch.Tensor, keep: torch.Tensor | None) -> None:
+        if first[layer.projection.group] is layer:
+            rows = (x[::stride].abs() * layer.channel_norms).float().cpu()
+            pools.setdefault(layer.projection.group, []).append(rows)
+
+    body = trunk(model)
+    with set_gate(model, active=1), observing_projections(model, collect) as current:
+        for batch in pieces(batches):
+            current["mask"] = batch.get("attention_mask")
+            body(**model_inputs(body, batch))
+    return {group: torch.cat(rows).flatten().sort(descending=True).values for group, rows in pools.items()}
+
+
+def _measure(model: nn.Module, batches: Batches, groups: list[Group]) -> None:
+    """Fill `costs`: the divergence from dense with one group at a time at a level, everything else dense."""
+    trials = [(group, kind, level) for group in groups for kind in group.kinds for level in range(len(LEVELS))]
+    for group in groups:
+        group.costs = {kind: [0.0] * len(LEVELS) for kind in group.kinds}
+    last = batches.after(max(batches.tokens - COST_TOKENS, 0)) if batches.tokens > COST_TOKENS else batches
+    total = 0
+    with set_gate(model, active=1):
+        for batch in progress(list(pieces(last)), desc="projection costs"):
+            inputs, mask = model_inputs(model, batch), batch.get("attention_mask")
+            mask = None if mask is None else mask.to(model.device)
+            count = len(next(iter(batch.values()))) if mask is None else int(mask.sum())
+            reference, total = model(**inputs), total + count
+            for group, kind, level in trials:
+                _set(group, group.states(LEVELS[level], kind))
+                group.costs[kind][level] += count * float(divergence(model(**inputs), reference, mask))
+                _set(group, [ProjectionState()] * len(group.layers))
+    for group in groups:
+        group.costs = {kind: [cost / max(total, 1) for cost in costs] for kind, costs in group.costs.items()}
+
+
+def _set(group: Group, states: Sequence[ProjectionState]) -> None:
+    for layer, state in zip(group.layers, states, strict=True):
+        layer.gate_state = state
