@@ -1,6 +1,6 @@
 """Time whole models of known shapes with random weights, converted in memory, a fixed share of the experts on.
 
-python recipes/bench_shapes.py --shapes gpt2,llama,minilm --active 0.25 --threads 2
+python recipes/bench_shapes.py --shapes gpt2,llama,minilm --active 0.25 --attention 0.5 --threads 2
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import torch
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from d2dmoe.config import D2DMoEConfig
-from d2dmoe.discovery import discover
+from d2dmoe.config.budgets import Budget
+from d2dmoe.config.projections import Projection, ProjectionState
+from d2dmoe.discovery import discover, find_projections
 from d2dmoe.measure.bench import COLUMNS, bench_model
 from d2dmoe.moe.layer import layers
 from d2dmoe.moe.loader import attach
@@ -34,8 +36,14 @@ SHAPES = {  # class, config, neurons per expert, (sequences, tokens of each) to 
 }  # fmt: skip
 
 
-def build(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """`(converted, dense)` of the same random weights, routers random as well."""
+def low_rank(projection: Projection, share: float) -> ProjectionState:
+    """Factors of which each section takes this share of its work."""
+    ranks = tuple(int(share * projection.inputs * w / (projection.inputs + w)) for w in projection.sections)
+    return ProjectionState("low-rank", ranks)
+
+
+def build(name: str, active: float, attention: float) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """`(converted, dense)` of the same random weights, routers random as well; one stored budget."""
     kind, config, size, _ = SHAPES[name]
     torch.manual_seed(0)
     dense = kind(config).eval()
@@ -43,7 +51,14 @@ def build(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     blocks = discover(model).blocks
     for block in blocks:
         block.experts = block.width // size
-    attach(model, D2DMoEConfig(blocks=blocks, router_width=128), [torch.arange(b.width) for b in blocks])
+    projections = find_projections(model).found if attention else []
+    for projection in projections:
+        projection.rank = max(projection.full_ranks)
+    record = D2DMoEConfig(blocks=blocks, router_width=128, projections=projections)
+    budget = Budget(active, record.equal_thresholds(active))
+    budget.projection_states = [low_rank(projection, attention) for projection in projections]
+    record.budgets.replace([budget])
+    attach(model, record, [torch.arange(b.width) for b in blocks])
     for seed, layer in enumerate(layers(model)):
         layer.router.reset(seed)
     return model, dense
@@ -54,6 +69,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="gpt2,minilm", help=", ".join(SHAPES))
     parser.add_argument("--active", type=float, default=0.25)
+    parser.add_argument(
+        "--attention", type=float, default=0.0, help="share of the projections' work, at low rank; 0: dense"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
@@ -63,7 +81,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     rows = []
     for name in arguments.shapes.split(","):
-        model, dense = build(name)
+        model, dense = build(name, arguments.active, arguments.attention)
         for batch, length in SHAPES[name][3]:
             found = bench_model(
                 model, dense, batches=[batch], length=length, settings=[{"active": arguments.active}],

@@ -35,7 +35,7 @@ from d2dmoe.config import ConvertConfig, UserError, resolve, targets
 from d2dmoe.convert import convert_model
 from d2dmoe.measure.evaluate import evaluate, prepare
 from d2dmoe.measure.metrics import quality_loss
-from d2dmoe.pipeline.convert import batches_for
+from d2dmoe.pipeline.parts import both_parts
 from d2dmoe.pipeline.plan import make_plan
 from d2dmoe.report import envelope, portable, table, write_json
 
@@ -77,10 +77,10 @@ def convert_and_evaluate(run: Run) -> dict[str, Any]:
     config = run.config
     subject = prepare(config.model, replace(config, data=run.eval_data), [], tokens=run.eval_limit)
     plan = make_plan(subject.config, config)
-    calibration, _ = batches_for(config, subject.config, plan, subject.tokenizer)
+    calibration, _ = both_parts(config, plan.model_class, subject.config, subject.tokenizer)
     model = hub.load_model(config.model, subject.config)
     started = time.time()
-    convert_model(model, config, calibration, blocks=plan.blocks)
+    convert_model(model, config, calibration.shuffled(config.seed), blocks=plan.blocks, projections=plan.projections)
     minutes = (time.time() - started) / 60
     settings = [{"active": target.value} for target in targets(config)]
     settings += [{**setting, "oracle": True} for setting in settings if run.oracle and setting["active"] == ORACLE_AT]

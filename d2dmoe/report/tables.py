@@ -22,19 +22,30 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in cells)])
 
 
+ATTENTION = "flops_fraction_attention"
+
+
 def eval_table(rows: list[dict[str, Any]]) -> str:
     """Rows of `evaluate`: quality and cost. One multiply-accumulate is two FLOPs."""
     if not rows:
         return "(no figures: nothing was evaluated)"
     metric, further = rows[0]["metric"]["name"], list(rows[0].get("metrics", {}))
+    columns = dict(EVAL_COLUMNS)
+    if any(ATTENTION in row for row in rows):  # beside the FFNs
+        columns = {
+            "active": columns["active"],
+            "FFN FLOPs": columns["FFN FLOPs"],
+            "attention FLOPs": ATTENTION,
+            **columns,
+        }
     body = [
         [
-            *(row[k] for k in EVAL_COLUMNS.values()), row["metric"]["value"], row["dense"]["value"],
+            *(row.get(k, 1.0) if k == ATTENTION else row[k] for k in columns.values()), row["metric"]["value"], row["dense"]["value"],
             *(row["metrics"][name] for name in further),
         ]
         for row in rows
     ]  # fmt: skip
-    return table([*EVAL_COLUMNS, metric, f"dense {metric}", *further], body)
+    return table([*columns, metric, f"dense {metric}", *further], body)
 
 
 def drift_table(rows: list[dict[str, Any]]) -> str:
