@@ -40,8 +40,8 @@ def eval_table(rows: list[dict[str, Any]]) -> str:
         }
     body = [
         [
-            *(row.get(k, 1.0) if k == ATTENTION else row[k] for k in columns.values()), row["metric"]["value"], row["dense"]["value"],
-            *(row["metrics"][name] for name in further),
+            *(row.get(k, 1.0) if k == ATTENTION else row[k] for k in columns.values()),
+            row["metric"]["value"], row["dense"]["value"], *(row["metrics"][name] for name in further),
         ]
         for row in rows
     ]  # fmt: skip
