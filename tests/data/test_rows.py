@@ -368,7 +368,7 @@ def test_images_however_they_are_packed(tmp_path, column):
         ({"text": pyarrow.array([[("a", "b")]] * 3, pyarrow.map_(pyarrow.string(), pyarrow.string()))},
          ["column 'text' is of the type map<"]),
     ],
-    ids=str,
+    ids=("pixels", "two images", "object", "list", "object elsewhere", "list elsewhere", "bytes", "map"),
 )  # fmt: skip
 def test_packed_columns_that_cannot_be_read(tmp_path, columns, words):
     refused(write_columns(tmp_path / "t.parquet", **columns), f"--data {tmp_path}/t.parquet", *words)
