@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..tensors import PROJECTED
 from .layer import layers
+from .projection import projections
 
 
 def trainable(model: nn.Module, *, routers: bool = False, stand_ins: bool = False) -> nn.Module:
     """Choose which of the parameters that the conversion added learn when the model is fine-tuned.
 
-    A converted model trains like the dense one: routers and stand-ins are frozen. With `routers`, gradients reach them
-    through the gate by a straight-through estimate (`kernels.gates.straight_through`). Routers and stand-ins have no
-    gradient while everything runs (`active=1`); DDP then needs `find_unused_parameters=True`.
+    A converted model trains like the dense one: routers, stand-ins and the bases of projections are frozen. With
+    `routers`, gradients reach the routers through the gate by a straight-through estimate
+    (`kernels.gates.straight_through`). Routers and stand-ins have no gradient while everything runs (`active=1`); DDP
+    then needs `find_unused_parameters=True`.
 
     Args:
         model: Converted model, changed in place.
@@ -27,4 +30,7 @@ def trainable(model: nn.Module, *, routers: bool = False, stand_ins: bool = Fals
         layer.soft_gate = routers
         for parameter in layer.stand_ins().values():
             parameter.requires_grad_(stand_ins)
+    for layer in projections(model):
+        for name in PROJECTED:
+            getattr(layer, name).requires_grad_(False)
     return model
