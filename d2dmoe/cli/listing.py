@@ -34,6 +34,6 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
     emit(arguments, command, 0, rows, list_table(rows))
     if refused:
         raise refused
-    if not any(row["converted"] and row["kind"] != "attention" for row in rows):
+    if not any(row["converted"] for row in rows):
         raise UserError(f"--model {arguments.model}: no feed-forward block found; give another model")
     return 0

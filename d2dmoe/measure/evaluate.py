@@ -89,6 +89,7 @@ def evaluate(
     for point in points:
         with set_gate(model, **point.setting):
             everything = all(layer.gate_state.tau == 0 for layer in layers(model))
+            everything = everything and all(layer.gate_state.method == "dense" for layer in projections(model))
         row = base if everything else point.row(model, timed, dense.metric, cost) | {"tokens": tokens}
         rows.append({**point.setting, **row})
     return rows

@@ -239,8 +239,8 @@ def describe(discovery: Discovery, projections: Projections | None = None) -> li
     rows += [
         {
             "name": p.name, "kind": "attention", "activation": None, "d_model": p.inputs, "width": p.outputs,
-            "parts": {"up": p.name, "gate": None, "down": None}, "divisors": [], "converted": True, "role": p.role,
-            "why": f"{', '.join(p.role)} of attention: with --attention",
+            "parts": {"up": p.name, "gate": None, "down": None}, "divisors": [], "converted": False, "role": p.role,
+            "why": f"{', '.join(p.role)} of attention; convert takes it with --attention",
         }
         for p in projections.found
     ]  # fmt: skip

@@ -1,0 +1,95 @@
+"""Loss of attention projections at a share of their work, feed-forward blocks dense: each way alone, and `auto`.
+
+    python recipes/attention_alone.py --model checkpoints/gpt2-mini --data ../shared/data/wikitext2/train.txt \
+        --eval-data ../shared/data/wikitext2/valid.txt --eval-limit 16384
+
+Loss is that of `recipes/compare.py`: nats per token above the dense model, or 1 - cosine for embeddings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+
+from d2dmoe import hub
+from d2dmoe.attention.bases import fit_bases
+from d2dmoe.config import ConvertConfig, D2DMoEConfig, UserError, resolve
+from d2dmoe.config.budgets import Budget
+from d2dmoe.measure.evaluate import evaluate, prepare
+from d2dmoe.measure.metrics import quality_loss
+from d2dmoe.moe.loader import attach
+from d2dmoe.pipeline.parts import both_parts
+from d2dmoe.pipeline.plan import make_plan
+from d2dmoe.report import table
+from d2dmoe.stages.budgets.allocate import give_out
+from d2dmoe.stages.budgets.projections import KINDS, groups_of
+
+
+def rows_of(config: ConvertConfig, eval_data: str, eval_limit: int, shares: list[float]) -> list[list]:
+    """One row of the table for each way."""
+    subject = prepare(config.model, replace(config, data=eval_data), [], tokens=eval_limit)
+    plan = make_plan(subject.config, config)
+    batches, _ = both_parts(config, plan.model_class, subject.config, subject.tokenizer)
+    batches = batches.shuffled(config.seed).first(config.calibration_tokens)
+    model = hub.load_model(config.model, subject.config)
+    record = D2DMoEConfig(blocks=plan.blocks, router_width=1, projections=plan.projections)
+    attach(model, record, [torch.arange(block.width) for block in plan.blocks])
+    spectra = [basis.spectra for basis in fit_bases(model, batches, config.seed)]
+    groups = groups_of(model, batches, spectra, "auto")
+    rows = []
+    for name, kinds in KINDS.items():
+        for group in groups:
+            group.kinds = kinds
+        budgets = []
+        for share in shares:
+            given = give_out(share, [g.curve() for g in groups], [g.macs for g in groups], [1] * len(groups))
+            states = {}
+            for group, own in zip(groups, given, strict=True):
+                states.update(zip(group.members, group.states(own, group.best(own)), strict=True))
+            budget = Budget(share, [0.0] * len(plan.blocks))
+            budget.projection_states = [states[n] for n in sorted(states)]
+            budgets.append(budget)
+        record.budgets.replace(budgets)
+        settings = [{"active": share} for share in shares]
+        found = evaluate(model, subject.batches, settings, metric=subject.metric, tokenizer=subject.tokenizer)
+        rows.append([name, *(f"{quality_loss(r):.4g} (at {r['flops_fraction_attention']:.3f})" for r in found)])
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", required=True, help="hub id, folder, or minilm for the encoder in its Python package"
+    )
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--eval-data", required=True)
+    parser.add_argument("--eval-limit", type=int, default=16_384, help="tokens")
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--shares", default="0.25,0.5,0.75")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    transformers.logging.disable_progress_bar()
+    sys.path.insert(0, str(Path(__file__).parent))
+    from compare import places
+
+    model = places()["minilm"] if arguments.model == "minilm" else arguments.model
+    keys = {"model": model, "data": arguments.data, "max_length": arguments.max_length, "seed": arguments.seed}
+    shares = [float(share) for share in arguments.shares.split(",")]
+    try:
+        config = resolve(ConvertConfig, {**keys, "attention": "auto"})
+        rows = rows_of(config, arguments.eval_data, arguments.eval_limit, shares)
+    except UserError as error:
+        print(f"attention_alone.py: {error}", file=sys.stderr)
+        return 1
+    print(table(["way", *(f"{share:g}" for share in shares)], rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
