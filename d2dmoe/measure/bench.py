@@ -170,7 +170,8 @@ def bench_model(
 @contextmanager
 def _gate(model: nn.Module, setting: dict) -> Iterator[None]:
     """`set_gate` for a converted checkpoint. A random model has no record, so its layers are set one by one."""
-    if getattr(model.config, "quantization_config", None) is not None and model.config.quantization_config.d2dmoe.curve:
+    record = getattr(getattr(model.config, "quantization_config", None), "d2dmoe", None)
+    if record is not None and (record.curve or record.budgets):
         with set_gate(model, **setting):
             yield
         return
