@@ -49,9 +49,9 @@ def place(run: str, moment: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def killed(home: Path) -> Path:
+def killed(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For each kill a folder, in which the training of `out` was killed."""
-    root, jobs = home / "killed", {}
+    root, jobs = tmp_path_factory.mktemp("killed"), {}
     for run, moment in KILLS:
         (root / place(run, moment)).mkdir(parents=True)
         ending = moment if moment.startswith(".partial") else f".partial/training/{moment}"
@@ -67,14 +67,15 @@ def killed(home: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(home: Path) -> dict[str, Path]:
-    """Uninterrupted runs."""
+def whole(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Uninterrupted runs, in a new place: a test process that steals tests may come back to this module."""
     from d2dmoe.cli import main
 
+    root = tmp_path_factory.mktemp("whole")
     for run in RUNS:
-        assert main(argv(home, run, home / f"whole-{run}")) == 0
-        assert not (home / f"whole-{run}.partial").exists()
-    return {run: home / f"whole-{run}" for run in RUNS}
+        assert main(argv(home, run, root / run)) == 0
+        assert not (root / f"{run}.partial").exists()
+    return {run: root / run for run in RUNS}
 
 
 def test_the_runs_train(home: Path, whole: dict[str, Path], d2dmoe, tmp_path: Path) -> None:
