@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..data.batches import Batches
-from ..measure.observe import EnoughSeen, model_inputs, observing_projections, pieces, trunk
+from ..measure.observe import model_inputs, pieces, run_groups
 from ..moe.gating import set_gate
 from ..moe.projection import DynamicProjection, projections
 from ..progress import progress
@@ -41,13 +41,10 @@ class InputMoments:
 @torch.no_grad()
 def input_moments(model: nn.Module, batches: Sequence) -> dict[int, InputMoments]:
     """Moments of each group, by its number, on the inputs that it has in the dense model. Padding is left out."""
-    first = {layer.projection.group: layer for layer in reversed(projections(model))}
     found: dict[int, InputMoments] = {}
 
-    def collect(layer: DynamicProjection, x: torch.Tensor, keep: torch.Tensor | None) -> None:
+    def collect(layer: DynamicProjection, x: torch.Tensor) -> None:
         group = layer.projection.group
-        if first[group] is not layer:
-            return
         if group not in found:
             width = x.shape[-1]
             found[group] = InputMoments(torch.zeros(width, width, dtype=torch.double),
@@ -57,12 +54,8 @@ def input_moments(model: nn.Module, batches: Sequence) -> dict[int, InputMoments
         moments.total += x.sum(0).cpu()
         moments.rows += len(x)
 
-    body = trunk(model)
-    with set_gate(model, active=1), observing_projections(model, collect) as current:
-        for batch in progress(pieces(batches), desc="projections"):
-            current["mask"] = batch.get("attention_mask")
-            with suppress(EnoughSeen):
-                body(**model_inputs(body, batch))
+    with set_gate(model, active=1):
+        run_groups(model, batches, collect, name="projections")
     return found
 
 

@@ -134,6 +134,25 @@ def run_observed(model: nn.Module, batches: Iterable[dict[str, Any]], observer: 
                 model(**model_inputs(model, batch))
 
 
+@torch.no_grad()
+def run_groups(
+    model: nn.Module, batches: Iterable[dict[str, Any]], observer: Callable[[DynamicProjection, torch.Tensor], None],
+    *, name: str = "",
+) -> None:  # fmt: skip
+    """One pass of the model, without its head, with `observer(layer, x)` in the first projection of each group."""
+    first = {layer.projection.group: layer for layer in reversed(projections(model))}
+    model = trunk(model)
+
+    def call(layer: DynamicProjection, x: torch.Tensor, keep: torch.Tensor | None) -> None:
+        if first[layer.projection.group] is layer:
+            observer(layer, x)
+
+    with observing_projections(model, call) as current:
+        for batch in progress(pieces(batches), desc=name, disable=not name):
+            current["mask"] = batch.get("attention_mask")
+            model(**model_inputs(model, batch))
+
+
 class ChannelCounter:
     """An observer of projections that counts the input channels that run, padding left out."""
 

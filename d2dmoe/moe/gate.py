@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UserError
 from ..kernels.gates import select
 
 
@@ -131,6 +132,40 @@ class Gate:
     def leave(self) -> None:
         """The context of a setting has ended: compiled code goes back to the setting for everybody."""
         self.latest = self.own
+
+
+class Gated:
+    """What all layers with a gate have in common.
+
+    Attributes:
+        gate: The settings, the model's own and those of threads or tasks.
+    """
+
+    gate: Gate
+
+    @property
+    def gate_state(self) -> Any:
+        """The gate in force for the caller, of several rows the first one's."""
+        here = self.gate.in_force(self)
+        return here[0] if isinstance(here, tuple) else here
+
+    @gate_state.setter
+    def gate_state(self, state: Any) -> None:
+        set_gates({self: state})
+
+    def by_rows(self, inputs: torch.Tensor, states: tuple) -> torch.Tensor:
+        """Each row of the batch by its own gate; a row may have become several, one after the other (beams, tokens)."""
+        times, rest = divmod(len(inputs), len(states))
+        if rest:
+            raise UserError(f"{len(states)} budgets were given for a batch that reaches this layer as {len(inputs)}")
+        y = None
+        for state in dict.fromkeys(states):
+            rows = [n for n, s in enumerate(states) for n in range(n * times, (n + 1) * times) if s == state]
+            with gates_here({self: state}):
+                part = self(inputs[rows])
+            y = part.new_empty(len(inputs), *part.shape[1:]) if y is None else y
+            y[rows] = part
+        return y
 
 
 def _nobody() -> None:

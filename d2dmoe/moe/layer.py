@@ -8,17 +8,16 @@ import torch
 from torch import nn
 
 from ..config.record import Block
-from ..errors import UserError
 from ..kernels import TENSORS, Backend, activation_name, down_product, fused_backend, hidden_activations, way_taken
 from ..kernels.gates import straight_through
 from .dense_names import stand_for_dense
-from .gate import Gate, GateState, gates_here, set_gates
+from .gate import Gate, Gated, GateState
 from .padding import without_padding
 from .prepared import Prepared, settings
 from .router import Router, expert_norms
 
 
-class DynamicFFN(nn.Module):
+class DynamicFFN(Gated, nn.Module):
     """A feed-forward block as experts.
 
     Where the experts do not divide the width, the last one is filled up with zero neurons, which no file contains.
@@ -91,16 +90,6 @@ class DynamicFFN(nn.Module):
         self.observer: Callable | None = None
 
     @property
-    def gate_state(self) -> GateState:
-        """The gate in force for the caller; the layer is exactly dense while its `tau` is 0."""
-        here = self.gate.in_force(self)
-        return here[0] if isinstance(here, tuple) else here
-
-    @gate_state.setter
-    def gate_state(self, state: GateState) -> None:
-        set_gates({self: state})
-
-    @property
     def backend(self) -> Backend:
         """What computes only the experts that run, for tensors like this layer's own."""
         return fused_backend(self.up_weight, self.activation, self.gate_state.name)
@@ -115,26 +104,12 @@ class DynamicFFN(nn.Module):
         inputs = args[0] if args else next(iter(kwargs.values()))
         state = self.gate.in_force(self)
         if isinstance(state, tuple):
-            y = self._by_rows(inputs, state)
+            y = self.by_rows(inputs, state)
         else:
             x = inputs.reshape(-1, inputs.shape[-1])
             y = self._fused(x, state) if self._skips(x, state) else self._readable(x, state)
             y = y.reshape(*inputs.shape[:-1], y.shape[-1])
         return self.dropout(y) if self.training else y
-
-    def _by_rows(self, inputs: torch.Tensor, states: tuple[GateState, ...]) -> torch.Tensor:
-        """Each row of the batch by its own gate; a row may have become several, one after the other (beams, tokens)."""
-        times, rest = divmod(len(inputs), len(states))
-        if rest:
-            raise UserError(f"{len(states)} budgets were given for a batch that reaches this layer as {len(inputs)}")
-        y = None
-        for state in dict.fromkeys(states):
-            rows = [n for n, s in enumerate(states) for n in range(n * times, (n + 1) * times) if s == state]
-            with gates_here({self: state}):
-                part = self(inputs[rows])
-            y = part.new_empty(len(inputs), *part.shape[1:]) if y is None else y
-            y[rows] = part
-        return y
 
     def _skips(self, x: torch.Tensor, state: GateState) -> bool:
         """May a backend run this that computes only what is asked for and has no gradients?"""

@@ -20,10 +20,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config.projections import Projection, ProjectionState
-from ..errors import UserError
 from ..kernels import Watch, identity, native
 from ..tensors import PROJECTED
-from .gate import Gate, gates_here, set_gates
+from .gate import Gate, Gated
 from .prepared import offloaded
 
 linear = nn.functional.linear
@@ -47,13 +46,13 @@ class _Samples:
         return not all(torch.equal(a, b) for a, b in zip(self.now(), self.seen, strict=True))
 
 
-class DynamicProjection(nn.Module):
+class DynamicProjection(Gated, nn.Module):
     """What `DynamicLinear` and `DynamicConv1D` have in common.
 
     Parameters beside the dense map's own `weight` and `bias`: the basis `low_rank_in` ``(outputs, rank)`` and
     `low_rank_out` ``(rank, outputs)``, of whose rows (columns) for each section of the outputs a budget uses the first
-    columns (rows); `output_mean` ``(outputs,)``,
-    without the bias; `channel_norms` ``(inputs,)``, the norm of each input channel's weights over the group.
+    columns (rows); `output_mean` ``(outputs,)``, without the bias; `channel_norms` ``(inputs,)``, the norm of each
+    input channel's weights over the group.
 
     Attributes:
         projection: Its record.
@@ -81,16 +80,6 @@ class DynamicProjection(nn.Module):
         for name, shape in zip(PROJECTED, shapes, strict=True):
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, **like), requires_grad=False))
 
-    @property
-    def gate_state(self) -> ProjectionState:
-        """The setting in force for the caller."""
-        here = self.gate.in_force(self)
-        return here[0] if isinstance(here, tuple) else here
-
-    @gate_state.setter
-    def gate_state(self, state: ProjectionState) -> None:
-        set_gates({self: state})
-
     def matrix(self) -> torch.Tensor:
         """The weights as ``(outputs, inputs)``."""
         raise NotImplementedError
@@ -99,7 +88,7 @@ class DynamicProjection(nn.Module):
         """``(…, inputs)`` to ``(…, outputs)``."""
         state = self.gate.in_force(self)
         if isinstance(state, tuple):
-            return self._by_rows(input, state)
+            return self.by_rows(input, state)
         keep = self.channels(input, state) if state.method == "channels" else None
         if self.observer is not None:
             rows = input.reshape(-1, input.shape[-1])
@@ -107,18 +96,6 @@ class DynamicProjection(nn.Module):
         if keep is not None:
             return self._channels(input, keep, state.ranks)
         return self._low_rank(input, state.ranks) if state.method == "low-rank" else super().forward(input)
-
-    def _by_rows(self, input: torch.Tensor, states: tuple[ProjectionState, ...]) -> torch.Tensor:
-        """Each row of the batch by its own setting; a row may have become several, one after the other."""
-        times, rest = divmod(len(input), len(states))
-        if rest:
-            raise UserError(f"{len(states)} budgets were given for a batch that reaches this layer as {len(input)}")
-        y = input.new_empty(*input.shape[:-1], self.projection.outputs)
-        for state in dict.fromkeys(states):
-            rows = [n for n, s in enumerate(states) for n in range(n * times, (n + 1) * times) if s == state]
-            with gates_here({self: state}):
-                y[rows] = self(input[rows])
-        return y
 
     def channels(self, x: torch.Tensor, state: ProjectionState) -> torch.Tensor:
         """Which input channels run, booleans of the shape of `x` ``(…, inputs)``."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...config.projections import ProjectionState
 from ...data.batches import Batches
-from ...measure.observe import model_inputs, observing_projections, pieces, trunk
+from ...measure.observe import model_inputs, pieces, run_groups
 from ...moe.gating import set_gate
 from ...moe.projection import DynamicProjection, projections
 from ...progress import progress
@@ -157,19 +157,14 @@ def groups_of(model: nn.Module, batches: Batches, spectra: Sequence[list[torch.T
 def _scores(model: nn.Module, batches: Batches) -> dict[int, torch.Tensor]:
     """Scores of the input channels of each group, all rows and channels together, falling."""
     pools: dict[int, list[torch.Tensor]] = {}
-    first = {layer.projection.group: layer for layer in reversed(projections(model))}
     stride = max(1, batches.tokens // SCORE_ROWS)
 
-    def collect(layer: DynamicProjection, x: torch.Tensor, keep: torch.Tensor | None) -> None:
-        if first[layer.projection.group] is layer:
-            rows = (x[::stride].abs() * layer.channel_norms).float().cpu()
-            pools.setdefault(layer.projection.group, []).append(rows)
+    def collect(layer: DynamicProjection, x: torch.Tensor) -> None:
+        rows = (x[::stride].abs() * layer.channel_norms).float().cpu()
+        pools.setdefault(layer.projection.group, []).append(rows)
 
-    body = trunk(model)
-    with set_gate(model, active=1), observing_projections(model, collect) as current:
-        for batch in pieces(batches):
-            current["mask"] = batch.get("attention_mask")
-            body(**model_inputs(body, batch))
+    with set_gate(model, active=1):
+        run_groups(model, batches, collect)
     return {group: torch.cat(rows).flatten().sort(descending=True).values for group, rows in pools.items()}
 
 

@@ -68,8 +68,8 @@ def best_shares(model: nn.Module, batches: Batches, config: D2DMoEConfig, plan: 
         plan: The projections.
     """
     if not plan.groups or plan.share != TOGETHER:
-        blocks = allocate(model, batches, config)
-        return lambda active: Shares(blocks(active), _own_states(model, batches, plan))
+        blocks, states = allocate(model, batches, config), _own_states(model, batches, plan)
+        return lambda active: Shares(blocks(active), states)
     return _joint(model, batches, config, plan.groups)
 
 
