@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..config.projections import rows_of
 from ..data.batches import Batches
 from ..moe.projection import DynamicProjection, projections
 from .moments import InputMoments, gradient_moments, input_moments
@@ -50,9 +51,8 @@ def find_basis(
     """
     weight = weight.double().cpu()
     into, back = weight.new_zeros(len(weight), rank), weight.new_zeros(rank, len(weight))
-    spectra, costs, start = [], weight.new_zeros(weight.shape[1]), 0
-    for width in sections:
-        rows = slice(start, start + width)
+    spectra, costs = [], weight.new_zeros(weight.shape[1])
+    for width, rows in zip(sections, rows_of(sections), strict=True):
         half, inverse = _roots(gradients[rows, rows], damping)
         weighted = half @ weight[rows]
         outputs = weighted @ inputs.covariance @ weighted.T
@@ -61,7 +61,6 @@ def find_basis(
         into[rows, :kept], back[:kept, rows] = half @ directions, directions.T @ inverse
         spectra.append(values.flip(0).clamp_min(0))
         costs += weighted.square().sum(0)
-        start += width
     return Basis(into, back, weight @ inputs.mean, spectra, costs)
 
 
@@ -81,14 +80,13 @@ def fit_bases(model: nn.Module, batches: Batches, seed: int = 0) -> list[Basis]:
         find_basis(x.matrix(), moments[x.projection.group], each, x.projection.rank, x.projection.sections)
         for x, each in zip(projections(model), gradients, strict=True)
     ]
+    costs: dict[int, torch.Tensor] = {}  # of the channels, by group
     for layer, basis in zip(projections(model), bases, strict=True):
-        store_basis(layer, basis, _norms(layer, model, bases))
+        group = layer.projection.group
+        costs[group] = costs.get(group, 0) + basis.channel_costs
+    for layer, basis in zip(projections(model), bases, strict=True):
+        store_basis(layer, basis, costs[layer.projection.group].sqrt())
     return bases
-
-
-def _norms(layer: DynamicProjection, model: nn.Module, bases: list[Basis]) -> torch.Tensor:
-    group = [b for x, b in zip(projections(model), bases, strict=True) if x.projection.group == layer.projection.group]
-    return torch.stack([basis.channel_costs for basis in group]).sum(0).sqrt()
 
 
 @torch.no_grad()

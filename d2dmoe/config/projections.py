@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from .validate import check_distinct, in_range, one_of, refuse
@@ -50,6 +51,12 @@ class Projection:
     def full_ranks(self) -> list[int]:
         """For each section the largest rank whose factors cost less than its dense map."""
         return [max((self.inputs * width - 1) // (self.inputs + width), 1) for width in self.sections]
+
+
+def rows_of(sections: Sequence[int]) -> list[slice]:
+    """The places of sections in the outputs, one after the other."""
+    ends = [*accumulate(sections)]
+    return [slice(end - width, end) for end, width in zip(ends, sections, strict=True)]
 
 
 def sections_of(role: str, inputs: int, outputs: int) -> list[int]:

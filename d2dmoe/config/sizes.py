@@ -41,9 +41,8 @@ def choose_projections(config: AttentionConfig, projections: list[Projection]) -
         return []
     if not projections:
         raise UserError(f"--attention {config.attention}: no projection around attention found in this model")
-    layers = [p.name for p in projections if "o" in p.role]  # each attention ends with one
-    wanted = numbers(config.attention_layers, len(layers))
-    ends = [projections.index(p) for p in projections if "o" in p.role]
+    ends = [n for n, p in enumerate(projections) if "o" in p.role]  # each attention ends with one
+    wanted = numbers(config.attention_layers, len(ends))
     found = []
     for place, projection in enumerate(projections):
         layer = next((n for n, end in enumerate(ends) if place <= end), len(ends) - 1)

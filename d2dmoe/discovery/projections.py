@@ -8,6 +8,7 @@ values past it; the linear map that reads it, and nothing else, is the output pr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,16 +65,14 @@ def find_projections(
             call = trace.linears[number]
             roles.setdefault(call.name, set()).update(role)
             calls.setdefault(call.name, []).append(call)
-    times: dict[str, int] = {}
-    for call in trace.linears:
-        times[call.name] = times.get(call.name, 0) + 1
+    times = Counter(call.name for call in trace.linears)
     result, groups = Projections(), {}
-    for name in sorted(calls, key=lambda n: next(i for i, c in enumerate(trace.linears) if c.name == n)):
+    for name in (name for name in times if name in calls):  # in the order of their first calls
         if why := _objection(model, name, roles[name], times[name] - len(calls[name])):
             result.refused.append((name, why))
             continue
         x = calls[name][0].input
-        group = groups.setdefault((x.data_ptr(), tuple(x.shape), x.shape[-1]), len(groups))
+        group = groups.setdefault((x.data_ptr(), tuple(x.shape)), len(groups))
         role = "".join(sorted(roles[name], key="qkvo".index))
         sizes = features(model.get_submodule(name))
         result.found.append(Projection(name, role, group, *sizes, sections_of(role, *sizes), calls=times[name]))

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..config.projections import Projection, ProjectionState
+from ..config.projections import Projection, ProjectionState, rows_of
 from ..kernels import Watch, identity, native
 from ..tensors import PROJECTED
 from .gate import Gate, Gated
@@ -117,11 +117,10 @@ class DynamicProjection(Gated, nn.Module):
 
     def _projected(self, y: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor:
         """Outputs without what the bases leave out."""
-        parts, start = [], 0
-        for rank, width in zip(ranks, self.projection.sections, strict=True):
-            rows = slice(start, start + width)
-            parts.append(y[..., rows] @ self.low_rank_in[rows, :rank] @ self.low_rank_out[:rank, rows])
-            start += width
+        parts = [
+            y[..., rows] @ self.low_rank_in[rows, :rank] @ self.low_rank_out[:rank, rows]
+            for rank, rows in zip(ranks, rows_of(self.projection.sections), strict=True)
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     @staticmethod
@@ -162,9 +161,8 @@ class DynamicProjection(Gated, nn.Module):
         return found
 
     def _derive(self, ranks: tuple[int, ...]) -> Factors:
-        dtype, weight, first, second, constants, start = self.weight.dtype, self.matrix().float(), [], [], [], 0
-        for rank, width in zip(ranks, self.projection.sections, strict=True):
-            rows = slice(start, start + width)
+        dtype, weight, first, second, constants = self.weight.dtype, self.matrix().float(), [], [], []
+        for rank, rows in zip(ranks, rows_of(self.projection.sections), strict=True):
             basis, back = self.low_rank_in[rows, :rank].float(), self.low_rank_out[:rank, rows].float()
             mean = self.output_mean[rows].float()
             constant = mean - (mean @ basis) @ back
@@ -172,7 +170,6 @@ class DynamicProjection(Gated, nn.Module):
             first.append(basis.T @ weight[rows])
             second.append(back.T.to(dtype).contiguous())
             constants.append(constant.to(dtype))
-            start += width
         return torch.cat(first).to(dtype), second, constants
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -101,7 +102,7 @@ class Group:
             return 0.0
         measured = np.log(np.maximum(self.costs[kind], 1e-12))
         if kind == "low-rank":
-            offsets = measured - np.log([self.left_out(level) for level in LEVELS])
+            offsets = measured - self._logs_left_out
             return self.left_out(share) * math.exp(float(np.interp(share, LEVELS, offsets)))
         if share <= LEVELS[0]:
             slope = (measured[1] - measured[0]) / (LEVELS[1] - LEVELS[0])
@@ -116,6 +117,11 @@ class Group:
         for spectra, state in zip(self.spectra, self._low_rank(share), strict=True):
             total += sum(float(values[rank:].sum()) for values, rank in zip(spectra, state.ranks, strict=True))
         return max(total, 1e-12)
+
+    @cached_property
+    def _logs_left_out(self) -> np.ndarray:
+        """Logarithms of `left_out` at `LEVELS`."""
+        return np.log([self.left_out(level) for level in LEVELS])
 
     def best(self, share: float) -> str:
         """The way that costs least at a share of the work."""
