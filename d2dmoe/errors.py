@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """A mistake the user can mend. The message is one sentence that says what was wrong and what to do next."""
@@ -10,3 +12,10 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of an error's text; the name of its class where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrain
 from . import vocabulary
 from .config.options import DataConfig
 from .config.record import D2DMoEConfig
-from .errors import UserError, first_line
+from .errors import UserError, causes, first_line
 from .tensors import CHECKSUMS
 
 Data = TypeVar("Data", bound=DataConfig)
@@ -161,7 +160,7 @@ def _explain(name: str, error: Exception) -> UserError:
         return UserError(f"--model {name}: its config.json cannot be read ({first_line(error)})")
     if "trust_remote_code" in str(error):
         return UserError(f"--model {name}: it needs its own code, which d2dmoe does not run; give another model")
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, errors.GatedRepoError):
             return UserError(
                 f"--model {name}: the hub refuses access; ask for it there and log in with `hf auth login`"
@@ -173,13 +172,6 @@ def _explain(name: str, error: Exception) -> UserError:
         if isinstance(cause, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | ConnectionError):
             return UserError(f"--model {name}: not a local folder, and the hub cannot be reached; {LOCAL_WAYS}")
     return UserError(f"--model {name}: it cannot be opened ({first_line(error)}); give another model")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what led to it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def is_converted(config: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from huggingface_hub import HfApi, errors
 from huggingface_hub.utils import filter_repo_objects
 
 from .. import hub
-from ..errors import UserError, first_line
+from ..errors import UserError, causes, first_line
 from .folder import CHECKS, Folder
 
 NEEDED = ("config.json", "results.json", "recipe.yaml", "README.md")
@@ -96,7 +95,7 @@ def _sparsified(root: Path) -> bool:
 
 def _explain(folder: str, repository: str, error: Exception) -> UserError:
     """Which of the usual mishaps this is."""
-    for cause in _causes(error):
+    for cause in causes(error):
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status in (401, 403):
             return UserError(
@@ -108,9 +107,3 @@ def _explain(folder: str, repository: str, error: Exception) -> UserError:
         if isinstance(cause, errors.OfflineModeIsEnabled | ConnectionError) or "Connect" in type(cause).__name__:
             return UserError(f"{repository}: the hub cannot be reached; {folder} is complete and can be pushed later")
     return UserError(f"{repository}: the hub did not take the upload ({first_line(error)})")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
