@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imp
 # Tiny models: two threads only wait for each other. In the environment, so that processes which tests start compute
 # with as many: on some processors the last bits of a product depend on it, and tests compare bits across processes.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["D2DMOE_CACHE"] = ""  # no decision of another run
 os.environ["D2DMOE_DISPATCH"] = "sparse"  # on models so tiny skipping seldom pays, and it is what most tests are about
 
 import pytest

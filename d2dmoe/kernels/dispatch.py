@@ -1,4 +1,4 @@
-"""Which way of computing a layer is faster. All give the same; they are timed once for each shape and machine load."""
+"""Which way of computing a layer is faster. All give the same; they are timed once for each shape and machine."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from contextvars import ContextVar
 
 import torch
 
+from .decisions import Decisions
+
 MODES = ("auto", "sparse")
 ROUNDS = 5  # of timing, every way once in each
 CLEAR = 1.5  # a way so many times as slow as another after the first round is out
 MARGIN = 0.02  # skipping is left only for what is faster by more than this
 Way = Callable[[torch.Tensor], torch.Tensor]
 _MODE: ContextVar[str] = ContextVar("d2dmoe_dispatch", default=os.environ.get("D2DMOE_DISPATCH") or "auto")
-_TAKEN: dict[tuple, str] = {}
+_TAKEN: dict[tuple, str] = {}  # also those read from `_STORED`, whose keys take longer to make
+_STORED = Decisions()
 
 
 def automatic() -> bool:
@@ -72,11 +75,18 @@ def fastest(ways: Mapping[str, Way], x: torch.Tensor, clock: Callable[[], float]
 
 
 def choose_way(place: tuple, ways: Mapping[str, Way], x: torch.Tensor) -> str:
-    """The name of the fastest way for layers of this kind and so many tokens and threads, timed when first met."""
+    """The name of the fastest way for layers of this kind and so many tokens and threads, timed when first met.
+
+    The decision is kept for later processes on this machine; see `decisions`.
+    """
     key = _key(place, len(x))
     taken = _TAKEN.get(key)
     if taken is None:
-        taken = _TAKEN[key] = fastest(ways, x)
+        taken = _STORED.get(repr(key))
+        if taken not in ways:
+            taken = fastest(ways, x)
+            _STORED.put(repr(key), taken)
+        _TAKEN[key] = taken
     return taken
 
 
@@ -86,8 +96,9 @@ def way_taken(place: tuple, tokens: int) -> str | None:
 
 
 def forget_ways() -> None:
-    """Time them again."""
+    """Time them again, here and in later processes."""
     _TAKEN.clear()
+    _STORED.clear()
 
 
 def _key(place: tuple, tokens: int) -> tuple:

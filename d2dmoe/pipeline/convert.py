@@ -209,8 +209,8 @@ def _figures(model: PreTrainedModel, job: _Job) -> list[dict[str, Any]]:
     return evaluate_both(model, job.held_out, job.second, settings, tokenizer=job.processor)
 
 
-def _card(model: PreTrainedModel, recipe: dict[str, Any], results: dict[str, Any]) -> str:
-    return extended_card(model_card(model, recipe, results), results)
+def _card(model: PreTrainedModel, recipe: dict[str, Any], results: dict[str, Any], origin: dict[str, Any]) -> str:
+    return extended_card(model_card(model, recipe, results, origin), results)
 
 
 def _output_dtype(config: ConvertConfig, model_config: Any) -> torch.dtype:

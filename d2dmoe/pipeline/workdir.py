@@ -27,11 +27,12 @@ from ..moe.projection import projections
 from ..report.machine import portable
 from ..tensors import PROJECTED, write_checksums
 from ..training import first_process, wait_for_everyone
+from .origin import origin
 from .plan import ConversionPlan
 
 # Keys that may change between an interrupted run and the one that resumes it.
 FREE_ON_RESUME = {"output_dir", "eval_tokens", "also_eval", "report_samples", "max_shard_size", "device"}
-Card = Callable[[PreTrainedModel, dict[str, Any], dict[str, Any]], str]
+Card = Callable[[PreTrainedModel, dict[str, Any], dict[str, Any], dict[str, Any]], str]
 INSIDE = ".d2dmoe.partial"
 # In the working folder: its mark, the output folder before this one, and the mark that the new one is complete.
 RECIPE, REPLACED, COMPLETE = "recipe.json", "replaced", "complete"
@@ -251,7 +252,7 @@ def write_checkpoint(
         processor: Its tokenizer or image processor, if any.
         recipe: What was asked for, with `max_shard_size`.
         results: The contents of `results.json`.
-        card: Makes the README.
+        card: Makes the README from the model, the recipe, the results and what the card of the source states.
         further: Files to carry over, by their path in the folder; those that were written here are left out.
         report: Writes the report into the folder. Checksums leave its files out: they may be made anew.
 
@@ -262,6 +263,7 @@ def write_checkpoint(
         UserError: If the folder that was written does not hold the model's tensors.
     """
     scratch, named = work / "checkpoint", recipe["output_dir"]
+    stated = origin(str(recipe["model"]), recipe.get("revision"))
     recipe = {key: portable(value) for key, value in recipe.items()}
     shutil.rmtree(scratch, ignore_errors=True)
     model.save_pretrained(scratch, max_shard_size=recipe["max_shard_size"])
@@ -269,7 +271,7 @@ def write_checkpoint(
         processor.save_pretrained(scratch)
     (scratch / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     (scratch / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
-    (scratch / "README.md").write_text(card(model, recipe, results))
+    (scratch / "README.md").write_text(card(model, recipe, results, stated))
     _check_written(scratch, model)
     write_checksums(scratch)
     carried = [name for name in further if not (scratch / name).exists()]

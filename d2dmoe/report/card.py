@@ -56,11 +56,11 @@ arXiv 2310.04361.
 """
 
 
-def model_card(model: Any, recipe: dict[str, Any], results: dict[str, Any]) -> str:
+def model_card(model: Any, recipe: dict[str, Any], results: dict[str, Any], origin: dict[str, Any]) -> str:
     """The README of a converted checkpoint."""
     stored = model.config.quantization_config.d2dmoe
     return fill_card(
-        CARD, type(model), recipe, results, ["mixture-of-experts", "dynamic-k"],
+        CARD, type(model), recipe, results, origin, ["mixture-of-experts", "dynamic-k"],
         list(converted_figures(results["rows"])),
         blocks=len(stored.blocks), experts="/".join(map(str, sorted({b.experts for b in stored.blocks}))),
         preset=recipe["preset"], split=recipe["split"], gate=recipe["gate"], stand_in=recipe["stand_in"],
@@ -79,8 +79,8 @@ def converted_figures(rows: list[dict[str, Any]]) -> Iterator[Figure]:
 
 
 def fill_card(
-    template: str, kind: type, recipe: dict[str, Any], results: dict[str, Any], tags: list[str], figures: list[Figure],
-    **words: Any,
+    template: str, kind: type, recipe: dict[str, Any], results: dict[str, Any], origin: dict[str, Any],
+    tags: list[str], figures: list[Figure], **words: Any,
 ) -> str:  # fmt: skip
     """Fill the template of a README.
 
@@ -89,6 +89,7 @@ def fill_card(
         kind: The model's class.
         recipe: What was asked for.
         results: The contents of `results.json`.
+        origin: Metadata that the card of the model it was made from states, and this one keeps.
         tags: Further tags for the hub.
         figures: What becomes `model-index` in the metadata; none that are not finite.
         words: What the template names besides `name`, `base`, `data`, `auto`, `version` and `command`.
@@ -105,8 +106,8 @@ def fill_card(
         if math.isfinite(value)
     ]  # fmt: skip
     metadata = ModelCardData(
-        base_model=base if "/" in base and not Path(base).exists() else None, library_name="transformers",
-        tags=["d2dmoe", *tags], model_name=name, eval_results=found or None,
+        library_name="transformers", tags=["d2dmoe", *tags], model_name=name, eval_results=found or None,
+        **{"pipeline_tag": _task(auto), **origin},
     )  # fmt: skip
     card = ModelCard.from_template(
         metadata, template_str=template, name=name, base=_shown(base), data=data, auto=auto,
