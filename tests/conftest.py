@@ -81,6 +81,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     home = tmp_path_factory.mktemp("home")
     save_model("GPT2LMHeadModel", home / "dense", **GPT2)
+    (home / "dense" / "README.md").write_text("---\nlicense: mit\nbase_model: org/ancestor\n---\n# Dense\n")
     (home / "text.txt").write_text("\n".join(sentences(200)))
     assert main(convert_argv(home / "dense", home / "text.txt", home / "first")) == 0
     return home

@@ -92,6 +92,8 @@ def test_the_model_card_is_valid_and_shows_how_to_open_the_model(home: Path) -> 
     card = ModelCard.load(home / "first" / "README.md")
     assert card.data.library_name == "transformers"
     assert "d2dmoe" in card.data.tags
+    assert (card.data.license, card.data.base_model) == ("mit", "org/ancestor")  # as the model it was made from says
+    assert card.data.pipeline_tag == "text-generation"
     snippet = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
     assert snippet.startswith("import d2dmoe")
     opened: dict[str, object] = {}
@@ -677,7 +679,7 @@ def test_model_and_data_from_the_hub_equal_local_ones(home: Path, d2dmoe, tmp_pa
     metrics = [json.loads((folder / "results.json").read_text())["rows"][0]["metric"] for folder in (hub, local)]
     assert metrics[0] == metrics[1]  # the same held-out text
     card = ModelCard.load(hub / "README.md")
-    assert card.data.base_model == "org/tiny"
+    assert (card.data.base_model, card.data.license) == ("org/tiny", "mit")
 
 
 def test_version_as_a_module(tmp_path: Path) -> None:
