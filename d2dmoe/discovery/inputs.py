@@ -71,12 +71,19 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     return {k: v.to(first.device, first.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
 
 
-def dummy_inputs(model: nn.Module, samples: int = 2, length: int = 9) -> dict[str, torch.Tensor]:
-    """Small valid inputs for a Hugging Face model, from its config and the signature of its forward."""
+def dummy_inputs(model: nn.Module, samples: int = 2, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Small valid inputs for a Hugging Face model, from its config and the signature of its forward.
+
+    Args:
+        model: A skeleton suffices.
+        samples: Texts, images or recordings.
+        length: Tokens of each text; fewer where the config has a lower limit.
+        seed: Of the random values.
+    """
     config, device = model.config, next(model.parameters()).device
     accepted = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", "input_ids")
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def ids(vocabulary: int) -> torch.Tensor:
         return torch.randint(min(5, vocabulary - 1), vocabulary, (samples, length), generator=generator)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..discovery.inputs import dummy_inputs
 from ..kernels import chosen, dispatching, use_backend
 from ..kernels.gates import select
 from ..moe.gating import set_gate
@@ -133,22 +134,34 @@ def bench_model(
     model: nn.Module, dense: nn.Module, *, batches: list[int], length: int, settings: list[dict], seconds: float = 4.0,
     columns: tuple[str, ...] = COLUMNS, clock: str = "wall", keep_dense: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of prefill (`batch` × `length` tokens at once) and, for generative models, of decode (one token each)."""
+    """Rows of prefill (all tokens or patches at once) and, for generative models, of decode (one token each).
+
+    Args:
+        model: Converted.
+        dense: What it is compared with.
+        batches: Numbers of samples.
+        length: Tokens of each text. An image has as many as its patches make, whatever is given here.
+        settings: Arguments of `set_gate`, a row for each.
+        seconds: For each figure.
+        columns: What to compare with.
+        clock: `wall`, or `cpu` for one thread on a busy machine.
+        keep_dense: Hold the dense layout as well.
+    """
     for layer in layers(model):
         layer.keep_dense = keep_dense
     rows = []
-    decodes = hasattr(model, "can_generate") and model.can_generate() and not model.config.is_encoder_decoder
-    vocabulary = model.config.get_text_config().vocab_size
+    text = model.main_input_name == "input_ids"
+    decodes = text and hasattr(model, "can_generate") and model.can_generate() and not model.config.is_encoder_decoder
     for batch in batches:
-        prompts = [torch.randint(5, vocabulary, (batch, length)) for _ in range(INPUTS)]
+        prompts = [dummy_inputs(model, batch, length, seed) for seed in range(INPUTS)]
         for phase in ("prefill", "decode") if decodes else ("prefill",):
             caches: dict[int, Any] = {}
             call = _prefill if phase == "prefill" else lambda m, x, c=caches, p=prompts[0]: _decode(m, x, p, c)
-            inputs = prompts if phase == "prefill" else [p[:, :1] for p in prompts]
+            inputs: list[Any] = prompts if phase == "prefill" else [p["input_ids"][:, :1] for p in prompts]
             dense_functions = dense_columns(dense, inputs[0], columns, call)
             for setting in settings:
                 with _gate(model, setting):
-                    active = check_model(model, prompts[0])
+                    active, each = check_model(model, {k: v[:1] for k, v in prompts[0].items()})
                     caches.clear()
                     functions = {**dense_functions, "sparse": lambda x, c=call: c(model, x)}
                     if "dispatched" in columns:
@@ -157,13 +170,13 @@ def bench_model(
                         if name in columns and all(layer.gate_state.tau > 0 for layer in layers(model)):
                             functions[name] = _rival(model, RIVAL_FUNCTIONS[name], call)
                     times = measure(_working(functions, inputs[0]), inputs, seconds=seconds, clock=clock)
-                tokens = batch * length if phase == "prefill" else batch
+                tokens = batch * each if phase == "prefill" else batch
                 dtype = next(model.parameters()).dtype
                 backend = chosen(
                     torch.empty(0, dtype=dtype), layers(model)[0].activation, layers(model)[0].gate_state.name
                 )
                 one = row(times, dtype=dtype, phase=phase, tokens=tokens, active=active, backend=backend)
-                rows.append({**setting, "batch": batch, "context": length, **one})
+                rows.append({**setting, "batch": batch, "context": each, **one})
     return rows
 
 
@@ -187,16 +200,16 @@ def _working(functions: dict[str, Function], x: Any) -> dict[str, Function]:
     return {name: f for name, f in functions.items() if name in ("eager", "sparse", "dispatched") or works(f, x)}
 
 
-def _prefill(model: nn.Module, ids: torch.Tensor) -> Any:
+def _prefill(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
     """Logits of the last position only, as `generate` asks for them."""
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    return model(input_ids=ids, **last)
+    return model(**inputs, **last)
 
 
-def _decode(model: nn.Module, ids: torch.Tensor, prompt: torch.Tensor, caches: dict[int, Any]) -> Any:
+def _decode(model: nn.Module, ids: torch.Tensor, prompt: dict[str, torch.Tensor], caches: dict[int, Any]) -> Any:
     """One step after the prompt. The step's keys and values are then removed from the cache."""
     if id(model) not in caches:
-        caches[id(model)] = model(input_ids=prompt, use_cache=True).past_key_values
+        caches[id(model)] = model(**prompt, use_cache=True).past_key_values
     cache = caches[id(model)]
     output = model(input_ids=ids, past_key_values=cache, use_cache=True)
     cache.crop(-1)
@@ -216,8 +229,12 @@ def _rival(model: nn.Module, function: Callable, call: Callable) -> Function:
     return run
 
 
-def check_model(model: nn.Module, ids: torch.Tensor) -> float:
-    """Check every layer against the reference on the model's own inputs; returns the measured active fraction."""
+def check_model(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[float, int]:
+    """Check every layer against the reference on the model's own inputs, of one sample.
+
+    Returns:
+        The measured active fraction, and the rows that the first layer sees: tokens, or patches of an image.
+    """
     seen: dict[int, torch.Tensor] = {}
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, i=i: seen.update({i: args[0].detach()}))
@@ -225,9 +242,9 @@ def check_model(model: nn.Module, ids: torch.Tensor) -> float:
     ]
     counter = ActiveCounter()
     with observing(model, counter):
-        model(input_ids=ids[:1])
+        model(**inputs)
     for hook in hooks:
         hook.remove()
     for index, layer in enumerate(layers(model)):
         _check_backend(layer, seen[index], f"in layer {index}")
-    return counter.fraction
+    return counter.fraction, seen[0].numel() // seen[0].shape[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from cli_support import GPT2, save_model
 from conftest import randomise_routers
 from torch.testing import assert_close
 from transformers import GPT2LMHeadModel
+from zoo import tiny
 
 from d2dmoe.cli import main
 from d2dmoe.config import Budget, D2DMoEConfig, UserError
@@ -93,6 +95,33 @@ def test_cpu_clock_wants_one_thread(capsys):
     finally:
         torch.set_num_threads(threads)
     assert "--threads 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "phases"),
+    [("vit", None, {"prefill"}), ("t5", 6, {"prefill"}), ("bert", 6, {"prefill"}), ("llama", 6, {"prefill", "decode"})],
+)
+def test_models_of_every_kind_of_input(name, tokens, phases):
+    dense = tiny(name).eval()
+    model = copy.deepcopy(dense)
+    blocks = discover(model).blocks
+    for block in blocks:
+        block.experts = 8
+    attach(model, D2DMoEConfig(blocks=blocks, router_width=8, gate="topk"),
+           [torch.arange(b.width) for b in blocks], budgets=0)  # fmt: skip
+    randomise_routers(model)
+    rows = bench.bench_model(
+        model, dense, batches=[1, 3], length=6, settings=[{"active": 0.5}], seconds=0.001, columns=("eager",)
+    )
+    assert {row["phase"] for row in rows} == phases
+    if tokens is None:  # patches and the class token
+        config = dense.config
+        tokens = (config.image_size // config.patch_size) ** 2 + 1
+    found = {(row["phase"], row["batch"]): row for row in rows}
+    assert [found["prefill", batch]["tokens"] for batch in (1, 3)] == [tokens, 3 * tokens]
+    assert all(row["active_fraction"] == pytest.approx(0.5) and row["sparse_ms"] > 0 for row in rows)
+    if "decode" in phases:
+        assert [found["decode", batch]["tokens"] for batch in (1, 3)] == [1, 3]
 
 
 # --- the picture -----------------------------------------------------------------------------------------------------
