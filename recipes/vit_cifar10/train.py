@@ -1,4 +1,4 @@
-"""Train a ViT of 2.7 million parameters on CIFAR-10 from scratch: the dense base of the recipe beside this file.
+"""Train a ViT of 2.2 million parameters on CIFAR-10 from scratch: the dense base of the recipe beside this file.
 
     python recipes/vit_cifar10/train.py --output-dir runs/vit-cifar10
 
@@ -57,12 +57,12 @@ def augmented(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def new_model(seed: int) -> ViTForImageClassification:
-    """Six layers of width 192 on patches of 4, without dropout."""
+    """Five layers of width 192 on patches of 4, with ReLU, without dropout."""
     torch.manual_seed(seed)
     model = ViTForImageClassification(
         ViTConfig(
-            image_size=32, patch_size=4, hidden_size=192, num_hidden_layers=6, num_attention_heads=6,
-            intermediate_size=768, hidden_act="gelu", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            image_size=32, patch_size=4, hidden_size=192, num_hidden_layers=5, num_attention_heads=6,
+            intermediate_size=768, hidden_act="relu", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
             id2label=dict(enumerate(CLASSES)), label2id={name: i for i, name in enumerate(CLASSES)},
         )
     )  # fmt: skip
@@ -131,7 +131,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base", help="a ViT of this recipe to go on with (default: a new one)")
     parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("D2DMOE_DATA", "../shared/data")))
     parser.add_argument("--output-dir", type=Path, default=Path("runs/vit-cifar10"))
-    parser.add_argument("--epochs", type=float, default=12)
+    parser.add_argument("--epochs", type=float, default=11)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--keep", type=float, default=0.5, help="share of the patches that a training step sees")
