@@ -238,7 +238,8 @@ def outcome_table(entry: dict[str, Any]) -> str:
                  for key, digits in (("theirs_flops_fraction_model", 3), ("theirs", 4))]  # fmt: skip
         body.append([*line, times])
     metric = entry["metric"]
-    head = ["budget", "active", "model FLOPs", metric, "model FLOPs (paper's rule)", f"{metric} (paper's rule)", "speed-up"]
+    theirs = ["model FLOPs (paper's rule)", f"{metric} (paper's rule)"]
+    head = ["budget", "active", "model FLOPs", metric, *theirs, "speed-up"]
     return f"base {entry['base']:.4f}, converted with everything on {entry['dense']:.4f}\n\n" + table(head, body)
 
 
@@ -252,9 +253,9 @@ def recorded_table() -> str:
             flag = "" if form == "full" else f" --{form}"
             where = f"{entry['machine']['processor']}, {entry['machine']['threads']} threads"
             parts.append(
-                f"### {name}{flag}\n\n{content['about']}\n\n`python recipes/run.py {name}{flag}`, {entry['date']}, seed "
-                f"{entry['seed']}, {where}: {entry['minutes']:.0f} minutes, peak {entry['peak_mb'] / 1024:.1f} GB; "
-                f"{outcome_table(entry)}\n\nThe authors: {content['authors']}"
+                f"### {name}{flag}\n\n{content['about']}\n\n`python recipes/run.py {name}{flag}`, {entry['date']}, "
+                f"seed {entry['seed']}, {where}: {entry['minutes']:.0f} minutes, peak "
+                f"{entry['peak_mb'] / 1024:.1f} GB; {outcome_table(entry)}\n\nThe authors: {content['authors']}"
             )
     return "\n\n".join(parts)
 
@@ -284,7 +285,8 @@ def estimates(recipe: Recipe, tflops: float) -> dict[str, str]:
     tokens = recipe.content.get("tokens") or {}
     if keys:
         per_step = keys.get("batch_size", 16) * keys.get("gradient_accumulation_steps", 1) * tokens.get("per_item", 1)
-        seen = per_step * keys["max_steps"] if keys.get("max_steps", -1) > 0 else tokens["epoch"] * keys["num_train_epochs"]
+        steps = keys.get("max_steps", -1)
+        seen = per_step * steps if steps > 0 else tokens["epoch"] * keys["num_train_epochs"]
         found["sparsify"] = (
             f"{seen / 1e6:.0f} million tokens, {6 * count * seen / tflops / 3.6e15:.1f} hours at {tflops:g} TFLOP/s; "
             f"{16 * count / 1e9:.1f} GB for weights, gradients and AdamW in fp32, activations besides"

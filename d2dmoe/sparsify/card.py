@@ -64,7 +64,8 @@ def sparsified_card(model: Any, recipe: dict[str, Any], results: dict[str, Any],
     """The README of a sparsified checkpoint."""
     own = recipe["activation"] == "fatrelu"
     return fill_card(
-        CARD, type(model), recipe, results, origin, ["activation-sparsity"], list(sparsified_figures(results["rows"][-1])),
+        CARD, type(model), recipe, results, origin, ["activation-sparsity"],
+        list(sparsified_figures(results["rows"][-1])),
         regulariser=recipe["regulariser"], alpha=f"{recipe['alpha']:g}", activation=recipe["activation"],
         task=results["task"], needs=", except that transformers refuses its activation unless d2dmoe is imported" * own,
         imports="import d2dmoe  # registers the activation\n" * own,

@@ -35,9 +35,9 @@ WHOLE = 0.9  # share of the steps after which every patch is seen
 def read(file: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Images ``(images, 3, 32, 32)``, uint8, and their classes ``(images,)``."""
     table = pandas.read_parquet(file)
-    images = [torch.frombuffer(bytearray(Image.open(io.BytesIO(row["bytes"])).convert("RGB").tobytes()), dtype=torch.uint8)
-              for row in table["image"]]  # fmt: skip
-    return torch.stack(images).view(-1, 32, 32, 3).permute(0, 3, 1, 2).contiguous(), torch.tensor(table["label"])
+    opened = (Image.open(io.BytesIO(row["bytes"])).convert("RGB") for row in table["image"])
+    pixels = torch.stack([torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image in opened])
+    return pixels.view(-1, 32, 32, 3).permute(0, 3, 1, 2).contiguous(), torch.tensor(table["label"])
 
 
 def as_input(images: torch.Tensor) -> torch.Tensor:
@@ -136,7 +136,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--keep", type=float, default=0.5, help="share of the patches that a training step sees")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: where the processor multiplies it")
+    bf16 = "bf16 autocast (default: where the processor multiplies bf16 itself)"
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help=bf16)
     parser.add_argument("--resume", action="store_true")
     return parser.parse_args()
 

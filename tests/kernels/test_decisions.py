@@ -87,9 +87,13 @@ def test_nowhere_to_write(stored, monkeypatch):
 
 @pytest.mark.parametrize(
     ("variables", "expected"),
-    [({"D2DMOE_CACHE": ""}, None), ({"D2DMOE_CACHE": "a"}, "a/ways.json"), ({"XDG_CACHE_HOME": "b"}, "b/d2dmoe/ways.json"),
-     ({"HOME": "/c"}, "/c/.cache/d2dmoe/ways.json")],
-)  # fmt: skip
+    [
+        ({"D2DMOE_CACHE": ""}, None),
+        ({"D2DMOE_CACHE": "a"}, "a/ways.json"),
+        ({"XDG_CACHE_HOME": "b"}, "b/d2dmoe/ways.json"),
+        ({"HOME": "/c"}, "/c/.cache/d2dmoe/ways.json"),
+    ],
+)
 def test_where_it_lies(variables, expected, monkeypatch):
     for name in ("D2DMOE_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
