@@ -1,4 +1,4 @@
-"""Whether a model has a tokenizer of its own, and the token ids that the model knows itself."""
+"""Whether a model has a tokenizer of its own, and what the model itself knows of tokens: ids, and patches of images."""
 
 from __future__ import annotations
 
@@ -125,3 +125,16 @@ def _package(error: Exception) -> str | None:
         return "pip install sentencepiece protobuf, or tiktoken"
     wanted = re.search(r"install `?([a-z][\w-]+)`? to use", text)
     return f"pip install {wanted[1]}" if wanted else None
+
+
+def patches_of(config: Any) -> int:
+    """Patches that a vision model makes of an image, by its config; 1 where that does not say."""
+    vision = getattr(config, "vision_config", config)
+    sides = []
+    for name in ("image_size", "patch_size"):
+        size = getattr(vision, name, None)
+        sides.append(tuple(size) if isinstance(size, list | tuple) else (size, size))
+    if not all(isinstance(side, int) and side > 0 for pair in sides for side in pair):
+        return 1
+    (height, width), (rows, columns) = sides
+    return max(1, (height // rows) * (width // columns))

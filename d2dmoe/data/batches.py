@@ -25,13 +25,17 @@ class Batches(Sequence[dict[str, torch.Tensor]]):
     """Fixed batches of sequences or images, addressed by number.
 
     Token batches hold `input_ids` and `attention_mask` of shape ``(batch, length)``; image batches `pixel_values`
-    ``(batch, channels, height, width)``. `labels` ``(batch,)`` where the documents have labels.
+    ``(batch, channels, height, width)``. `labels` ``(batch,)`` where the documents have labels. An image counts as
+    `image_tokens` tokens, the patches that the model makes of it.
     """
 
-    def __init__(self, items: list[Document], batch_size: int, *, pad_id: int = 0, image_processor: Any = None):
+    def __init__(
+        self, items: list[Document], batch_size: int, *, pad_id: int = 0, image_processor: Any = None,
+        image_tokens: int = 1,
+    ):  # fmt: skip
         self.items = [without_padding(item) if "attention_mask" in item else item for item in items]
         self.batch_size = batch_size
-        self.pad_id, self.image_processor = pad_id, image_processor
+        self.pad_id, self.image_processor, self.image_tokens = pad_id, image_processor, image_tokens
 
     def __len__(self) -> int:
         return -(-len(self.items) // self.batch_size)
@@ -74,15 +78,21 @@ class Batches(Sequence[dict[str, torch.Tensor]]):
         return self._with([self.items[i] for i in order])
 
     def _with(self, items: list[Document]) -> Batches:
-        return Batches(items, self.batch_size, pad_id=self.pad_id, image_processor=self.image_processor)
+        return Batches(
+            items, self.batch_size, pad_id=self.pad_id, image_processor=self.image_processor,
+            image_tokens=self.image_tokens,
+        )  # fmt: skip
+
+    def _length(self, item: Document) -> int:
+        return len(item["input_ids"]) if "input_ids" in item else self.image_tokens
 
     def first(self, tokens: int) -> Batches:
-        """Enough leading items to hold `tokens` tokens (an image counts as one)."""
+        """Enough leading items to hold `tokens` tokens."""
         total, count = 0, 0
         for item in self.items:
             if total >= tokens:
                 break
-            total, count = total + len(item.get("input_ids", (0,))), count + 1
+            total, count = total + self._length(item), count + 1
         return self._with(self.items[:count])
 
     def after(self, tokens: int) -> Batches:
@@ -91,8 +101,8 @@ class Batches(Sequence[dict[str, torch.Tensor]]):
 
     @property
     def tokens(self) -> int:
-        """Tokens in all items, padding left out; images count as one each."""
-        return sum(len(item.get("input_ids", (0,))) for item in self.items)
+        """Tokens in all items, padding left out."""
+        return sum(map(self._length, self.items))
 
 
 def make_batches(
@@ -104,6 +114,7 @@ def make_batches(
     label2id: dict[str, int] | None = None,
     vocabulary: int | None = None,
     pad_id: int | None = None,
+    image_tokens: int = 1,
     no_tokenizer: Callable[[], str] = lambda: "the model comes with no tokenizer",
 ) -> Batches:
     """Turn documents into batches with a tokenizer or an image processor.
@@ -116,6 +127,7 @@ def make_batches(
         label2id: Numbers of a classifier's classes; without them labels that are names are left out.
         vocabulary: Number of the model's embeddings, to check token ids by; `None` if unknown.
         pad_id: The model's padding token, by which some models find the end of a text; by default the tokenizer's.
+        image_tokens: What an image counts as.
         no_tokenizer: The reason why there is no tokenizer, asked for if text needs one.
 
     Raises:
@@ -130,7 +142,7 @@ def make_batches(
             raise UserError(f"--data {config.data} holds images, and the model comes with no image processor")
         for document in documents:
             _opened(document, config.data).close()
-        return Batches(documents, config.batch_size, image_processor=processor)
+        return Batches(documents, config.batch_size, image_processor=processor, image_tokens=image_tokens)
     pad_id = _usable(vocabulary, pad_id, getattr(processor, "pad_token_id", None))
     if "input_ids" in documents[0]:
         return Batches(sequences_of(documents, config, vocabulary), config.batch_size, pad_id=pad_id)

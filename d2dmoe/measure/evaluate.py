@@ -71,10 +71,11 @@ def evaluate(
     if kind.name == "masked_lm":
         tokenizer = special_tokens(model.config, tokenizer)
     generator, limit, tokens = torch.Generator().manual_seed(seed), _row_limit(model, batches), 0
-    dense = _Point({"active": 1.0}, kind())
-    points = [_Point(setting, kind()) for setting in settings] if layers(model) else []
+    each = getattr(batches, "image_tokens", 1)
+    dense = _Point({"active": 1.0}, kind(), each)
+    points = [_Point(setting, kind(), each) for setting in settings] if layers(model) else []
     for batch in progress(pieces(batches, limit), desc="eval"):
-        tokens += _tokens(batch)
+        tokens += _tokens(batch, each)
         batch = kind.prepare(batch, tokenizer, generator)
         inputs = model_inputs(model, batch)
         reference = dense.run(model, inputs, batch, None)
@@ -111,6 +112,7 @@ class _Point:
 
     setting: Setting
     metric: Metric
+    image_tokens: int = 1
     counter: ActiveCounter = field(default_factory=ActiveCounter)
     channels: ChannelCounter = field(default_factory=ChannelCounter)
 
@@ -139,7 +141,7 @@ class _Point:
                 if self.setting.get("active") == 1 or cost is None
                 else _costs(model, self.counter, self.channels, cost)
             )
-            milliseconds = _milliseconds(model, timed)
+            milliseconds = _milliseconds(model, timed, self.image_tokens)
         return {
             **costs,
             "metric": {"name": name, "value": value},
@@ -178,19 +180,21 @@ def _costs(model: nn.Module, counter: ActiveCounter, channels: ChannelCounter, d
     }
 
 
-def _milliseconds(model: nn.Module, timed: list[Batch]) -> float:
+def _milliseconds(model: nn.Module, timed: list[Batch], image_tokens: int) -> float:
     """Milliseconds per token, padding left out: whole forward passes, after one to warm up."""
     model(**timed[0])
     started = time.perf_counter()
     for inputs in timed:
         model(**inputs)
     seconds = time.perf_counter() - started
-    return 1000 * seconds / max(sum(map(_tokens, timed)), 1)
+    return 1000 * seconds / max(sum(_tokens(inputs, image_tokens) for inputs in timed), 1)
 
 
-def _tokens(batch: Batch) -> int:
-    """Tokens that are not padding; an image counts as one."""
-    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(next(iter(batch.values())))
+def _tokens(batch: Batch, image_tokens: int) -> int:
+    """Tokens that are not padding, or patches of images."""
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    return len(next(iter(batch.values()))) * image_tokens
 
 
 def _row_limit(model: nn.Module, batches: Sequence[Batch]) -> int:

@@ -237,7 +237,7 @@ def _calibrate(
     plan = Plan()
     if spectra:
         way, _ = attention_way(config.attention)
-        text = unseen if unseen.tokens >= LEAST_UNSEEN else fitting
+        text = unseen.first(config.calibration_tokens) if unseen.tokens >= LEAST_UNSEEN else fitting
         plan = Plan(groups_of(model, text, spectra, way), config.attention_active)
     calibrate(
         model, fitting, stored, targets(config),

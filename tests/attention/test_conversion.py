@@ -142,3 +142,20 @@ def test_what_cannot_be(attention, layers, said):
 def test_a_model_without_attention():
     with pytest.raises(UserError, match="no projection around attention"):
         choose_projections(ConvertConfig(attention="auto"), [])
+
+
+def test_only_so_much_text_is_read(monkeypatch):
+    """The costs of projections come from text that nothing was fitted on, and of that no more than was asked for."""
+    read = []
+
+    def groups_of(model, batches, *_):
+        read.append(batches.tokens)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("d2dmoe.pipeline.model.groups_of", groups_of)
+    monkeypatch.setattr("d2dmoe.pipeline.model.LEAST_UNSEEN", 32)
+    data = batches()
+    with pytest.raises(KeyboardInterrupt):
+        convert_model(wide("gpt2"), replace(QUICK, attention="auto", calibration_tokens=64), data)
+    assert data.tokens > 3 * 64
+    assert 0 < read[0] <= 64 + len(data.items[0]["input_ids"])
