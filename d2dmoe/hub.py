@@ -319,7 +319,8 @@ def token_facts(name: str, config: Any, revision: str | None = None) -> dict[str
     """What `make_batches` needs to know of a model: its token ids, and the reason if it has no tokenizer."""
     return {
         "vocabulary": vocabulary.size_of(config), "pad_id": vocabulary.token_of(config, "pad"),
-        "image_tokens": vocabulary.patches_of(config), "no_tokenizer": lambda: _open_processor(name, config, revision)[1],
+        "image_tokens": vocabulary.patches_of(config),
+        "no_tokenizer": lambda: _open_processor(name, config, revision)[1],
     }  # fmt: skip
 
 
