@@ -46,6 +46,7 @@ def evaluate(
     metric: str | None = None,
     tokenizer: Any = None,
     seed: int = 0,
+    original: nn.Module | None = None,
 ) -> list[dict[str, Any]]:
     """One row for each setting, in the form of the command contract.
 
@@ -59,6 +60,8 @@ def evaluate(
         metric: A key of `METRICS`; by default what fits the model's class and the data.
         tokenizer: Needed by `masked_lm` alone, unless the config has a mask token.
         seed: Of the tokens that are masked.
+        original: The dense model, where the converted one does not hold it (`--attention mlp`). Without it such a model
+            is compared with itself, all experts on.
 
     Returns:
         `{"gate", "tau", "active_fraction", "flops_fraction_ffn", "flops_fraction_model", "metric", "dense", "metrics",
@@ -77,7 +80,7 @@ def evaluate(
         tokens += _tokens(batch)
         batch = kind.prepare(batch, tokenizer, generator)
         inputs = model_inputs(model, batch)
-        reference = dense.run(model, inputs, batch, None)
+        reference = dense.run(model if original is None else original, inputs, batch, None)
         for point in points:
             point.run(model, inputs, batch, reference)
     timed = [model_inputs(model, batch) for batch in islice(pieces(batches, limit), TIMED)]
@@ -90,6 +93,7 @@ def evaluate(
         with set_gate(model, **point.setting):
             everything = all(layer.gate_state.tau == 0 for layer in layers(model))
             everything = everything and all(layer.gate_state.method == "dense" for layer in projections(model))
+        everything = everything and not any(layer.block.role for layer in layers(model))
         row = base if everything else point.row(model, timed, dense.metric, cost) | {"tokens": tokens}
         rows.append({**point.setting, **row})
     return rows
@@ -134,11 +138,7 @@ class _Point:
         (name, value), *further = self.metric.figures().items()
         (_, dense_value), *dense_further = dense.figures().items()
         with self.gate(model):
-            costs = (
-                _dense_costs()
-                if self.setting.get("active") == 1 or cost is None
-                else _costs(model, self.counter, self.channels, cost)
-            )
+            costs = _dense_costs() if cost is None else _costs(model, self.counter, self.channels, cost)
             milliseconds = _milliseconds(model, timed)
         return {
             **costs,
@@ -159,19 +159,19 @@ def _dense_costs() -> dict[str, Any]:
 def _costs(model: nn.Module, counter: ActiveCounter, channels: ChannelCounter, dense: DenseCost) -> dict[str, Any]:
     """Active and FLOP fractions of the gate in force."""
     by_layer = counter.by_layer(len(layers(model)))
-    before = dense.blocks(dense_ffn_flops(layer) for layer in layers(model))
-    after = dense.blocks(sparse_ffn_flops(layer, active) for layer, active in zip(layers(model), by_layer, strict=True))
-    projected, saved = projections(model), {}
-    full = total = dense.dense_projections(model)
-    if projected:
-        total = dense.projections(projection_flops(x, channels.fraction(x.number)) for x in projected)
-        saved = {"flops_fraction_attention": total / full}
+    pairs = [(dense_ffn_flops(x), sparse_ffn_flops(x, a)) for x, a in zip(layers(model), by_layer, strict=True)]
+    networks = [bool(layer.block.role) for layer in layers(model)]  # in the places of projections
+    before, after = (dense.blocks(p[n] * (not net) for p, net in zip(pairs, networks, strict=True)) for n in (0, 1))
+    full, total = (dense.blocks(p[n] * net for p, net in zip(pairs, networks, strict=True)) for n in (0, 1))
+    full += dense.dense_projections(model)
+    total += dense.projections(projection_flops(x, channels.fraction(x.number)) for x in projections(model))
+    saved = {"flops_fraction_attention": total / full} if full else {}
     taus = [layer.gate_state.tau for layer in layers(model)]
     return {
         "gate": stored_config(model).gate,
         "tau": taus[0] if len(set(taus)) == 1 else taus,
         "active_fraction": counter.fraction,
-        "flops_fraction_ffn": after / before,
+        "flops_fraction_ffn": after / before if before else 1.0,
         **saved,
         "flops_fraction_model": (dense.total - before + after - full + total) / dense.total,
         "active_by_layer": [round(active, 4) for active in by_layer],
