@@ -28,6 +28,7 @@ from ..training import train
 ROWS_HELD, BYTES_HELD = 8192, 2**29  # of every tensor that projections read; of all of them
 STATISTICS_TOKENS = 8192
 FLOOR = 1e-4  # of an output's variance, relative to the mean variance
+SAVE_EVERY = 500  # steps
 Rows = dict[int, list[torch.Tensor]]  # what a group of projections reads, ``(rows, inputs)`` each
 
 
@@ -220,7 +221,7 @@ def distil_networks(
     samples = Samples(reading, batches, config.attention_batch, per_batch, seed)
     settings = TrainingConfig(
         steps=max(1, config.attention_tokens // config.attention_batch), learning_rate=config.attention_learning_rate,
-        adam_betas=(0.9, 0.99), clip=0.0, seed=seed, save_every=500,
+        adam_betas=(0.9, 0.99), clip=0.0, seed=seed, save_every=SAVE_EVERY,
     )  # fmt: skip
     try:
         log = train(

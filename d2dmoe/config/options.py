@@ -178,8 +178,8 @@ class AttentionConfig:
         "none",
         "what becomes of the projections around attention: dense as they are (none), two thin factors (low-rank), the "
         "input channels that matter to each token (channels), or for each of them what loses least (auto); or networks "
-        "of two layers, distilled from them and made into experts (mlp, the paper's way; the checkpoint then opens with "
-        "d2dmoe only); auto:q,k,v converts these only",
+        "of two layers, distilled from them and made into experts (mlp, the paper's way; only d2dmoe then opens the "
+        "checkpoint); auto:q,k,v converts these only",
     )
     attention_active: float = knob(
         0.0,
@@ -194,7 +194,7 @@ class AttentionConfig:
         0, "experts of each of these networks; 0 takes --expert-size, or else at least 16 of at most 32 neurons"
     )
     attention_tokens: int = knob(700_000, "tokens that these networks are distilled on, repetitions included")
-    attention_batch: int = knob(512, "tokens per distillation step of these networks")
+    attention_batch: int = knob(128, "tokens per distillation step of these networks")
     attention_learning_rate: float = knob(3e-3, "peak learning rate of these networks")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -217,6 +218,11 @@ class Subject:
         if not settings and self.stored:
             settings = [{"active": a} for a in sorted({*(b.active for b in self.stored.budgets), 1.0})]
         settings = [{**s, "oracle": True} for s in settings] if oracle else settings
+        if self.stored and self.stored.networks:
+            warnings.warn(
+                f"{self.name} holds no dense model (--attention mlp): what is called dense here is this model with all "
+                f"experts on; its results.json compares it with the dense model it was made from", stacklevel=2
+            )  # fmt: skip
         model = hub.load_model(self.name, self.config)
         return evaluate_both(model, self.batches, self.second, settings, metric=self.metric, tokenizer=self.tokenizer)
 

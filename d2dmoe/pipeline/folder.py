@@ -16,7 +16,7 @@ from .. import hub
 from ..config.record import D2DMoEConfig
 from ..discovery.inputs import NoInputsError
 from ..errors import UserError, first_line
-from ..moe.check import STRIPPED, check_permutation
+from ..moe.check import STRIPPED, STRIPPED_NETWORKS, check_permutation
 from ..moe.gating import set_gate, stored_config
 from ..moe.layer import layers
 from ..moe.packing import dense_tensors, unpack
@@ -56,7 +56,7 @@ class Folder:
             raise UserError("there is no safetensors file")
         hub.check_safetensors(self.path)
         if is_stripped(shapes_in(files)):
-            raise UserError(STRIPPED)
+            raise UserError(STRIPPED_NETWORKS if hub.conversion_record(self.config).networks else STRIPPED)
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
             _check_index(json.loads(index.read_text())["weight_map"], files)
