@@ -121,6 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shares", default="0.25,0.5,0.75")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--networks", action="store_true", help="the paper's way, --attention mlp, alone")
+    parser.add_argument("--attention-tokens", type=int, default=700_000, help="of the distillation")
     arguments = parser.parse_args(argv)
     transformers.logging.disable_progress_bar()
     sys.path.insert(0, str(Path(__file__).parent))
@@ -128,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
 
     model = places()["minilm"] if arguments.model == "minilm" else arguments.model
     keys = {"model": model, "data": arguments.data, "max_length": arguments.max_length, "seed": arguments.seed}
+    keys["attention_tokens"] = arguments.attention_tokens
     shares = [float(share) for share in arguments.shares.split(",")]
     try:
         config = resolve(ConvertConfig, {**keys, "attention": "mlp" if arguments.networks else "auto"})

@@ -2,7 +2,8 @@
 
 All of them are trained at once on what the projections read in the dense model, whose passes go on meanwhile: memory
 holds the rows of a few batches. A network works on inputs and outputs of mean 0 and variance 1, so that one learning
-rate fits them all; the scales are folded into its weights at the end.
+rate fits them all; the scales are folded into its weights at the end. It starts as the best linear map that it can be:
+two neurons of opposite signs pass a number on, `relu(a) - relu(-a) = a`, so half as many ranks as neurons.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..config.options import AttentionConfig, TrainingConfig
 from ..config.projections import Projection
@@ -52,12 +54,27 @@ class Normalised(nn.Module):
             self.register_buffer(f"{name}_mean", tensor.mean(0).to(x))
             self.register_buffer(f"{name}_scale", scale.to(x))
 
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter((torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(x))
+        first = torch.randn(block.width, x.shape[1], generator=generator, dtype=torch.double) * x.shape[1] ** -0.5
+        second = torch.zeros(y.shape[1], block.width, dtype=torch.double)
+        into, out = self._best_factors(((x - self.x_mean) / self.x_scale).double(), block.width // 2)
+        first[: 2 * len(into)] = torch.cat([into, -into])
+        second[:, : 2 * len(into)] = torch.cat([out, -out], 1)
+        self.first_weight, self.second_weight = (nn.Parameter(w.to(x)) for w in (first, second))
+        self.first_bias, self.second_bias = (nn.Parameter(x.new_zeros(len(w))) for w in (first, second))
 
-        self.first_weight, self.second_weight = parameter(block.width, x.shape[1]), parameter(y.shape[1], block.width)
-        self.first_bias, self.second_bias = (nn.Parameter(w.new_zeros(len(w)))
-                                             for w in (self.first_weight, self.second_weight))  # fmt: skip
+    def _best_factors(self, x: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors ``(rank, inputs)`` and ``(outputs, rank)`` of the projection, best on inputs ``(rows, inputs)``.
+
+        Each number between them has variance 1. Directions without variance are left out.
+        """
+        dense = self._dense[0]
+        weight = (dense.weight.T if isinstance(dense, Conv1D) else dense.weight).detach().double()
+        weight = weight * self.x_scale.double() / self.y_scale.double()[:, None]
+        values, vectors = torch.linalg.eigh(weight @ (x.T @ x / len(x)) @ weight.T)
+        values, vectors = values[-rank:], vectors[:, -rank:]
+        kept = values > 1e-9 * values[-1].clamp_min(1e-12)
+        deviations, vectors = values[kept].sqrt(), vectors[:, kept]
+        return (vectors.T @ weight / deviations[:, None]).cpu(), (vectors * deviations).cpu()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Squared error on inputs ``(rows, inputs)``, as a share of each output's variance, mean over outputs."""

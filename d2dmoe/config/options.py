@@ -194,7 +194,7 @@ class AttentionConfig:
         0, "experts of each of these networks; 0 takes --expert-size, or else at least 16 of at most 32 neurons"
     )
     attention_tokens: int = knob(700_000, "tokens that these networks are distilled on, repetitions included")
-    attention_batch: int = knob(128, "tokens per distillation step of these networks")
+    attention_batch: int = knob(256, "tokens per distillation step of these networks")
     attention_learning_rate: float = knob(3e-3, "peak learning rate of these networks")
 
 

@@ -91,29 +91,21 @@ def convert_model(
     Raises:
         UserError: If the model is in half precision, has no block to convert, or cannot be reproduced as experts.
     """
-    if model.dtype not in (torch.float32, torch.float64):
-        raise UserError(
-            f"the model is in {str(model.dtype).removeprefix('torch.')}, and routers and stand-ins are fitted in "
-            f"float32; load it with dtype=torch.float32 (cast it after the conversion)"
-        )
+    _check_precision(model)
     model.eval()
     blocks = _blocks_of(model, config, batches) if blocks is None else blocks
-    if projections is None:
-        projections = _projections_of(model, config, batches)
-    networks = attention_way(config.attention)[0] == "mlp" and bool(projections)
-    twin = copy.deepcopy(model) if dense is None and (config.speedup or networks) else None
-    dense = dense or (lambda: twin)
-    if networks:
+    projections = _projections_of(model, config, batches) if projections is None else projections
+    dense = dense or _twin(model, config)
+    if projections and _by_networks(config):
         blocks, projections = _networks(model, config, blocks, projections, batches, work, resume, say), []
     stored = _record(config, blocks, projections)
     release_memory()
     orders = stage(work, "split", resume, lambda: _split(model, config, blocks, batches, say))
-    sample = batches[0]
-    reference, output = block_outputs(model, blocks, sample), model_outputs(model, sample)
+    reference, output = block_outputs(model, blocks, batches[0]), model_outputs(model, batches[0])
     attach(model, stored, [orders[block.name] for block in blocks], budgets=len(targets(config)))
     _zero_constants(model)
     _let_go_of_files(model)
-    verify(model, reference, output, sample)
+    verify(model, reference, output, batches[0])
     log = _routers(model, config, batches, work, resume)
     say("routers done; calibrating")
     spectra = _bases(model, config, batches, work, resume) if projections else []
@@ -128,6 +120,25 @@ def convert_model(
     remember(model, stored)
     set_gate(model, active=stored.default_active)
     return log
+
+
+def _check_precision(model: PreTrainedModel) -> None:
+    if model.dtype not in (torch.float32, torch.float64):
+        raise UserError(
+            f"the model is in {str(model.dtype).removeprefix('torch.')}, and routers and stand-ins are fitted in "
+            f"float32; load it with dtype=torch.float32 (cast it after the conversion)"
+        )
+
+
+def _by_networks(config: ConvertConfig) -> bool:
+    """Do networks take the places of projections? Then the converted model does not hold the dense one."""
+    return attention_way(config.attention)[0] == "mlp"
+
+
+def _twin(model: PreTrainedModel, config: ConvertConfig) -> Callable[[], PreTrainedModel | None]:
+    """Gives a copy of the dense model, kept where something is compared with it later."""
+    twin = copy.deepcopy(model) if config.speedup or _by_networks(config) else None
+    return lambda: twin
 
 
 def _record(config: ConvertConfig, blocks: list[Block], projections: list[Projection]) -> D2DMoEConfig:
