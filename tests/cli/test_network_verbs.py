@@ -45,6 +45,7 @@ def test_the_card_says_that_there_is_no_dense_model(root):
     assert "and not the dense model" in card
     assert "Without `import d2dmoe` it does not open" in card
     assert "opens as the dense model" not in card
+    assert "all experts on" in (root / "first" / "report.html").read_text()
 
 
 def test_verify(root, capsys, tmp_path):
