@@ -264,7 +264,13 @@ def load_model(
 
 
 def load_dense(name: str, config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The dense twin of a converted folder: what a program opens that has never heard of d2dmoe."""
+    """The dense twin of a converted folder: what a program opens that has never heard of d2dmoe.
+
+    A folder with networks in the places of projections has none: then a model of its shapes with random weights, which
+    takes the same time.
+    """
+    if conversion_record(config).networks:
+        return model_class(config, name)(without_record(config)).to(dtype).eval()
     return model_class(config, name).from_pretrained(name, config=without_record(config), dtype=dtype).eval()
 
 

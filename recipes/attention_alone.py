@@ -1,5 +1,9 @@
 """Loss of attention projections at a share of their work, feed-forward blocks dense: each way alone, and `auto`.
 
+With `--networks` it is the paper's way instead (`--attention mlp`): all experts on, then with the paper's gate, nothing
+for skipped experts, and with the default gate and refitted down projections; routers are narrow in both. Shares count
+routers.
+
     python recipes/attention_alone.py --model checkpoints/gpt2-mini --data ../shared/data/wikitext2/train.txt \
         --eval-data ../shared/data/wikitext2/valid.txt --eval-limit 16384
 
@@ -9,7 +13,9 @@ Loss is that of `recipes/compare.py`: nats per token above the dense model, or 1
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +24,15 @@ import transformers
 
 from d2dmoe import hub
 from d2dmoe.attention.bases import fit_bases
-from d2dmoe.config import ConvertConfig, D2DMoEConfig, UserError, resolve
+from d2dmoe.config import PRESETS, ConvertConfig, D2DMoEConfig, UserError, resolve
 from d2dmoe.config.budgets import Budget
+from d2dmoe.config.record import router_width
 from d2dmoe.measure.evaluate import evaluate, prepare
 from d2dmoe.measure.metrics import quality_loss
 from d2dmoe.moe.loader import attach
+from d2dmoe.pipeline.model import convert_model
 from d2dmoe.pipeline.parts import both_parts
-from d2dmoe.pipeline.plan import make_plan
+from d2dmoe.pipeline.plan import ConversionPlan, make_plan
 from d2dmoe.report import table
 from d2dmoe.stages.budgets.allocate import give_out
 from d2dmoe.stages.budgets.projections import KINDS, groups_of
@@ -61,6 +69,45 @@ def rows_of(config: ConvertConfig, eval_data: str, eval_limit: int, shares: list
     return rows
 
 
+NETWORKS = {
+    "mlp, paper": {"preset": "paper", "router_width": 0},
+    "mlp, share and refit": {"stand_in": "refit"},
+}
+
+
+def active_for(share: float, plan: ConversionPlan, config: ConvertConfig) -> float:
+    """The active fraction at which networks and their routers take this share of the projections' work."""
+    pairs = list(zip(plan.networks, plan.projections, strict=True))
+    dense = sum(p.macs for _, p in pairs)
+    routers = sum(router_width(config.router_width, b) * (b.d_model + b.experts) for b, _ in pairs)
+    everything = sum(b.width * (p.inputs + p.outputs) for b, p in pairs)
+    return (share * dense - routers) / everything
+
+
+def rows_of_networks(config: ConvertConfig, eval_data: str, eval_limit: int, shares: list[float]) -> list[list]:
+    """The same for `--attention mlp`: everything on, then the gates of `NETWORKS`, on the same networks."""
+    subject = prepare(config.model, replace(config, data=eval_data), [], tokens=eval_limit)
+    plan = make_plan(subject.config, config)
+    batches, _ = both_parts(config, plan.model_class, subject.config, subject.tokenizer)
+    batches, dense, rows = batches.shuffled(config.seed), hub.load_model(config.model, subject.config), []
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, (name, keys) in enumerate(NETWORKS.items()):
+            own = resolve(ConvertConfig, {**vars(config), **PRESETS[keys.get("preset", "default")], **keys})
+            own.active = [round(active_for(share, plan, own), 4) for share in shares]
+            model, work = hub.load_model(config.model, subject.config), Path(scratch, str(number))
+            work.mkdir()
+            if number:
+                shutil.copy(Path(scratch, "0", "networks.safetensors"), work)
+            convert_model(model, own, batches, blocks=[], projections=plan.projections, work=work, resume=True)
+            found = evaluate(
+                model, subject.batches, [{"active": active} for active in (*own.active, 1.0)], original=dense,
+                metric=subject.metric, tokenizer=subject.tokenizer,
+            )  # fmt: skip
+            cells = [f"{quality_loss(r):.4g} (at {r['flops_fraction_attention']:.3f})" for r in found]
+            rows += [["mlp, all on", *[cells[-1]] * len(shares)]] * (not number) + [[name, *cells[:-1]]]
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -73,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--shares", default="0.25,0.5,0.75")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--networks", action="store_true", help="the paper's way, --attention mlp, alone")
+    parser.add_argument("--attention-tokens", type=int, default=700_000, help="of the distillation")
     arguments = parser.parse_args(argv)
     transformers.logging.disable_progress_bar()
     sys.path.insert(0, str(Path(__file__).parent))
@@ -80,10 +129,12 @@ def main(argv: list[str] | None = None) -> int:
 
     model = places()["minilm"] if arguments.model == "minilm" else arguments.model
     keys = {"model": model, "data": arguments.data, "max_length": arguments.max_length, "seed": arguments.seed}
+    keys["attention_tokens"] = arguments.attention_tokens
     shares = [float(share) for share in arguments.shares.split(",")]
     try:
-        config = resolve(ConvertConfig, {**keys, "attention": "auto"})
-        rows = rows_of(config, arguments.eval_data, arguments.eval_limit, shares)
+        config = resolve(ConvertConfig, {**keys, "attention": "mlp" if arguments.networks else "auto"})
+        make = rows_of_networks if arguments.networks else rows_of
+        rows = make(config, arguments.eval_data, arguments.eval_limit, shares)
     except UserError as error:
         print(f"attention_alone.py: {error}", file=sys.stderr)
         return 1

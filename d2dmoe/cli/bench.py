@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import warnings
 from typing import Any
 
 from ..config.checks import check_active
@@ -116,6 +117,11 @@ def _bench_model(arguments: argparse.Namespace, options: dict[str, Any]) -> list
             f"{missing or '…'}; name budgets that convert has stored and evaluated"
         )
     dtype = getattr(torch, arguments.dtype)
+    if stored.networks:
+        warnings.warn(
+            f"{arguments.model} holds no dense model (--attention mlp): dense times are of one with its shapes and "
+            f"random weights", stacklevel=1
+        )  # fmt: skip
     model, dense = hub.load_model(arguments.model, config, dtype=dtype), hub.load_dense(arguments.model, config, dtype)
     batches = [int(n) for n in arguments.batch]
     rows = bench.bench_model(

@@ -63,7 +63,10 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
 def _plan_text(plan: Any, config: ConvertConfig) -> str:
     from ..report import table
 
-    rows = [[b.name, b.kind, b.activation, f"{b.d_model}->{b.width}", b.experts, b.size] for b in plan.blocks]
+    rows = [
+        [b.name, "attention" if b.role else b.kind, b.activation, f"{b.d_model}->{b.width}", b.experts, b.size]
+        for b in (*plan.blocks, *plan.networks)
+    ]
     lines = [
         table(["block", "kind", "activation", "size", "experts", "neurons each"], rows),
         "",

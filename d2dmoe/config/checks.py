@@ -24,7 +24,8 @@ def check(config: Any) -> None:
             raise UserError(f"{flag} {value}: must be one of {', '.join(choices)}")
         if isinstance(value, int | float) and not isinstance(value, bool) and not value >= 0:
             raise UserError(f"{flag} {value}: must be 0 or more")
-    least = {"max_length": 2, "batch_size": 1, "router_batch": 1, "calibration_tokens": 1}
+    least = {"max_length": 2, "batch_size": 1, "router_batch": 1, "calibration_tokens": 1, "attention_tokens": 1,
+             "attention_batch": 1}  # fmt: skip
     for name, bound in least.items():
         if getattr(config, name, bound) < bound:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {bound}")
@@ -38,9 +39,16 @@ def check(config: Any) -> None:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", getattr(config, "device", "auto")):
         raise UserError(f"--device {config.device}: must be auto, cpu, cuda or cuda:N")
     if hasattr(config, "attention"):
-        attention_way(config.attention)
+        way, _ = attention_way(config.attention)
         if config.attention_active > 1:
             raise UserError(f"--attention-active {config.attention_active:g}: a share is at most 1")
+        if way == "mlp" and config.attention_active:
+            raise UserError(
+                f"--attention-active {config.attention_active:g}: with --attention mlp a budget holds for the experts "
+                f"of blocks and projections alike; leave it out, or take another way"
+            )
+        if not 0 < config.attention_factor < 100:
+            raise UserError(f"--attention-factor {config.attention_factor:g}: must be above 0, for instance 1")
     for active in getattr(config, "active", None) or []:
         check_active(active)
         if active < LEAST_ACTIVE and config.gate != "topk":

@@ -177,8 +177,9 @@ class AttentionConfig:
     attention: str = knob(
         "none",
         "what becomes of the projections around attention: dense as they are (none), two thin factors (low-rank), the "
-        "input channels that matter to each token (channels), or for each of them what loses least (auto); "
-        "auto:q,k,v converts these only",
+        "input channels that matter to each token (channels), or for each of them what loses least (auto); or networks "
+        "of two layers, distilled from them and made into experts (mlp, the paper's way; only d2dmoe then opens the "
+        "checkpoint); auto:q,k,v converts these only",
     )
     attention_active: float = knob(
         0.0,
@@ -186,6 +187,15 @@ class AttentionConfig:
         "and projections as a whole, and each gets what saves most",
     )
     attention_layers: str = knob("", "attention layers to convert, by number from 0: 2-5 or 0,3 (default: all)")
+    attention_factor: float = knob(
+        1.0, "multiply-accumulates of the networks of --attention mlp, all experts on, relative to the projections'"
+    )
+    attention_experts: int = knob(
+        0, "experts of each of these networks; 0 takes --expert-size, or else at least 16 of at most 32 neurons"
+    )
+    attention_tokens: int = knob(700_000, "tokens that these networks are distilled on, repetitions included")
+    attention_batch: int = knob(256, "tokens per distillation step of these networks")
+    attention_learning_rate: float = knob(3e-3, "peak learning rate of these networks")
 
 
 @dataclass

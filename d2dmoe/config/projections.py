@@ -107,6 +107,22 @@ def check_projections(projections: Sequence[Projection], budgets: Sequence[Any])
         _check_settings(projections, budget, f"budgets[{number}]")
 
 
+def check_networks(blocks: Sequence[Any]) -> None:
+    """Blocks in the places of projections.
+
+    Args:
+        blocks: `Block`s of the record.
+
+    Raises:
+        UserError: Naming the field and its value.
+    """
+    for number, block in enumerate(blocks):
+        one_of(f"blocks[{number}].role", block.role, ("", *ROLES))
+        for name, wanted in (("kind", "ffn"), ("up", block.name), ("down", f"{block.name}.down")):
+            if block.role and getattr(block, name) != wanted:
+                refuse(f"blocks[{number}].{name}", getattr(block, name), f"{wanted}, as its role is {block.role}")
+
+
 def _check_settings(projections: Sequence[Projection], budget: Any, where: str) -> None:
     for name in ("methods", "ranks", "channel_thresholds"):
         if len(getattr(budget, name)) != len(projections):

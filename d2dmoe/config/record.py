@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from .budgets import Budget, Budgets, Curve
-from .projections import Projection, check_projections
+from .projections import Projection, check_networks, check_projections
 from .validate import compare_checksums, points, refuse, typed, validate
 
 
@@ -29,6 +29,8 @@ class Block:
         calls: How often the block runs in one forward pass (above 1 where layers share weights).
         experts: Number of experts; 0 until decided.
         layouts: How the dense `up` (and `gate`) and `down` weights lie in memory, for packing them on load.
+        role: Of a network that was distilled in the place of a projection around attention what that does, see
+            `Projection`; empty for a feed-forward block.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Block:
     calls: int = 1
     experts: int = 0
     layouts: list[str] = field(default_factory=list)
+    role: str = ""
 
     @property
     def size(self) -> int:
@@ -57,7 +60,7 @@ class Block:
         return self.experts * self.size
 
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2  # the newest format that is read; the first one knows no networks in place of projections
 PROJECTED = ("ffn_active", "methods", "ranks", "channel_thresholds")  # fields of a budget
 CALIBRATED = ("budgets", "default_active", "curve")
 
@@ -97,13 +100,18 @@ class D2DMoEConfig:
     shared_experts: int = 0
     neuron_order: bool = False
     projections: list[Projection] = field(default_factory=list)
-    version: int = CHECKPOINT_VERSION
+    version: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.budgets, Budgets):
             self.budgets = Budgets([b if isinstance(b, Budget) else Budget(**_known(Budget, b)) for b in self.budgets])
         if not isinstance(self.curve, Curve):
             self.curve = Curve(list(self.curve))
+
+    @property
+    def networks(self) -> list[Block]:
+        """The blocks that stand in the places of projections: with any, the checkpoint holds no dense model."""
+        return [block for block in self.blocks if block.role]
 
     @property
     def block_curve(self) -> Curve:
@@ -164,7 +172,9 @@ class D2DMoEConfig:
         budgets, projections = values["budgets"]["stored"], values.pop("projections")
         if not projections:  # as releases wrote it that knew none: their checksums stay true
             budgets = [{k: v for k, v in budget.items() if k not in PROJECTED} for budget in budgets]
-        found = {**values, "budgets": budgets, "curve": values["curve"]["points"]}
+        blocks = [{k: v for k, v in block.items() if k != "role" or v} for block in values["blocks"]]
+        found = {**values, "blocks": blocks, "budgets": budgets, "curve": values["curve"]["points"]}
+        found["version"] = 2 if self.networks else 1
         return {**found, "projections": projections} if projections else found
 
     @classmethod
@@ -174,7 +184,7 @@ class D2DMoEConfig:
         Raises:
             UserError: Naming the field that is wrong and its value, or if a newer version of this project wrote it.
         """
-        version = values.get("version", CHECKPOINT_VERSION)
+        version = values.get("version", 1)
         if type(version) is not int or version < 1:
             refuse("version", version, f"an integer from 1 to {CHECKPOINT_VERSION}")
         if version > CHECKPOINT_VERSION:
@@ -189,6 +199,7 @@ class D2DMoEConfig:
         known["projections"] = _each(Projection, known.get("projections", []), "projections")
         config = cls(**known)
         validate(config)
+        check_networks(config.blocks)
         check_projections(config.projections, config.budgets)
         if "checksums" in values:
             compare_checksums(values["checksums"], config.to_dict(), shown=values.get)
@@ -209,8 +220,12 @@ def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def router_width(wanted: int, block: Block) -> int:
-    """Hidden width of a block's router: the paper's 128, but in a narrow model no more than half its width."""
-    return wanted or max(1, min(128, block.d_model // 2))
+    """Hidden width of a block's router: the paper's 128, but in a narrow model no more than half its width.
+
+    In the place of a projection no more than a quarter of the network's width: else it takes what experts save.
+    """
+    most = min(block.d_model // 2, block.width // 4) if block.role else block.d_model // 2
+    return wanted or max(1, min(128, most))
 
 
 def can_split(width: int, experts: int) -> bool:

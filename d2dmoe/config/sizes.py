@@ -10,9 +10,7 @@ from .projections import Projection
 from .record import Block, can_split
 
 DEFAULT_ACTIVE = (0.25, 0.5, 0.75)
-
-
-ATTENTION = ("none", "auto", "low-rank", "channels")
+ATTENTION = ("none", "auto", "low-rank", "channels", "mlp")
 
 
 def attention_way(attention: str) -> tuple[str, str]:
@@ -23,7 +21,8 @@ def attention_way(attention: str) -> tuple[str, str]:
     """
     way, _, roles = attention.partition(":")
     if way not in ATTENTION:
-        raise UserError(f"--attention {attention}: {way!r} is none of {', '.join(ATTENTION)}")
+        one = "; a conversion takes one of them" if {*way.split(",")} <= {*ATTENTION} else ""
+        raise UserError(f"--attention {attention}: {way!r} is none of {', '.join(ATTENTION)}{one}")
     wanted = [role.strip() for role in roles.split(",")] if roles else list("qkvo")
     if not {*wanted} <= {*"qkvo"}:
         raise UserError(f"--attention {attention}: after the colon come some of q,k,v,o")
@@ -57,6 +56,27 @@ def choose_projections(config: AttentionConfig, projections: list[Projection]) -
     for projection in found:
         projection.rank, projection.group = max(projection.full_ranks), groups[projection.group]
     return found
+
+
+def network_block(config: ConvertConfig, projection: Projection) -> Block:
+    """The block that takes the place of a projection with `--attention mlp`: a network `inputs -> width -> outputs`.
+
+    Its width gives the projection's multiply-accumulates times `attention_factor`, rounded up to whole experts. It is
+    never the number of outputs: stored tensors must not have the shapes of the dense model.
+    """
+    p = projection
+    width = max(1, round(config.attention_factor * p.macs / (p.inputs + p.outputs)))
+    size = config.expert_size or max(1, min(32, width // 16))
+    experts = config.attention_experts or -(-width // size)
+    if config.attention_experts:
+        size = -(-width // experts)
+        size += experts * size == p.outputs
+    else:
+        experts += experts * size == p.outputs
+    return Block(
+        name=p.name, kind="ffn", activation="relu", d_model=p.inputs, width=experts * size, up=p.name, gate=None,
+        down=f"{p.name}.down", calls=p.calls, experts=experts, role=p.role,
+    )  # fmt: skip
 
 
 def numbers(text: str, count: int) -> set[int]:

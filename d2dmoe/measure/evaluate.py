@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ def evaluate(
     metric: str | None = None,
     tokenizer: Any = None,
     seed: int = 0,
+    original: nn.Module | None = None,
 ) -> list[dict[str, Any]]:
     """One row for each setting, in the form of the command contract.
 
@@ -59,6 +61,8 @@ def evaluate(
         metric: A key of `METRICS`; by default what fits the model's class and the data.
         tokenizer: Needed by `masked_lm` alone, unless the config has a mask token.
         seed: Of the tokens that are masked.
+        original: The dense model, where the converted one does not hold it (`--attention mlp`). Without it such a model
+            is compared with itself, all experts on.
 
     Returns:
         `{"gate", "tau", "active_fraction", "flops_fraction_ffn", "flops_fraction_model", "metric", "dense", "metrics",
@@ -78,7 +82,7 @@ def evaluate(
         tokens += _tokens(batch, each)
         batch = kind.prepare(batch, tokenizer, generator)
         inputs = model_inputs(model, batch)
-        reference = dense.run(model, inputs, batch, None)
+        reference = dense.run(model if original is None else original, inputs, batch, None)
         for point in points:
             point.run(model, inputs, batch, reference)
     timed = [model_inputs(model, batch) for batch in islice(pieces(batches, limit), TIMED)]
@@ -91,6 +95,7 @@ def evaluate(
         with set_gate(model, **point.setting):
             everything = all(layer.gate_state.tau == 0 for layer in layers(model))
             everything = everything and all(layer.gate_state.method == "dense" for layer in projections(model))
+        everything = everything and not any(layer.block.role for layer in layers(model))
         row = base if everything else point.row(model, timed, dense.metric, cost) | {"tokens": tokens}
         rows.append({**point.setting, **row})
     return rows
@@ -136,11 +141,7 @@ class _Point:
         (name, value), *further = self.metric.figures().items()
         (_, dense_value), *dense_further = dense.figures().items()
         with self.gate(model):
-            costs = (
-                _dense_costs()
-                if self.setting.get("active") == 1 or cost is None
-                else _costs(model, self.counter, self.channels, cost)
-            )
+            costs = _dense_costs() if cost is None else _costs(model, self.counter, self.channels, cost)
             milliseconds = _milliseconds(model, timed, self.image_tokens)
         return {
             **costs,
@@ -161,19 +162,19 @@ def _dense_costs() -> dict[str, Any]:
 def _costs(model: nn.Module, counter: ActiveCounter, channels: ChannelCounter, dense: DenseCost) -> dict[str, Any]:
     """Active and FLOP fractions of the gate in force."""
     by_layer = counter.by_layer(len(layers(model)))
-    before = dense.blocks(dense_ffn_flops(layer) for layer in layers(model))
-    after = dense.blocks(sparse_ffn_flops(layer, active) for layer, active in zip(layers(model), by_layer, strict=True))
-    projected, saved = projections(model), {}
-    full = total = dense.dense_projections(model)
-    if projected:
-        total = dense.projections(projection_flops(x, channels.fraction(x.number)) for x in projected)
-        saved = {"flops_fraction_attention": total / full}
+    pairs = [(dense_ffn_flops(x), sparse_ffn_flops(x, a)) for x, a in zip(layers(model), by_layer, strict=True)]
+    networks = [bool(layer.block.role) for layer in layers(model)]  # in the places of projections
+    before, after = (dense.blocks(p[n] * (not net) for p, net in zip(pairs, networks, strict=True)) for n in (0, 1))
+    full, total = (dense.blocks(p[n] * net for p, net in zip(pairs, networks, strict=True)) for n in (0, 1))
+    full += dense.dense_projections(model)
+    total += dense.projections(projection_flops(x, channels.fraction(x.number)) for x in projections(model))
+    saved = {"flops_fraction_attention": total / full} if full else {}
     taus = [layer.gate_state.tau for layer in layers(model)]
     return {
         "gate": stored_config(model).gate,
         "tau": taus[0] if len(set(taus)) == 1 else taus,
         "active_fraction": counter.fraction,
-        "flops_fraction_ffn": after / before,
+        "flops_fraction_ffn": after / before if before else 1.0,
         **saved,
         "flops_fraction_model": (dense.total - before + after - full + total) / dense.total,
         "active_by_layer": [round(active, 4) for active in by_layer],
@@ -221,6 +222,11 @@ class Subject:
         if not settings and self.stored:
             settings = [{"active": a} for a in sorted({*(b.active for b in self.stored.budgets), 1.0})]
         settings = [{**s, "oracle": True} for s in settings] if oracle else settings
+        if self.stored and self.stored.networks:
+            warnings.warn(
+                f"{self.name} holds no dense model (--attention mlp): what is called dense here is this model with all "
+                f"experts on; its results.json compares it with the dense model it was made from", stacklevel=2
+            )  # fmt: skip
         model = hub.load_model(self.name, self.config)
         return evaluate_both(model, self.batches, self.second, settings, metric=self.metric, tokenizer=self.tokenizer)
 

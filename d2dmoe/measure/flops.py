@@ -18,7 +18,16 @@ from .observe import observing, observing_projections
 
 
 def dense_ffn_flops(layer: DynamicFFN) -> int:
-    """FLOPs of the block before conversion: matrix products only, as `FlopCounterMode` counts them."""
+    """FLOPs before conversion: matrix products only, as `FlopCounterMode` counts them.
+
+    They are those of the block, or of the projection around attention in whose place a network stands.
+    """
+    block, d_out = layer.block, layer.down_weight.shape[-1]
+    return 2 * block.d_model * d_out * block.calls if block.role else neuron_flops(layer)
+
+
+def neuron_flops(layer: DynamicFFN) -> int:
+    """FLOPs of all neurons, without the zero neurons that fill up the last expert."""
     block, d_out = layer.block, layer.down_weight.shape[-1]
     ups = 2 if block.kind == "glu" else 1
     return 2 * block.width * (ups * block.d_model + d_out) * block.calls
@@ -26,7 +35,7 @@ def dense_ffn_flops(layer: DynamicFFN) -> int:
 
 def padding_flops(layer: DynamicFFN) -> int:
     """FLOPs of the zero neurons that fill up the last expert, with all experts on. The dense block has none."""
-    return dense_ffn_flops(layer) // layer.block.width * (layer.block.slots - layer.block.width)
+    return neuron_flops(layer) // layer.block.width * (layer.block.slots - layer.block.width)
 
 
 def sparse_ffn_flops(layer: DynamicFFN, active: float, state: GateState | None = None) -> float:
@@ -38,7 +47,7 @@ def sparse_ffn_flops(layer: DynamicFFN, active: float, state: GateState | None =
     expert, a stand-in one vector addition per executed expert.
     """
     block, router, state = layer.block, layer.router, state or layer.gate_state
-    cost = active * (dense_ffn_flops(layer) + padding_flops(layer))
+    cost = active * (neuron_flops(layer) + padding_flops(layer))
     if state.tau > 0:
         cost += (2 * (router.hidden.numel() + router.score.numel()) + block.experts) * block.calls
         if layer.constants is not None and state.stand_in is not None:
@@ -114,7 +123,7 @@ def dense_cost(model: nn.Module, inputs: dict[str, torch.Tensor]) -> DenseCost:
         rows, others = _rows_of_calls(model, inputs)
         relative = [[count / rows[0] for count in counts] for counts in (rows, others)]
         cost = DenseCost(model_flops(model, inputs) / rows[0], *relative)
-    cost.total -= cost.blocks(padding_flops(layer) for layer in layers(model))
+    cost.total += cost.blocks(dense_ffn_flops(x) - neuron_flops(x) - padding_flops(x) for x in layers(model))
     return cost
 
 

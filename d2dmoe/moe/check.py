@@ -20,6 +20,10 @@ STRIPPED = (
     "the routers and stand-ins of this checkpoint are gone: a program without d2dmoe saved it; open it as the dense "
     "model by deleting quantization_config from its config.json, or convert it again with `d2dmoe convert --model …`"
 )
+STRIPPED_NETWORKS = (
+    "the routers and stand-ins of this checkpoint are gone, and with them the networks in the places of projections: a "
+    "program without d2dmoe saved it; convert the dense model again with `d2dmoe convert --model …`"
+)
 LINEAR = (nn.Linear, Conv1D)
 
 
@@ -107,8 +111,9 @@ def check_tensors(layers: Iterable[DynamicFFN], shapes: Shapes, prefix: str) -> 
     Raises:
         UserError: Naming the tensor, its shape and the fields that give another one.
     """
+    layers = list(layers)
     if is_stripped(shapes):
-        raise UserError(STRIPPED)
+        raise UserError(STRIPPED_NETWORKS if any(layer.block.role for layer in layers) else STRIPPED)
     for layer in layers:
         tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
         for name, fields in FIELDS.items():

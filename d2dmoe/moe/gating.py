@@ -63,8 +63,8 @@ class set_gate:
             stand-ins of one of them, see `Budgets.stand_ins`, and warns once.
         tau: Threshold instead; 0 runs everything, larger runs less. Projections around attention then run dense.
         budget: Number of a stored budget instead, 0 for the one that runs least.
-        layers: Numbers of the converted feed-forward layers to set, or names of converted layers and projections, or
-            one of them; all by default.
+        layers: Numbers of the converted layers with experts to set, in the order in which they run, or names of
+            converted layers and projections, or one of them; all by default.
         oracle: Select by the true expert norms instead of the router (for analysis; saves nothing).
 
     Raises:

@@ -22,6 +22,7 @@ from .check import check_block, check_config, check_tensors, refuse_part
 from .gating import set_gate
 from .layer import DynamicFFN, layers
 from .mount import fill, make_layer, mount
+from .network import put_networks
 from .packing import Neurons, dense_tensors, pack, unpack
 from .projected import check_projected, localise_projections, mount_projections
 from .projection import projections
@@ -42,6 +43,7 @@ def swap_modules(model: PreTrainedModel, config: D2DMoEConfig, files: Iterable[A
             modules or the tensors in the files.
     """
     check_config(config)
+    put_networks(model, config.blocks, _prefixes(model))
     here = {n: here for n, block in enumerate(config.blocks) if (here := localise(model, block, n)) is not None}
     if not here:
         raise UserError(f"{type(model).__name__} has none of the {len(config.blocks)} blocks of this checkpoint")

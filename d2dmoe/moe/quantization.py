@@ -10,6 +10,10 @@ from ..config.record import D2DMoEConfig
 from ..config.validate import checksums
 
 METHOD = "d2dmoe"
+REMEDY = (
+    "This checkpoint holds no dense model: networks stand in the places of projections around attention, so that "
+    "tensors have other shapes. Install d2dmoe-toolkit and run `import d2dmoe` before from_pretrained."
+)
 
 
 class D2DMoEQuantizationConfig(QuantizationConfigMixin):
@@ -20,9 +24,10 @@ class D2DMoEQuantizationConfig(QuantizationConfigMixin):
         self.d2dmoe = D2DMoEConfig.from_dict(values) if values else D2DMoEConfig()
 
     def to_dict(self) -> dict[str, Any]:
-        """What is written to `config.json`."""
+        """What is written to `config.json`. The note is for whoever opens the checkpoint without us, and fails."""
         values = self.d2dmoe.to_dict()
-        return {"quant_method": METHOD, **values, "checksums": checksums(values)}
+        note = {"note": REMEDY} if self.d2dmoe.networks else {}
+        return {"quant_method": METHOD, **note, **values, "checksums": checksums(values)}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """All of it: nothing here has a default that a reader could know."""

@@ -86,9 +86,9 @@ def convert(
         if (done := broadcast(finish_publishing(output, work) if first else None)) is not None:
             return done if first else {}
         sparsified = {"sparsify": job.sparsified.run(resume, say)} if job.sparsified else {}
-        model, log = _converted(job, config, work, resume, say)
+        model, log, dense = _converted(job, config, work, resume, say)
         if first:
-            rows = _figures(model, job)
+            rows = _figures(model, job, dense)
             results = _record(config, job.plan, command, started) | {"router_log": log, **sparsified, "rows": rows}
             results["calibration_tokens"] = job.calibration.first(config.calibration_tokens).tokens
             further = hub.companions(config.model, config.revision)
@@ -155,8 +155,9 @@ def _second_text(
 
 def _converted(
     job: _Job, config: ConvertConfig, work: Path, resume: bool, say: Say
-) -> tuple[PreTrainedModel, list[dict[str, float]]]:
-    """The converted model in the dtype of the checkpoint, whose figures it gives, and the router training log."""
+) -> tuple[PreTrainedModel, list[dict[str, float]], Callable[[], PreTrainedModel]]:
+    """The converted model in the dtype of the checkpoint, whose figures it gives, the router training log, and what
+    gives the dense model in that dtype."""
     source, revision, model_config = config.model, config.revision, job.model_config
     if job.sparsified:
         source, revision, model_config = job.sparsified.folder, None, hub.read_config(job.sparsified.folder)
@@ -178,8 +179,14 @@ def _converted(
         say=say,
         dense=dense,
     )
-    cast(model, _output_dtype(config, model_config))
-    return model, log
+    dtype = _output_dtype(config, model_config)
+    cast(model, dtype)
+
+    def original() -> PreTrainedModel:
+        cast(found := dense(), dtype)
+        return found
+
+    return model, log, original
 
 
 def _tell(plan: ConversionPlan, asleep: list[Block], say: Say) -> None:
@@ -187,6 +194,9 @@ def _tell(plan: ConversionPlan, asleep: list[Block], say: Say) -> None:
     if asleep:
         say(f"left dense, because they do not run on this data: {', '.join(block.name for block in asleep)}")
     say(f"{len(plan.blocks)} blocks of {plan.blocks[0].experts} experts in {plan.model_class.__name__}")
+    if plan.networks:
+        experts = "/".join(map(str, sorted({block.experts for block in plan.networks})))
+        say(f"{len(plan.networks)} projections become networks of {experts} experts; only d2dmoe opens the checkpoint")
     if padded := plan.summary()["padded_neurons"]:
         say(f"padded with {padded} zero neurons in memory, because the experts do not divide the width")
 
@@ -201,12 +211,17 @@ def _record(config: ConvertConfig, plan: ConversionPlan, command: list[str] | No
     }  # fmt: skip
 
 
-def _figures(model: PreTrainedModel, job: _Job) -> list[dict[str, Any]]:
-    """Rows of the stored budgets and of the dense model on held-out data; none without such data."""
+def _figures(model: PreTrainedModel, job: _Job, dense: Callable[[], PreTrainedModel]) -> list[dict[str, Any]]:
+    """Rows of the stored budgets and of everything on, on held-out data; none without such data.
+
+    `dense` gives the dense model, which is needed where the converted one does not hold it.
+    """
     if job.held_out is None:
         return []
-    settings = [{"active": a} for a in sorted({*(b.active for b in stored_config(model).budgets), 1.0})]
-    return evaluate_both(model, job.held_out, job.second, settings, tokenizer=job.processor)
+    stored = stored_config(model)
+    settings = [{"active": a} for a in sorted({*(b.active for b in stored.budgets), 1.0})]
+    original = dense() if stored.networks else None
+    return evaluate_both(model, job.held_out, job.second, settings, tokenizer=job.processor, original=original)
 
 
 def _card(model: PreTrainedModel, recipe: dict[str, Any], results: dict[str, Any], origin: dict[str, Any]) -> str:

@@ -90,6 +90,11 @@ def export_dense(name: str, output: str) -> int:
         UserError: If the folder is not a converted one, stores no order, or the output is not empty.
     """
     folder, (config, blocks) = _check_output(output), _opened(name)
+    if any(block.role for block in blocks):
+        raise UserError(
+            f"{name} holds no dense model, because networks stand in the places of projections around attention "
+            f"(--attention mlp); use the model it was made from"
+        )
     orders = neuron_orders(name, blocks)
     model, _ = open_dense(name, config, "auto")
     for number, block in enumerate(blocks):
@@ -178,6 +183,11 @@ def permuted_adapter(
         path = next((p for p in parts if plain.startswith(f"{p}.")), None)
         if path is not None:
             block, down = parts[path]
+            if block.role:
+                raise UserError(
+                    f"--adapter: {key} adapts a projection around attention in whose place a network stands "
+                    f"(--attention mlp); train one without {path.rpartition('.')[2]}"
+                )
             what, known = plain.removeprefix(f"{path}."), OF_DOWN if down else OF_UP
             if what not in known or (known[what] is not None and tensor.ndim <= known[what]):
                 raise UserError(f"--adapter: {key} is no part of a LoRA; only LoRAs can be converted")

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from .. import hub
 from ..config.record import D2DMoEConfig
 from ..discovery.inputs import NoInputsError
 from ..errors import UserError, first_line
-from ..moe.check import STRIPPED, check_permutation
+from ..moe.check import STRIPPED, STRIPPED_NETWORKS, check_permutation
 from ..moe.gating import set_gate, stored_config
 from ..moe.layer import layers
 from ..moe.packing import dense_tensors, unpack
@@ -55,7 +56,7 @@ class Folder:
             raise UserError("there is no safetensors file")
         hub.check_safetensors(self.path)
         if is_stripped(shapes_in(files)):
-            raise UserError(STRIPPED)
+            raise UserError(STRIPPED_NETWORKS if hub.conversion_record(self.config).networks else STRIPPED)
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
             _check_index(json.loads(index.read_text())["weight_map"], files)
@@ -81,6 +82,8 @@ class Folder:
 
     def twin(self) -> str:
         """A program without d2dmoe opens the dense model: all its tensors are there under their names."""
+        if networks := hub.conversion_record(self.config).networks:
+            return f"none: {len(networks)} projections around attention are networks (--attention mlp)"
         self.dense, info = open_dense(self.path, self.config)
         for kind in ("missing_keys", "mismatched_keys"):
             if info[kind]:
@@ -95,9 +98,12 @@ class Folder:
         return f"{sum(1 for _ in self.dense.parameters())} parameters"
 
     def experts(self) -> str:
-        """The converted model opens, and its experts are the neurons of the dense one, bit for bit."""
+        """The converted model opens, and its experts are the neurons of the dense one, bit for bit.
+
+        Where there is no dense one, those of the tensors in the files.
+        """
         self.model = hub.load_model(self.path, self.config)
-        count, dense = 0, dict(self.dense.named_parameters())
+        count, dense = 0, dict(self.dense.named_parameters()) if self.dense is not None else self._tensors()
         for layer in layers(self.model):
             if layer.order is not None:
                 check_permutation(layer.block.name, layer.order, layer.block.width)
@@ -109,8 +115,14 @@ class Folder:
                     count += 1
         return f"{len(layers(self.model))} layers, {count} tensors bit-equal"
 
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors in the files, by name."""
+        return {name: tensor for file in weight_files(self.folder) for name, tensor in load_file(file).items()}
+
     def all_on(self) -> str:
         """With everything on, the outputs are those of the dense model."""
+        if self.dense is None:
+            return "not compared: there is no dense model in this folder"
         try:
             dense = model_outputs(self.dense)
         except NoInputsError as error:

@@ -12,10 +12,19 @@ import torch
 from transformers import PreTrainedModel
 
 from ..attention.bases import fit_bases
+from ..attention.networks import distil_networks, in_running_order, install_networks
 from ..config.options import ConvertConfig
 from ..config.projections import Projection
 from ..config.record import Block, D2DMoEConfig
-from ..config.sizes import attention_way, choose_experts, choose_projections, ranks, shared_experts, targets
+from ..config.sizes import (
+    attention_way,
+    choose_experts,
+    choose_projections,
+    network_block,
+    ranks,
+    shared_experts,
+    targets,
+)
 from ..data.batches import Batches
 from ..discovery.blocks import discover
 from ..discovery.projections import find_projections
@@ -82,28 +91,23 @@ def convert_model(
     Raises:
         UserError: If the model is in half precision, has no block to convert, or cannot be reproduced as experts.
     """
-    if model.dtype not in (torch.float32, torch.float64):
-        raise UserError(
-            f"the model is in {str(model.dtype).removeprefix('torch.')}, and routers and stand-ins are fitted in "
-            f"float32; load it with dtype=torch.float32 (cast it after the conversion)"
-        )
+    _check_precision(model)
     model.eval()
     blocks = _blocks_of(model, config, batches) if blocks is None else blocks
-    if projections is None:
-        projections = _projections_of(model, config, batches)
+    projections = _projections_of(model, config, batches) if projections is None else projections
+    dense = dense or _twin(model, config)
+    if projections and _by_networks(config):
+        blocks, projections = _networks(model, config, blocks, projections, batches, work, resume, say), []
     stored = _record(config, blocks, projections)
     release_memory()
     orders = stage(work, "split", resume, lambda: _split(model, config, blocks, batches, say))
-    twin = copy.deepcopy(model) if config.speedup and dense is None else None
-    sample = batches[0]
-    reference, output = block_outputs(model, blocks, sample), model_outputs(model, sample)
+    reference, output = block_outputs(model, blocks, batches[0]), model_outputs(model, batches[0])
     attach(model, stored, [orders[block.name] for block in blocks], budgets=len(targets(config)))
     _zero_constants(model)
     _let_go_of_files(model)
-    verify(model, reference, output, sample)
+    verify(model, reference, output, batches[0])
     log = _routers(model, config, batches, work, resume)
     say("routers done; calibrating")
-    dense = dense or (lambda: twin)
     spectra = _bases(model, config, batches, work, resume) if projections else []
     fitted(work, "stand-ins", resume, model, stored, lambda: _calibrate(model, config, stored, batches, dense, spectra))
     if config.heal and stored.budgets:
@@ -116,6 +120,25 @@ def convert_model(
     remember(model, stored)
     set_gate(model, active=stored.default_active)
     return log
+
+
+def _check_precision(model: PreTrainedModel) -> None:
+    if model.dtype not in (torch.float32, torch.float64):
+        raise UserError(
+            f"the model is in {str(model.dtype).removeprefix('torch.')}, and routers and stand-ins are fitted in "
+            f"float32; load it with dtype=torch.float32 (cast it after the conversion)"
+        )
+
+
+def _by_networks(config: ConvertConfig) -> bool:
+    """Do networks take the places of projections? Then the converted model does not hold the dense one."""
+    return attention_way(config.attention)[0] == "mlp"
+
+
+def _twin(model: PreTrainedModel, config: ConvertConfig) -> Callable[[], PreTrainedModel | None]:
+    """Gives a copy of the dense model, kept where something is compared with it later."""
+    twin = copy.deepcopy(model) if config.speedup or _by_networks(config) else None
+    return lambda: twin
 
 
 def _record(config: ConvertConfig, blocks: list[Block], projections: list[Projection]) -> D2DMoEConfig:
@@ -142,6 +165,27 @@ def _projections_of(model: PreTrainedModel, config: ConvertConfig, batches: Batc
     if config.attention == "none":
         return []
     return choose_projections(config, find_projections(model, sample=lambda: batches[0]).found)
+
+
+def _networks(
+    model: PreTrainedModel, config: ConvertConfig, blocks: list[Block], projections: list[Projection], batches: Batches,
+    work: Path | None, resume: bool, say: Say,
+) -> list[Block]:  # fmt: skip
+    """Put distilled networks in the places of projections; returns all blocks, in the order in which they run."""
+    added = [network_block(config, projection) for projection in projections]
+    ordered = in_running_order(model, [*blocks, *added], batches[0])
+    state_dir = work / "attention-state" if work is not None else None
+
+    def distil() -> dict[str, torch.Tensor]:
+        say(f"distilling {len(added)} networks in the places of projections on {config.attention_tokens} tokens")
+        tensors, log = distil_networks(
+            model, projections, added, batches, config, seed=config.seed, state_dir=state_dir, resume=resume
+        )
+        say(f"networks miss {log[-1]['error']:.2%} of the variance of what the projections give")
+        return tensors
+
+    install_networks(model, added, stage(work, "networks", resume, distil))
+    return ordered
 
 
 def _split(
@@ -251,6 +295,7 @@ def _heal(
     dense: Callable[[], PreTrainedModel] | None, work: Path | None, resume: bool,
 ) -> None:  # fmt: skip
     state_dir = work / "heal-state" if work is not None else None
-    heal(model, batches, config, stored, state_dir=state_dir, resume=resume)
+    teacher = dense() if stored.networks else None
+    heal(model, batches, config, stored, state_dir=state_dir, resume=resume, teacher=teacher)
     fitting, unseen = _calibration_text(config, batches)
     calibrate_again(model, fitting, stored, targets(config), unseen=unseen, dense=dense)

@@ -13,7 +13,15 @@ from torch import nn
 from ..config.options import ConvertConfig
 from ..config.projections import Projection
 from ..config.record import Block, router_width
-from ..config.sizes import choose_experts, choose_projections, divisors, ranks, targets
+from ..config.sizes import (
+    attention_way,
+    choose_experts,
+    choose_projections,
+    divisors,
+    network_block,
+    ranks,
+    targets,
+)
 from ..discovery.blocks import Discovery, discover
 from ..discovery.inputs import NoInputsError, corner, dummy_inputs, model_inputs
 from ..discovery.projections import Projections, find_projections
@@ -41,6 +49,7 @@ class ConversionPlan:
     disk_bytes: int
     skeleton: nn.Module
     projections: list[Projection] = field(default_factory=list)
+    networks: list[Block] = field(default_factory=list)  # in the places of these, with `--attention mlp`
 
     @property
     def blocks(self) -> list[Block]:
@@ -54,10 +63,11 @@ class ConversionPlan:
             "projections": len(self.projections),
             "dense_parameters": self.dense_parameters,
             "added_parameters": self.added_parameters,
+            "networks": len(self.networks),
             "padded_neurons": sum(block.slots - block.width for block in self.blocks),
             "peak_memory_bytes": self.peak_memory_bytes,
             "disk_bytes": self.disk_bytes,
-            "stages": ["split", "routers", "calibrate", "evaluate", "save"],
+            "stages": ["networks"] * bool(self.networks) + ["split", "routers", "calibrate", "evaluate", "save"],
         }
 
 
@@ -111,23 +121,31 @@ def make_plan(model_config: Any, config: ConvertConfig, sample: Callable[[], Bat
         raise UserError(f"--model {config.model}: {found}; d2dmoe list shows what is in it")
     for block in discovery.blocks:
         block.experts = choose_experts(block, config.experts, config.expert_size)
-        if config.min_experts > block.experts:
-            raise UserError(f"--min-experts {config.min_experts}: {block.name} has {block.experts} experts in all")
-    projections = []
+    projections, networks = [], []
     if config.attention != "none":
         projections = choose_projections(config, find_projections(model, sample=sample).found)
+    if attention_way(config.attention)[0] == "mlp":
+        networks = [network_block(config, projection) for projection in projections]
+    everything = [*discovery.blocks, *networks]
+    for block in everything:
+        if config.min_experts > block.experts:
+            raise UserError(f"--min-experts {config.min_experts}: {block.name} has {block.experts} experts in all")
     dense = sum(p.numel() for p in model.parameters())
-    added = sum(p.rank * 2 * p.outputs + p.inputs + p.outputs for p in projections)
-    added += sum(_added(block, config, discovery.blocks) for block in discovery.blocks)
+    if networks:
+        added = sum(_replaced(*pair) for pair in zip(projections, networks, strict=True))
+    else:
+        added = sum(p.rank * 2 * p.outputs + p.inputs + p.outputs for p in projections)
+    added += sum(_added(block, config, everything) for block in everything)
     stored = BYTES.get(config.dtype) or BYTES.get(str(getattr(model_config, "dtype", "")).removeprefix("torch."), 4)
     rows = config.batch_size * config.max_length
     block = max(discovery.blocks, key=lambda b: b.width * b.d_model)
     activations = (
         4 * rows * (3 * block.width + 12 * block.d_model + getattr(model_config.get_text_config(), "vocab_size", 0))
     )
-    captured = 4 * min(rows, 8192) * sum(b.d_model + b.experts for b in discovery.blocks)
+    captured = 4 * min(rows, 8192) * sum(b.d_model + b.experts for b in everything)
     peak = BASE_MEMORY + 4 * (dense + added) + max(activations + captured, activations + _moments(block, config))
-    return ConversionPlan(type(model), discovery, dense, added, peak, stored * (dense + added), model, projections)
+    disk = stored * (dense + added)
+    return ConversionPlan(type(model), discovery, dense, added, peak, disk, model, projections, networks)
 
 
 def fit_to_data(plan: ConversionPlan, batch: dict[str, torch.Tensor], source: str) -> list[Block]:
@@ -155,6 +173,7 @@ def fit_to_data(plan: ConversionPlan, batch: dict[str, torch.Tensor], source: st
     plan.discovery.blocks = [block for block in plan.blocks if block not in asleep]
     plan.discovery.refused += [(block, f"does not run on --data {source}") for block in asleep]
     plan.projections = [projection for projection in plan.projections if projection.name in reached]
+    plan.networks = [block for block in plan.networks if block.name in reached]
     return asleep
 
 
@@ -203,6 +222,12 @@ def _reached(model: nn.Module, batch: Batch) -> set[str]:
             lacking = ", ".join(sorted(dummy_inputs(model).keys() - inputs.keys()))
             reason = f"it takes {lacking} as well" if lacking else reason
         raise UserError(reason) from None
+
+
+def _replaced(projection: Projection, network: Block) -> int:
+    """Parameters that a network has more than the projection in whose place it stands."""
+    per_neuron = projection.inputs + projection.outputs
+    return network.width * (per_neuron + 1) + projection.outputs - projection.macs
 
 
 def _added(block: Block, config: ConvertConfig, blocks: list[Block]) -> int:

@@ -23,7 +23,7 @@ def block_outputs(
     for block in blocks:
         up, down = model.get_submodule(block.up), model.get_submodule(block.down)
         handles.append(
-            up.register_forward_hook(lambda m, a, o, n=block.name: inputs.__setitem__(n, a[0].detach().clone()))
+            up.register_forward_pre_hook(lambda m, a, n=block.name: inputs.__setitem__(n, a[0].detach().clone()))
         )
         handles.append(
             down.register_forward_hook(

@@ -18,7 +18,7 @@ CARD = """---
 
 # {{ name }}
 
-`{{ base }}` as a dynamic-k Mixture-of-Experts: {{ blocks }} feed-forward blocks of {{ experts }} experts each, of which
+`{{ base }}` as a dynamic-k Mixture-of-Experts: {{ blocks }} of {{ experts }} experts each, of which
 a router picks as many as a token needs. Made by [d2dmoe](https://arxiv.org/abs/2310.04361) {{ version }}, preset
 `{{ preset }}`, split `{{ split }}`, gate `{{ gate }}`, skipped experts replaced by `{{ stand_in }}`.
 
@@ -29,10 +29,10 @@ import d2dmoe                      # registers the loader
 from transformers import {{ auto }}
 
 model = {{ auto }}.from_pretrained("path/to/this/folder")
-d2dmoe.set_gate(model, active=0.5)   # stored budgets: {{ budgets }}; 1 is exactly the dense model
+d2dmoe.set_gate(model, active=0.5)   # stored budgets: {{ budgets }}; 1 is {{ everything }}
 ```
 
-Without `import d2dmoe` the same folder opens as the dense model, its neurons in another order.
+{{ without }}
 
 ## Figures
 
@@ -56,17 +56,33 @@ arXiv 2310.04361.
 """
 
 
+# What `active=1` is, and how the folder opens without d2dmoe: of a checkpoint that holds the dense model, or does not.
+TWIN = {
+    "everything": "exactly the dense model",
+    "without": "Without `import d2dmoe` the same folder opens as the dense model, its neurons in another order.",
+}
+NO_TWIN = {
+    "everything": "everything that this model has, and not the dense model",
+    "without": "Networks of two layers, distilled from the projections around attention, stand in their places\n"
+    "(`--attention mlp`), so this folder holds no dense model. Without `import d2dmoe` it does not open:\n"
+    "`transformers` finds tensors of other sizes than it expects, and says so.",
+}
+
+
 def model_card(model: Any, recipe: dict[str, Any], results: dict[str, Any], origin: dict[str, Any]) -> str:
     """The README of a converted checkpoint."""
     stored = model.config.quantization_config.d2dmoe
+    networks = len(stored.networks)
+    blocks = f"{len(stored.blocks) - networks} feed-forward blocks"
+    blocks += f" and {networks} networks in the places of projections around attention," * bool(networks)
     return fill_card(
         CARD, type(model), recipe, results, origin, ["mixture-of-experts", "dynamic-k"],
         list(converted_figures(results["rows"])),
-        blocks=len(stored.blocks), experts="/".join(map(str, sorted({b.experts for b in stored.blocks}))),
+        blocks=blocks, experts="/".join(map(str, sorted({b.experts for b in stored.blocks}))),
         preset=recipe["preset"], split=recipe["split"], gate=recipe["gate"], stand_in=recipe["stand_in"],
         budgets=", ".join(f"{b.active:g}" for b in stored.budgets) or "none",
         processor=results["machine"]["processor"], threads=results["machine"]["threads"],
-        table=eval_table(results["rows"]),
+        table=eval_table(results["rows"]), **(NO_TWIN if networks else TWIN),
     )  # fmt: skip
 
 

@@ -60,7 +60,8 @@ class Conversion:
     def asked(self, row: dict[str, Any]) -> str:
         """The user's words for a row's budget."""
         if row.get("active", 1.0) == 1:
-            return "dense"
+            networks = any(block.get("role") for block in self.record.get("blocks", []))
+            return "all experts on" if networks else "dense"
         budgets = self.record.get("budgets", [])
         goals = [b.get("objective") for b in budgets if abs(b.get("active", 0) - row["active"]) < 1e-9]
         goal = next(filter(None, goals), "")

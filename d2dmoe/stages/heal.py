@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ def heal(
     *,
     state_dir: Path | None = None,
     resume: bool = False,
+    teacher: nn.Module | None = None,
 ) -> list[dict[str, float]]:
     """Distil the dense model into the converted one at its stored budgets, taking turns; returns the training log.
 
@@ -72,6 +73,7 @@ def heal(
         stored: The model's own record; its budgets are what is trained.
         state_dir: Where resumable states go.
         resume: Continue from there.
+        teacher: The dense model, where the converted one does not hold it; by default that one with everything on.
     """
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 1) if "input_ids" in batches[0] else 1
     at_once = min(LOGITS_AT_ONCE // vocabulary, TOKENS_AT_ONCE)  # more tokens only leave the processor's caches
@@ -80,7 +82,7 @@ def heal(
         steps=config.heal, learning_rate=config.heal_learning_rate, adam_betas=(0.9, 0.99),
         accumulation=parts.per_step, seed=config.seed, save_every=100,
     )  # fmt: skip
-    student = Student(model, stored, config.heal_parameters)
+    student = Student(model, stored, config.heal_parameters, teacher)
     with training_only(model, config.heal_parameters):
         return train(
             student, parts, lambda student, batch: student(batch), settings,
@@ -91,10 +93,13 @@ def heal(
 class Student(nn.Module):
     """The converted model as a module whose forward pass is the distillation loss. Dropout stays off."""
 
-    def __init__(self, model: nn.Module, stored: D2DMoEConfig, what: str):
+    def __init__(self, model: nn.Module, stored: D2DMoEConfig, what: str, teacher: nn.Module | None = None):
         super().__init__()
         self.model, self.stored, self.through_gate = model, stored, what != "stand-ins"
-        self._teacher = [copy.deepcopy(model).eval() if what == "all" else model]  # in a list: not a part of this
+        self._everything_on = teacher is None
+        if teacher is None:
+            teacher = copy.deepcopy(model).eval() if what == "all" else model
+        self._teacher = [teacher]  # in a list: not a part of this
 
     def train(self, mode: bool = True) -> Student:
         """Stays in evaluation mode: the dense model is to be met as it is used."""
@@ -104,7 +109,7 @@ class Student(nn.Module):
     def forward(self, batch: dict[str, Any]) -> torch.Tensor:
         """Divergence from the dense model on a batch of `Parts`, at the budget whose turn it is."""
         teacher, inputs, mask = self._teacher[0], model_inputs(self.model, batch), batch.get("attention_mask")
-        with torch.no_grad(), set_gate(teacher, active=1):
+        with torch.no_grad(), set_gate(teacher, active=1) if self._everything_on else nullcontext():
             reference = teacher(**inputs)
         budget = batch["number"] % len(self.stored.budgets)
         with set_gate(self.model, budget=budget), differentiable_gate(self.model, self.through_gate):

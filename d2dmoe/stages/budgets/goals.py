@@ -156,7 +156,8 @@ class MaxLossGoal(Goal):
     def measure(self, number: int) -> None:
         """The relative loss on text of no fit of thresholds or stand-ins."""
         unseen = self.evidence.unseen.first(LOSS_TOKENS)
-        self.fits.config.budgets[number].achieved = relative_loss(self.fits.model, unseen, number)
+        original = self.evidence.dense_model() if self.fits.config.networks else None
+        self.fits.config.budgets[number].achieved = relative_loss(self.fits.model, unseen, number, original)
 
 
 class SpeedupGoal(Goal):
@@ -205,9 +206,12 @@ GOALS: dict[str, type[Goal]] = {
 }  # fmt: skip
 
 
-def relative_loss(model: nn.Module, batches: Batches, budget: int) -> float:
-    """How much worse than dense, relative to dense: in nats for language models, in its metric for anything else."""
-    row = evaluate(model, batches, [{"budget": budget}])[0]
+def relative_loss(model: nn.Module, batches: Batches, budget: int, original: nn.Module | None = None) -> float:
+    """How much worse than dense, relative to dense: in nats for language models, in its metric for anything else.
+
+    `original` is the dense model where the converted one does not hold it.
+    """
+    row = evaluate(model, batches, [{"budget": budget}], original=original)[0]
     value, dense = row["metric"]["value"], row["dense"]["value"]
     if row["metric"]["name"] in ("perplexity", "masked_lm"):
         return math.log(value) / math.log(dense) - 1
