@@ -9,6 +9,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..config.projections import Projection, ProjectionState
+from ..config.record import D2DMoEConfig
+from ..errors import UserError
 from ..files import write_text
 from ..quality import loss_unit, quality_loss
 from .card_sections import with_times
@@ -70,6 +73,7 @@ def render(conversions: list[Conversion], figures: list[dict[str, Any]]) -> str:
         title=only.title if only else f"{len(conversions)} conversions", conversions=[_facts(c) for c in conversions],
         figures=figures, budgets=budget_table(conversions), drift=drift_table(conversions),
         times=time_table(conversions), layers=layer_table(only) if only else None,
+        projections=projection_table(only) if only else None,
         samples=_samples(only) if only else [], missing=_missing(conversions, bool(figures)),
         notes=_notes(conversions), several=only is None,
     )  # fmt: skip
@@ -186,6 +190,27 @@ def layer_table(conversion: Conversion) -> Table | None:
     return {"header": header, "rows": body}
 
 
+def projection_table(conversion: Conversion) -> Table | None:
+    """What each projection around attention does, budget by budget; shares are those of its own dense work."""
+    try:
+        record = D2DMoEConfig.from_dict(conversion.record) if conversion.record else None
+    except UserError:  # a page of a damaged folder does without
+        return None
+    if record is None or not record.projections or not record.budgets:
+        return None
+    header = ["projection", *(f"at {percent(budget.active)}" for budget in record.budgets)]
+    states = [budget.projection_states for budget in record.budgets]
+    body = [[p.name, *(_what_it_does(p, each[n]) for each in states)] for n, p in enumerate(record.projections)]
+    return {"header": header, "rows": body}
+
+
+def _what_it_does(projection: Projection, state: ProjectionState) -> str:
+    ranks = "+".join(map(str, state.ranks))
+    if state.method == "low-rank":
+        return f"rank {ranks} ({projection.factored_macs(state.ranks) / projection.macs:.0%})"
+    return state.method + (f", rank {ranks} for the rest" if ranks else "")
+
+
 def _quantile(counts: list[int], share: float) -> int:
     """The first place up to which this share of the counts lies."""
     total, wanted = 0, share * sum(counts)
@@ -227,7 +252,7 @@ def _missing(conversions: list[Conversion], drawn: bool) -> list[str]:
             found.append(
                 f"{label}: there is no {USAGE}, so experts, layers and samples are missing; convert writes it."
             )
-        if not conversion.times and (conversion.usage or {}).get("kind") != "images":  # which bench does not time
+        if not conversion.times:
             found.append(
                 f"{label}: no measured times. d2dmoe bench --model DIR --json DIR/{TIMES.replace('*', '')} writes "
                 f"them, and d2dmoe report DIR adds them."

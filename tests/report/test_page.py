@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,13 +14,15 @@ import torch
 from cli_support import convert_argv, names, save_model, sentences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from d2dmoe.config import DataConfig
+from d2dmoe.config import D2DMoEConfig, DataConfig
+from d2dmoe.config.projections import Projection, ProjectionState
 from d2dmoe.data import make_batches
 from d2dmoe.measure.usage import collect_usage, token_texts
 from d2dmoe.moe.gating import set_gate
 from d2dmoe.moe.layer import layers
 from d2dmoe.quality import quality_loss
-from d2dmoe.report import pictures
+from d2dmoe.report import page, pictures
+from d2dmoe.report.conversions import read_conversion
 from d2dmoe.report.page import write_report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -430,3 +433,25 @@ def test_write_report_names_its_files(folder, tmp_path):
     files = write_report([folder], tmp_path / "page.html")
     assert files[0] == tmp_path / "page.html"
     assert all(file.is_file() for file in files)
+
+
+def test_what_projections_do_is_told_by_budget(folder):
+    """As the record says it: ranks and shares of low rank, channels, and dense ones."""
+    record = json.loads((folder / "config.json").read_text())["quantization_config"]
+    stored = D2DMoEConfig.from_dict(record)
+    assert page.projection_table(read_conversion(folder)) is None
+    stored.projections = [
+        Projection("h.0.attn.c_attn", "qkv", 0, 8, 24, [8, 8, 8], rank=8),
+        Projection("h.0.attn.c_proj", "o", 1, 8, 8, [8], rank=8),
+    ]
+    fused, single = ProjectionState("low-rank", (2, 1, 0)), ProjectionState("low-rank", (2,))
+    both = [[fused, ProjectionState("channels", (1,), 0.5)], [ProjectionState("channels", (), 0.1), single]]
+    for budget, states in zip(stored.budgets, [*both, [ProjectionState()] * 2], strict=True):
+        budget.projection_states = states
+    record = {"quant_method": "d2dmoe", **stored.to_dict()}
+    table = page.projection_table(replace(read_conversion(folder), record=record))
+    assert table["header"] == ["projection", "at 25 %", "at 50 %", "at 75 %"]
+    assert table["rows"] == [
+        ["h.0.attn.c_attn", "rank 2+1+0 (25%)", "channels", "dense"],
+        ["h.0.attn.c_proj", "channels, rank 1 for the rest", "rank 2 (50%)", "dense"],
+    ]
