@@ -78,7 +78,7 @@ def evaluate(
     each = getattr(batches, "image_tokens", 1)
     dense = _Point({"active": 1.0}, kind(), each)
     points = [_Point(setting, kind(), each) for setting in settings] if layers(model) else []
-    for batch in progress(pieces(batches, limit), desc="eval"):
+    for batch in pieces(progress(batches, desc="eval"), limit):
         tokens += _tokens(batch, each)
         batch = kind.prepare(batch, tokenizer, generator)
         inputs = model_inputs(model, batch)

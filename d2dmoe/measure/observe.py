@@ -128,7 +128,7 @@ def run_observed(model: nn.Module, batches: Iterable[dict[str, Any]], observer: 
     """One pass of the model, without its head, over the batches with `observer` in every layer."""
     model = trunk(model)
     with observing(model, observer) as current:
-        for batch in progress(pieces(batches), desc=name, disable=not name):
+        for batch in pieces(progress(batches, desc=name, disable=not name)):
             current["mask"] = batch.get("attention_mask")
             with suppress(EnoughSeen):
                 model(**model_inputs(model, batch))
@@ -148,7 +148,7 @@ def run_groups(
             observer(layer, x)
 
     with observing_projections(model, call) as current:
-        for batch in progress(pieces(batches), desc=name, disable=not name):
+        for batch in pieces(progress(batches, desc=name, disable=not name)):
             current["mask"] = batch.get("attention_mask")
             model(**model_inputs(model, batch))
 

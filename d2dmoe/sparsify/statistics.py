@@ -33,7 +33,7 @@ def activation_shares(
     body = trunk_below(model, [block.up for block in blocks])
     term.counting = True
     try:
-        for batch in progress(pieces(batches), desc="sparsity"):
+        for batch in pieces(progress(batches, desc="sparsity")):
             with term.collecting(token_masks(batch)):
                 body(**model_inputs(body, batch))
     finally:

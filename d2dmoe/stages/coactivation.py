@@ -71,7 +71,7 @@ def activation_profiles(
 
     handles = [model.get_submodule(b.down).register_forward_pre_hook(watch(b.name)) for b in blocks]
     try:
-        for batch in progress(pieces(batches), desc="profiles"):
+        for batch in pieces(progress(batches, desc="profiles")):
             current.update(attention_mask=batch.get("attention_mask"))
             inputs = model_inputs(model, batch)
             trunk_below(model, [b.down for b in blocks])(**inputs)

@@ -409,3 +409,11 @@ def test_plots_that_cannot_be_drawn(home, refused, tmp_path, monkeypatch):
     assert "cannot be written" in refused(*argv, home / "text.txt" / "p.png")
     monkeypatch.setattr("d2dmoe.report.plots.find_spec", lambda _: None)
     assert "matplotlib is not installed; pip install 'd2dmoe-toolkit[plot]'" in refused(*argv, tmp_path / "p.png")
+
+
+def test_a_bar_knows_its_end(capsys):
+    """Passes over batches show how much is left."""
+    model = tiny("gpt2").eval()
+    data = Batches([{"input_ids": list(range(5, 13))}] * 6, 2)
+    evaluate(model, data, [], metric="perplexity")
+    assert "3/3" in capsys.readouterr().err
