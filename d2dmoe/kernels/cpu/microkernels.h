@@ -26,6 +26,13 @@ inline vf load(const bf16* p) {
 }
 inline void store(float* p, vf v) { *reinterpret_cast<vf*>(p) = v; }
 
+#if defined(__AVX512F__)
+inline __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : __mmask16((1u << n) - 1); }
+inline vf load_some(const float* p, int64_t valid) { return (vf)_mm512_maskz_loadu_ps(first_lanes(valid), p); }
+inline vf load_some(const bf16* p, int64_t valid) {
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(valid), p)), 16);
+}
+#else
 template <class T>
 inline vf load_some(const T* p, int64_t valid) {
     if (valid >= LANES) return load(p);
@@ -33,6 +40,7 @@ inline vf load_some(const T* p, int64_t valid) {
     for (int64_t i = 0; i < valid; i++) values[i] = p[i];
     return load(values);
 }
+#endif
 
 inline float total(vf v) {
 #if defined(__AVX512F__)
@@ -167,8 +175,7 @@ inline __m512bh two_rows(__m256i first, __m256i second) {  // (a0 b0 a1 b1 ...)
 }
 
 inline __m256i some_bf16(const bf16* p, int64_t valid) {
-    __mmask16 mask = valid >= 16 ? 0xffff : valid <= 0 ? 0 : __mmask16((1u << valid) - 1);
-    return _mm256_maskz_loadu_epi16(mask, p);
+    return _mm256_maskz_loadu_epi16(first_lanes(valid), p);
 }
 
 // The same on pairs of bf16 rows, two products an instruction, sums in fp32.
@@ -350,11 +357,13 @@ inline void pair_product(vf& sum, const bf16* x, const bf16* w) {
 #endif
 
 template <class X, class W, int TOKENS, int ROWS>
-void dot_tile(const X* x, int64_t ld_x, const W* w, int64_t depth, float* out, int64_t ld_out, bool relu) {
+void dot_tile(const X* x, int64_t ld_x, const W* w, int64_t depth, float* out, int64_t ld_out, int32_t end) {
     constexpr int64_t STEP = sizeof(X) == 2 ? 2 * LANES : LANES;
     vf sum[TOKENS][ROWS] = {};
     int64_t k = 0;
     for (; k + STEP <= depth; k += STEP) {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) __builtin_prefetch(w + (r + ROWS) * depth + k, 0, 2);
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; t++)
 #pragma GCC unroll 8
@@ -364,15 +373,17 @@ void dot_tile(const X* x, int64_t ld_x, const W* w, int64_t depth, float* out, i
     for (int t = 0; t < TOKENS; t++)
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
+            if constexpr (STEP == LANES)
+                if (k < depth) sum[t][r] += load_some(x + t * ld_x + k, depth - k) * load_some(w + r * depth + k, depth - k);
             float value = total(sum[t][r]);
-            for (int64_t i = k; i < depth; i++) value += tail_product(x + t * ld_x + i, w + r * depth + i);
-            out[t * ld_out + r] = relu ? (value < 0 ? 0 : value) : std::fabs(value);
+            for (int64_t i = STEP == LANES ? depth : k; i < depth; i++) value += tail_product(x + t * ld_x + i, w + r * depth + i);
+            out[t * ld_out + r] = end == DOTS_PLAIN ? value : end == DOTS_ABS ? std::fabs(value) : value < 0 ? 0 : value;
         }
 }
 
 template <class X, class W>
 void dots(const X* x, int64_t ld_x, int64_t tokens, const W* w, int64_t rows, int64_t depth, float* out, int64_t ld_out,
-          bool relu) {
+          int32_t end) {
 #if defined(D2DMOE_32_REGISTERS)
     constexpr int T = 4, R = 5;
 #else
@@ -382,13 +393,87 @@ void dots(const X* x, int64_t ld_x, int64_t tokens, const W* w, int64_t rows, in
     for (; r + R <= rows; r += R) {
         int64_t t = 0;
         for (; t + T <= tokens; t += T)
-            dot_tile<X, W, T, R>(x + t * ld_x, ld_x, w + r * depth, depth, out + t * ld_out + r, ld_out, relu);
+            dot_tile<X, W, T, R>(x + t * ld_x, ld_x, w + r * depth, depth, out + t * ld_out + r, ld_out, end);
         for (; t < tokens; t++)
-            dot_tile<X, W, 1, R>(x + t * ld_x, ld_x, w + r * depth, depth, out + t * ld_out + r, ld_out, relu);
+            dot_tile<X, W, 1, R>(x + t * ld_x, ld_x, w + r * depth, depth, out + t * ld_out + r, ld_out, end);
     }
     for (; r < rows; r++)
         for (int64_t t = 0; t < tokens; t++)
-            dot_tile<X, W, 1, 1>(x + t * ld_x, ld_x, w + r * depth, depth, out + t * ld_out + r, ld_out, relu);
+            dot_tile<X, W, 1, 1>(x + t * ld_x, ld_x, w + r * depth, depth, out + t * ld_out + r, ld_out, end);
+}
+
+// ---- rows of a matrix that run, times what a token has for them
+
+// GROUP rows at a time over all columns, so that each is read from beginning to end, while the next ones are fetched.
+template <class W, int TOKENS, int GROUP>
+void add_group(const float* x, int64_t ld_x, const W* const* rows, const W* const* next, int64_t width, float* y,
+               int64_t ld_y) {
+    vf value[TOKENS][GROUP];
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; t++)
+#pragma GCC unroll 8
+        for (int g = 0; g < GROUP; g++) value[t][g] = vf{} + x[t * ld_x + g];
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) {
+        vf weights[GROUP];
+#pragma GCC unroll 8
+        for (int g = 0; g < GROUP; g++) {
+            weights[g] = load(rows[g] + i);
+            __builtin_prefetch(next[g] + i, 0, 2);
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; t++) {
+            vf sum = load(y + t * ld_y + i);
+#pragma GCC unroll 8
+            for (int g = 0; g < GROUP; g++) sum += value[t][g] * weights[g];
+            store(y + t * ld_y + i, sum);
+        }
+    }
+    for (; i < width; i++)
+        for (int t = 0; t < TOKENS; t++)
+            for (int g = 0; g < GROUP; g++) y[t * ld_y + i] += tail_product(x + t * ld_x + g, rows[g] + i);
+}
+
+template <class W, int TOKENS>
+void add_rows_to(const float* x, int64_t ld_x, const W* w, int64_t ld_w, const int32_t* list, int64_t count, int64_t width,
+                 float* y, int64_t ld_y) {
+    constexpr int GROUP = 4;
+    const W *rows[GROUP], *next[GROUP];
+    int64_t c = 0;
+    for (; c + GROUP <= count; c += GROUP) {
+        for (int g = 0; g < GROUP; g++) {
+            rows[g] = w + list[c + g] * ld_w;
+            next[g] = w + list[std::min(c + GROUP + g, count - 1)] * ld_w;
+        }
+        add_group<W, TOKENS, GROUP>(x + c, ld_x, rows, next, width, y, ld_y);
+    }
+    for (; c < count; c++) {
+        rows[0] = w + list[c] * ld_w;
+        add_group<W, TOKENS, 1>(x + c, ld_x, rows, rows, width, y, ld_y);
+    }
+}
+
+template <class W>
+void add_rows(const float* x, int64_t ld_x, int64_t tokens, const W* w, int64_t ld_w, const int32_t* list, int64_t count,
+              int64_t width, float* y, int64_t ld_y) {
+    constexpr int64_t PART = 1024;  // columns: with a group of rows they stay in the first cache from token to token
+    for (int64_t i = 0; i < width; i += PART) {
+        int64_t n = tokens > 4 ? std::min(PART, width - i) : width;
+        int64_t t = 0;
+        for (; t + 4 <= tokens; t += 4)
+            add_rows_to<W, 4>(x + t * ld_x, ld_x, w + i, ld_w, list, count, n, y + t * ld_y + i, ld_y);
+        auto rest = tokens - t == 3 ? add_rows_to<W, 3> : tokens - t == 2 ? add_rows_to<W, 2> : add_rows_to<W, 1>;
+        if (t < tokens) rest(x + t * ld_x, ld_x, w + i, ld_w, list, count, n, y + t * ld_y + i, ld_y);
+        if (n == width) break;
+    }
+}
+
+// A score that is not a number counts as reached by nothing less: the caller sees it by the product with `x`.
+inline void keep(const float* x, const float* norms, float threshold, int64_t channels, bool rounded, uint8_t* run) {
+    if (rounded)
+        for (int64_t j = 0; j < channels; j++) run[j] = to_float(to_bf16(std::fabs(x[j]) * norms[j])) >= threshold;
+    else
+        for (int64_t j = 0; j < channels; j++) run[j] = std::fabs(x[j]) * norms[j] >= threshold;
 }
 
 // ---- gates, as gates.py defines them
@@ -505,8 +590,11 @@ const Kernels D2DMOE_TABLE_NAME(D2DMOE_ISA) = {
     nullptr,
     D2DMOE_FP32((isa::dots<float, float>)),
     [](const void* x, int64_t ld_x, int64_t tokens, const bf16* w, int64_t rows, int64_t depth, float* out, int64_t ld_out,
-       bool relu) { isa::dots(static_cast<const Wide*>(x), ld_x, tokens, w, rows, depth, out, ld_out, relu); },
+       int32_t end) { isa::dots(static_cast<const Wide*>(x), ld_x, tokens, w, rows, depth, out, ld_out, end); },
     isa::dots<float, bf16>,
+    D2DMOE_FP32(isa::add_rows<float>),
+    isa::add_rows<bf16>,
+    isa::keep,
     isa::choose,
     isa::narrow,
     isa::widen,

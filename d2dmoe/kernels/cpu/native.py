@@ -13,7 +13,7 @@ import torch
 
 from ..gates import topk_priority
 
-ABI = 3
+ABI = 4
 LIBRARY = Path(os.environ.get("D2DMOE_LIBRARY") or Path(__file__).with_name("libd2dmoe.so"))
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "silu": 4}
 GATES = {"max": 0, "share": 1, "topk": 2, "topp": 3, "absolute": 4}
@@ -66,7 +66,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     lib.d2dmoe_use_openmp.argtypes = [ctypes.c_void_p] * 3
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     lib.d2dmoe_forward.argtypes = [pointer, pointer, size, pointer, size, pointer, ctypes.c_int]
-    lib.d2dmoe_fingerprint.argtypes, lib.d2dmoe_fingerprint.restype = [pointer], ctypes.c_uint64
+    lib.d2dmoe_project.argtypes = [pointer, pointer, size, size, pointer, ctypes.c_int]
+    lib.d2dmoe_fingerprint.argtypes, lib.d2dmoe_fingerprint.restype = [pointer, size], ctypes.c_uint64
     lib.d2dmoe_choose.argtypes = [pointer, pointer, size, pointer]
     threads = _share_threads(lib)
     names = [lib.d2dmoe_kernels_name(number).decode() for number in kernel_numbers(lib)]
@@ -144,23 +145,27 @@ class Watch:
     It is made of 32 words of each tensor, at places that look random, and takes about a microsecond for a layer.
     """
 
-    __slots__ = ("fingerprint", "layer", "places", "tensors")
+    __slots__ = ("count", "fingerprint", "places", "start", "tensors")
 
     def __init__(self, tensors: Sequence[torch.Tensor]):
         self.tensors = list(tensors)  # stay alive, so that nothing else can lie at their addresses
         wholes = [(t.untyped_storage(), t) for t in tensors]
         parts = [(t, t.nbytes) if t.is_contiguous() else (whole, whole.nbytes()) for whole, t in wholes]
         self.places = (_Source * len(parts))(*((part.data_ptr(), size) for part, size in parts))
-        self.layer = _Layer(sources=ctypes.addressof(self.places), source_count=len(parts))
+        self.start, self.count = ctypes.addressof(self.places), len(parts)
         self.fingerprint = self.now()
 
     def now(self) -> int:
         """The fingerprint that the tensors have now."""
-        return library()[0].d2dmoe_fingerprint(ctypes.byref(self.layer))
+        return library()[0].d2dmoe_fingerprint(self.start, self.count)
 
     def changed(self) -> bool:
         """Do the tensors hold other values than before?"""
         return self.now() != self.fingerprint
+
+    def enter(self, struct: ctypes.Structure) -> None:
+        """Have the library look at every call with this struct, which must not outlive the watch."""
+        struct.sources, struct.source_count, struct.fingerprint = self.start, self.count, self.fingerprint
 
 
 # Identity of a weight -> the weight, its tiles, and a watch on it.
@@ -238,8 +243,7 @@ class Plan:
         self.call = ctypes.byref(layer)
         self.forward: Callable = library()[0].d2dmoe_forward
         self.watch = Watch([*sources, *copied])
-        layer.sources, layer.source_count = self.watch.layer.sources, self.watch.layer.source_count
-        layer.fingerprint = self.watch.fingerprint
+        self.watch.enter(layer)
 
     def __call__(self, x: torch.Tensor, run: torch.Tensor | None = None) -> torch.Tensor:
         """``(tokens, d_out)`` of ``(tokens, d_model)``; `run` ``(tokens, experts)`` replaces router and gate."""
