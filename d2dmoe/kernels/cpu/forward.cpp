@@ -198,6 +198,7 @@ void run_experts(const Call& c, int64_t first, int64_t last, const Rows& rows, i
         if (count) calls[n++] = expert_call(c, e, rows, listed ? lists + e * stride : nullptr, count, scratch);
     }
     if (c.by_experts()) return c.kernels.experts_bf16(calls, n, tokens);
+    for (int64_t i = 0; i + 1 < n; i++) calls[i].next = calls[i + 1].up;
     for (int64_t i = 0; i < n; i++) (c.layer.bf16 ? c.kernels.expert_bf16 : c.kernels.expert_f32)(calls[i]);
 }
 

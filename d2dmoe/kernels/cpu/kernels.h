@@ -17,6 +17,7 @@ struct ExpertCall {
     const void *up, *up_bias, *gate, *gate_bias, *down;
     const void *up_tiles, *gate_tiles, *down_tiles;  // the same weights once more for experts_bf16, or null
     const void* constant;  // (d_out,), taken off the output, or null
+    const void* next;      // `up` of the expert that comes after this one, or null
     int64_t d, size, d_out;
     int64_t widest;        // the largest size among the layer's experts
     int32_t activation;
