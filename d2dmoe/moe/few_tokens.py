@@ -12,7 +12,10 @@ from ..tensors import PROJECTED
 from .prepared import offloaded
 
 KEPT = 8  # settings of a projection whose plans are kept
-MOST = {"low-rank": 16, "channels": 4}  # tokens up to which the library is faster than torch's products
+MOST = {  # tokens up to which the library is faster than torch's products; LAB.md, 2026-11-27
+    (torch.float32, "low-rank"): 64, (torch.float32, "channels"): 16,
+    (torch.bfloat16, "low-rank"): 8, (torch.bfloat16, "channels"): 4,
+}  # fmt: skip
 OWN = frozenset(("weight", "bias", *PROJECTED))
 Layer = Any  # a `DynamicProjection`, which imports this
 Versions = tuple[tuple[int, int], ...]
@@ -45,12 +48,18 @@ class FewTokens:
         """``(…, outputs)`` of ``(…, inputs)``; `None` where torch has to do it, or is faster."""
         own = layer._parameters  # `nn.Module` finds attributes slowly, and this is a hot path
         weight = own.get("weight")
-        if weight is None or not _few(layer, state, weight, x) or own.keys() != OWN:
+        if weight is None or own.keys() != OWN or not _few(layer, state, weight, x):
             return None
-        versions = tuple([identity(t) for t in (*own.values(), *layer._buffers.values()) if t is not None])
+        tensors = own.values() if state.ranks else (weight, own["bias"], own["channel_norms"])
+        if layer.merged:
+            tensors = (*tensors, *layer._buffers.values())
+        # `kernels.identity`, inline
+        versions = tuple([(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None])
         for _ in range(2):
             known = self._plans.get(state)
             if known is None or known[0] != versions:
+                if known is not None:
+                    self.invalidate()
                 known = self._add(layer, state, versions)
             if known[1] is None:
                 return None
@@ -61,9 +70,9 @@ class FewTokens:
         return None  # somebody writes to the weights meanwhile
 
     def _add(self, layer: Layer, state: ProjectionState, versions: Versions) -> tuple[Versions, ProjectionPlan | None]:
-        plans = {s: p for s, p in self._plans.items() if p[0] == versions and s != state}
         entry = (versions, self._plan(layer, state))
-        self._plans = {**dict([*plans.items()][-KEPT + 1 :]), state: entry}
+        others = [(s, known) for s, known in self._plans.items() if s != state][-KEPT + 1 :]
+        self._plans = {**dict(others), state: entry}
         return entry
 
     @torch.no_grad()
@@ -92,16 +101,15 @@ class FewTokens:
 
 def _few(layer: Layer, state: ProjectionState, weight: torch.Tensor, x: torch.Tensor) -> bool:
     """May and should the library do this? It has no gradients, and nobody can watch its steps."""
-    if type(x) is not torch.Tensor or type(weight) is not torch.nn.Parameter or not x.is_cpu or x.dtype != weight.dtype:
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack():
         return False
-    inputs = layer.projection.inputs
-    if x.shape[-1:] != (inputs,) or not 0 < x.numel() <= MOST[state.method] * inputs:
+    if torch.jit.is_tracing() or type(x) is not torch.Tensor or type(weight) is not torch.nn.Parameter:
+        return False
+    inputs, most = layer.projection.inputs, MOST.get((x.dtype, state.method), 0)
+    if x.dtype != weight.dtype or x.shape[-1:] != (inputs,) or not 0 < x.numel() <= most * inputs or not x.is_cpu:
         return False
     if state.method == "channels" and state.threshold <= 0:  # everything runs: the dense product, bit for bit
         return False
     if layer.observer is not None or not projects(x.dtype) or torch.is_autocast_enabled("cpu") or offloaded(layer):
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
-        return False
-    watched = torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack()
-    return not (watched or torch.jit.is_tracing())
+    return not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())))

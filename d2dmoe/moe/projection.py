@@ -250,7 +250,8 @@ def make_projection(dense: nn.Module, projection: Projection, number: int) -> Dy
     nn.Module.__init__(layer)
     for name in ("nf", "nx") if isinstance(dense, Conv1D) else ("in_features", "out_features"):
         setattr(layer, name, getattr(dense, name))
-    layer.weight, layer.bias = dense.weight, dense.bias
+    layer.weight = dense.weight
+    layer.register_parameter("bias", dense.bias)
     layer.extend(projection, number)
     return layer.train(dense.training)
 

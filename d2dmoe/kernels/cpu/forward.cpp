@@ -32,9 +32,9 @@ struct D2dmoeLayer {
     const float* base;                                                  // (d_out,): what a token gets without any expert
     const void *linear_in, *linear_out;                                 // (d, rank), (rank, d_out)
     const void *up_tiles, *gate_tiles, *down_tiles;                     // as of in_tiles in native.py
-    const D2dmoeSource* sources;
-    int64_t source_count;
-    uint64_t fingerprint;                                               // of the sources when the layer was prepared
+    const D2dmoeSample* samples;
+    int64_t sample_count;
+    uint64_t fingerprint;                                               // of the samples when the layer was prepared
 };
 
 }
@@ -455,25 +455,29 @@ EXPORT void d2dmoe_use_openmp(void* parallel, void* thread_number, void* team_si
     use_openmp(parallel, thread_number, team_size);
 }
 
-// Of samples of the sources: of each, one word from every of SAMPLES equal parts, at a place that looks random, so that
-// neither a change of most of it nor one with a regular pattern is missed.
+// Where to look for changes of a tensor of `bytes`: one word in every of SAMPLES equal parts, at a place that looks random,
+// so that neither a change of most of it nor one with a regular pattern is missed. Returns how many, at most SAMPLES.
 constexpr int64_t SAMPLES = 32;
 
-EXPORT uint64_t d2dmoe_fingerprint(const D2dmoeSource* sources, int64_t count) {
+EXPORT int64_t d2dmoe_samples(const void* start, int64_t bytes, D2dmoeSample* samples) {
+    const auto* halves = static_cast<const uint16_t*>(start);
+    int64_t n = bytes / 4, count = std::min(n, SAMPLES);
+    if (n == 0 && bytes >= 2) samples[count++] = {halves, 1};
+    for (int64_t i = 0; i < std::min(n, SAMPLES); i++) {
+        int64_t first = i * n / count, last = (i + 1) * n / count;
+        uint64_t random = uint64_t(i + 1) * 0x9e3779b97f4a7c15ull;
+        samples[i] = {halves + 2 * (first + int64_t((random >> 33) % uint64_t(last - first))), 2};
+    }
+    return count;
+}
+
+EXPORT uint64_t d2dmoe_fingerprint(const D2dmoeSample* samples, int64_t count) {
     uint64_t hash = 0x9e3779b97f4a7c15ull;
-    for (int64_t s = 0; s < count; s++) {
-        const auto& source = sources[s];
-        const auto* words = static_cast<const uint16_t*>(source.start);
-        int64_t n = source.bytes / 4, samples = std::min(n, SAMPLES);
-        if (n == 0 && source.bytes >= 2) hash = (hash ^ words[0]) * 0x100000001b3ull;
-        for (int64_t i = 0; i < samples; i++) {
-            int64_t first = i * n / samples, last = (i + 1) * n / samples;
-            uint64_t random = uint64_t(i + 1) * 0x9e3779b97f4a7c15ull;
-            uint32_t word;
-            std::memcpy(&word, words + 2 * (first + int64_t((random >> 33) % uint64_t(last - first))), 4);
-            hash = (hash ^ word) * 0x100000001b3ull;
-            hash ^= hash >> 29;
-        }
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t word = samples[i].at[0];
+        if (samples[i].halves == 2) std::memcpy(&word, samples[i].at, 4);
+        hash = (hash ^ word) * 0x100000001b3ull;
+        hash ^= hash >> 29;
     }
     return hash;
 }
@@ -484,7 +488,7 @@ EXPORT uint64_t d2dmoe_fingerprint(const D2dmoeSource* sources, int64_t count) {
 EXPORT int d2dmoe_forward(const D2dmoeLayer* layer, const void* x, int64_t ld_x, const uint8_t* run, int64_t tokens, void* y,
                    int threads) {
     if (tokens == 0) return 0;
-    if (stale(layer->sources, layer->source_count, layer->fingerprint)) return 2;
+    if (stale(layer->samples, layer->sample_count, layer->fingerprint)) return 2;
     Call call{*layer, *all_kernels[layer->kernels], static_cast<const char*>(x), ld_x * (layer->bf16 ? 2 : 4), run, tokens,
               static_cast<char*>(y), std::max(threads, 1)};
     try {

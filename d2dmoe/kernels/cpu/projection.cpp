@@ -30,9 +30,9 @@ struct D2dmoeProjection {
     const void* first;               // (rank, inputs)
     const D2dmoeSection* sections;   // all outputs, in their order
     const float* base;               // (outputs,)
-    const D2dmoeSource* sources;
-    int64_t source_count;
-    uint64_t fingerprint;            // of the sources when the projection was prepared
+    const D2dmoeSample* samples;
+    int64_t sample_count;
+    uint64_t fingerprint;            // of the samples when the projection was prepared
 };
 
 }
@@ -147,11 +147,11 @@ void body(void* context, int id, int team) {
 
 }  // namespace
 
-// y (tokens, outputs) from x (tokens, inputs), rows `ld_x` elements apart. Returns 0, 1 if there is no memory, or 2, having
-// computed nothing, if a source has changed.
+// y (tokens, outputs) from x (tokens, inputs), rows `ld_x` elements apart. Returns 0, 1 if there is no memory, or 2
+// if a source has changed and y is worth nothing.
 EXPORT int d2dmoe_project(const D2dmoeProjection* p, const void* x, int64_t ld_x, int64_t tokens, void* y, int threads) {
     if (tokens == 0) return 0;
-    if (stale(p->sources, p->source_count, p->fingerprint)) return 2;
+    fetch_samples(p->samples, p->sample_count);
     Call c{*p, kernels_number(p->kernels), static_cast<const char*>(x), ld_x * (p->bf16 ? 2 : 4), tokens, static_cast<char*>(y)};
     try {
         Pieces measure(nullptr);
@@ -169,7 +169,7 @@ EXPORT int d2dmoe_project(const D2dmoeProjection* p, const void* x, int64_t ld_x
     }
     if (p->weight) select(c);
     run_team(std::max(threads, 1), body, &c);
-    return 0;
+    return stale(p->samples, p->sample_count, p->fingerprint) ? 2 : 0;
 }
 
 EXPORT int d2dmoe_projection_bytes() { return sizeof(D2dmoeProjection); }

@@ -28,8 +28,8 @@ class _Projection(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("bf16", "kernels")),
         *((name, ctypes.c_int64) for name in ("inputs", "outputs", "rank", "section_count")),
         ("threshold", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in (*_TENSORS, "sections", "base", "sources")),
-        ("source_count", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in (*_TENSORS, "sections", "base", "samples")),
+        ("sample_count", ctypes.c_int64),
         ("fingerprint", ctypes.c_uint64),
     )
 
@@ -89,7 +89,8 @@ class ProjectionPlan:
         struct = _Projection(
             bf16=self.dtype == torch.bfloat16, kernels=kernel_for(self.dtype) if kernels is None else kernels,
             inputs=inputs, outputs=sum(map(len, seconds)) if weight is None else weight.shape[1],
-            rank=0 if first is None else len(first), threshold=float(torch.tensor(threshold, dtype=self.dtype)),
+            rank=0 if first is None else len(first),
+            threshold=float(torch.tensor(threshold, dtype=self.dtype, device="cpu")),
         )  # fmt: skip
         for name in (*_TENSORS, "base"):
             setattr(struct, name, held[name].data_ptr() if name in held else None)
