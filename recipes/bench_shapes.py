@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument(
         "--attention", type=float, default=0.0, help="share of the projections' work, at low rank; 0: dense"
     )
+    parser.add_argument("--length", type=int, help="tokens of a sequence, and before a decoded one")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
@@ -82,7 +83,8 @@ def main() -> None:
     rows = []
     for name in arguments.shapes.split(","):
         model, dense = build(name, arguments.active, arguments.attention)
-        for batch, length in SHAPES[name][3]:
+        for batch, usual in SHAPES[name][3]:
+            length = arguments.length or usual
             found = bench_model(
                 model, dense, batches=[batch], length=length, settings=[{"active": arguments.active}],
                 seconds=arguments.seconds, columns=tuple(arguments.columns.split(",")), clock=arguments.clock,

@@ -1,14 +1,15 @@
 """One operator, several backends. The reference is the definition; others must agree with it."""
 
-from .backends import Backend, backends, chosen, fused_backend, use_backend
+from .backends import Backend, backends, chosen, fused_backend, projects, use_backend
 from .cpu import native
 from .cpu.native import Plan, StaleWeights, Tiles, Watch, identity
+from .cpu.projection import ProjectionPlan
 from .dispatch import automatic, bucket, choose_way, dispatching, fastest, forget_ways, way_taken
 from .operator import TENSORS, activation_name
 from .reference import down_product, hidden_activations
 
 __all__ = [
-    "TENSORS", "Backend", "Plan", "StaleWeights", "Tiles", "Watch", "activation_name", "automatic", "backends",
-    "bucket", "choose_way", "chosen", "dispatching", "down_product", "fastest", "forget_ways", "fused_backend",
-    "hidden_activations", "identity", "native", "use_backend", "way_taken",
+    "TENSORS", "Backend", "Plan", "ProjectionPlan", "StaleWeights", "Tiles", "Watch", "activation_name", "automatic",
+    "backends", "bucket", "choose_way", "chosen", "dispatching", "down_product", "fastest", "forget_ways",
+    "fused_backend", "hidden_activations", "identity", "native", "projects", "use_backend", "way_taken",
 ]  # fmt: skip

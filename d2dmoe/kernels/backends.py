@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .cpu import native
+from .cpu import native, projection
 
 ON_CPU = "; fp32 and bf16 on the CPU, without gradients"
 
@@ -66,6 +66,11 @@ def fused_backend(x: torch.Tensor, activation: str | None, gate: str) -> Any:
         _, why = FUSED[_forced].live()
         raise RuntimeError(f"backend {_forced} was forced, but not for {x.dtype} on {x.device}, {activation}: {why}")
     return None
+
+
+def projects(dtype: torch.dtype) -> bool:
+    """May the native library compute projections in this dtype, of tensors in the memory of this machine?"""
+    return _forced != "reference" and projection.supports(dtype)
 
 
 def chosen(x: torch.Tensor, activation: str | None, gate: str) -> str:

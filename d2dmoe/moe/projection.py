@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from ..config.projections import Projection, ProjectionState, rows_of
 from ..kernels import Watch, identity, native
 from ..tensors import PROJECTED
+from .few_tokens import FewTokens
 from .gate import Gate, Gated
 from .prepared import offloaded
 
@@ -61,6 +62,7 @@ class DynamicProjection(Gated, nn.Module):
         observer: Called as `observer(layer, x, keep)` at every forward pass, with `x` ``(rows, inputs)`` and the
             channels that run, or `None` where there is no such choice.
         merged: Does it hold one budget only (`merge`)?
+        few_tokens: What the native library needs to compute it on few tokens.
     """
 
     projection: Projection
@@ -68,11 +70,12 @@ class DynamicProjection(Gated, nn.Module):
     gate: Gate
     observer: Callable | None
     merged: bool
+    few_tokens: FewTokens
 
     def extend(self, projection: Projection, number: int) -> None:
         """Add what the dense map does not have; parameters without values."""
         self.projection, self.number, self.gate = projection, number, Gate(ProjectionState())
-        self.observer, self.merged = None, False
+        self.observer, self.merged, self.few_tokens = None, False, FewTokens()
         self._factors: dict[tuple[int, ...], tuple[tuple, Watch | _Samples, Factors]] = {}
         like = {"device": self.weight.device, "dtype": self.weight.dtype}
         shapes = ((projection.outputs, projection.rank), (projection.rank, projection.outputs),
@@ -89,6 +92,14 @@ class DynamicProjection(Gated, nn.Module):
         state = self.gate.in_force(self)
         if isinstance(state, tuple):
             return self.by_rows(input, state)
+        if state.method == "dense" and self.observer is None:
+            return super().forward(input)
+        few = state.method != "dense" and not torch.compiler.is_compiling()
+        y = self.few_tokens.run(self, state, input) if few else None
+        return self._readable(input, state) if y is None else y
+
+    def _readable(self, input: torch.Tensor, state: ProjectionState) -> torch.Tensor:
+        """The same in steps that can be watched, with gradients."""
         keep = self.channels(input, state) if state.method == "channels" else None
         if self.observer is not None:
             rows = input.reshape(-1, input.shape[-1])
@@ -145,9 +156,8 @@ class DynamicProjection(Gated, nn.Module):
         compiling = torch.compiler.is_compiling()
         if compiling and ranks in self._factors:  # cannot ask for versions
             return self._factors[ranks][2]
-        sources = [t for t in (self.weight, self.bias, self.low_rank_in, self.low_rank_out, self.output_mean)
-                   if t is not None]  # fmt: skip
-        keep = not compiling and not offloaded(self) and all(type(t) in (nn.Parameter, torch.Tensor) for t in sources)
+        sources = self.factor_sources()
+        keep = not compiling and not offloaded(self) and all(type(t) is torch.Tensor for t in sources)
         versions = tuple(map(identity, sources)) if keep else ()
         known = self._factors.get(ranks) if keep else None
         if known is not None and known[0] == versions and not known[1].changed():
@@ -155,10 +165,18 @@ class DynamicProjection(Gated, nn.Module):
         found = self._derive(ranks)
         if keep:
             fast = native.live()[0] and all(t.device.type == "cpu" for t in sources)
-            watch = (Watch if fast else _Samples)([t.detach() for t in sources])
+            watch = (Watch if fast else _Samples)(sources)
             others = [(r, entry) for r, entry in self._factors.items() if r != ranks][-KEPT + 1 :]
             self._factors = {**dict(others), ranks: (versions, watch, found)}
         return found
+
+    def factor_sources(self) -> list[torch.Tensor]:
+        """What the factors are made of."""
+        sources = (self.weight, self.bias, self.low_rank_in, self.low_rank_out, self.output_mean)
+        if self.merged and self.gate_state.method == "low-rank":
+            first, second, constants = self._merged_factors()
+            sources = (first, *second, *constants)
+        return [t.detach() for t in sources if t is not None]
 
     def _derive(self, ranks: tuple[int, ...]) -> Factors:
         dtype, weight, first, second, constants = self.weight.dtype, self.matrix().float(), [], [], []
@@ -186,6 +204,7 @@ class DynamicProjection(Gated, nn.Module):
             for name in PROJECTED:
                 setattr(self, name, nn.Parameter(self.weight.new_empty(0), requires_grad=False))
         self._factors, self.merged = {}, True
+        self.few_tokens.invalidate()
 
     def _merged_factors(self) -> Factors:
         places = range(len(self.projection.sections))
@@ -195,6 +214,7 @@ class DynamicProjection(Gated, nn.Module):
     def _apply(self, *args, **kwargs) -> nn.Module:
         """Moves and casts: what was derived from the tensors goes with them."""
         self._factors = {}
+        self.few_tokens.invalidate()
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict:
@@ -230,7 +250,8 @@ def make_projection(dense: nn.Module, projection: Projection, number: int) -> Dy
     nn.Module.__init__(layer)
     for name in ("nf", "nx") if isinstance(dense, Conv1D) else ("in_features", "out_features"):
         setattr(layer, name, getattr(dense, name))
-    layer.weight, layer.bias = dense.weight, dense.bias
+    layer.weight = dense.weight
+    layer.register_parameter("bias", dense.bias)
     layer.extend(projection, number)
     return layer.train(dense.training)
 

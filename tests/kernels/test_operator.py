@@ -470,6 +470,16 @@ def test_layer_notices_changed_weights_gates_and_dtypes():
 
 @needs_native
 @torch.no_grad()
+def test_the_default_device_does_not_matter():
+    layer, x = layer_of("glu"), torch.randn(3, 24)
+    layer.gate_state = GateState("topk", 0.5, 1)
+    with torch.device("meta"):
+        y = layer(x)
+    assert torch.equal(layer(x), y)
+
+
+@needs_native
+@torch.no_grad()
 def test_compiled_layer_has_no_graph_break():
     layer, x = layer_of("glu"), torch.randn(5, 24)
     layer.gate_state = GateState("topk", 0.5, 1)

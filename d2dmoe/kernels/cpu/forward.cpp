@@ -8,24 +8,17 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "kernels.h"
+#include "library.h"
+#include "memory.h"
 #include "team.h"
 
 using namespace d2dmoe;
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
 extern "C" {
-
-// Memory that a derived tensor was made from.
-struct D2dmoeSource {
-    const void* start;
-    int64_t bytes;
-};
 
 // Mirrored in native.py. Null pointers stand for what a layer does not have.
 struct D2dmoeLayer {
@@ -39,14 +32,14 @@ struct D2dmoeLayer {
     const float* base;                                                  // (d_out,): what a token gets without any expert
     const void *linear_in, *linear_out;                                 // (d, rank), (rank, d_out)
     const void *up_tiles, *gate_tiles, *down_tiles;                     // as of in_tiles in native.py
-    const D2dmoeSource* sources;
-    int64_t source_count;
-    uint64_t fingerprint;                                               // of the sources when the layer was prepared
+    const D2dmoeSample* samples;
+    int64_t sample_count;
+    uint64_t fingerprint;                                               // of the samples when the layer was prepared
 };
 
 }
 
-EXPORT int d2dmoe_abi() { return 3; }
+EXPORT int d2dmoe_abi() { return 4; }
 
 namespace {
 
@@ -82,62 +75,7 @@ bool supported(int number) {
     return number == 0;
 }
 
-// For tests: after so many more requests there is no memory; negative, the rule, for no such limit.
-std::atomic<int> allocations_left{-1};
-
-// Memory of one thread, kept between calls.
-class Buffer {
-   public:
-    ~Buffer() { std::free(start_); }
-    char* at_least(size_t bytes) {
-        if (allocations_left.load(std::memory_order_relaxed) >= 0 && allocations_left.fetch_sub(1) <= 0) {
-            allocations_left.store(0);
-            throw std::bad_alloc();
-        }
-        if (bytes > size_) {
-            std::free(start_);
-            size_ = round_up(int64_t(bytes), 4096);
-            start_ = static_cast<char*>(std::aligned_alloc(4096, size_));
-            if (!start_) {
-                size_ = 0;
-                throw std::bad_alloc();
-            }
-        }
-        return start_;
-    }
-
-   private:
-    char* start_ = nullptr;
-    size_t size_ = 0;
-};
-
 thread_local Buffer shared_buffer, own_buffer;
-
-// Hands out aligned pieces of a buffer whose size is found by a first pass without memory.
-class Pieces {
-   public:
-    explicit Pieces(char* start) : start_(start) {}
-    template <class T>
-    T* take(int64_t n) {
-        T* piece = start_ ? reinterpret_cast<T*>(start_ + used_) : nullptr;
-        used_ += round_up(n * int64_t(sizeof(T)), 64);
-        return piece;
-    }
-    int64_t used() const { return used_; }
-
-   private:
-    char* start_;
-    int64_t used_ = 0;
-};
-
-template <class Layout>
-Layout lay_out(Buffer& buffer, Layout layout) {
-    Pieces measure(nullptr);
-    layout.take(measure);
-    Pieces pieces(buffer.at_least(size_t(measure.used())));
-    layout.take(pieces);
-    return layout;
-}
 
 struct Call {
     const D2dmoeLayer& layer;
@@ -184,13 +122,13 @@ void router_rows(const Call& c, const Inputs& x, int64_t tokens, int64_t first, 
     float* out = hidden + first;
     if (!l.bf16)
         c.kernels.dots_f32(reinterpret_cast<const float*>(x.start), x.stride / 4, tokens,
-                           reinterpret_cast<const float*>(weights), last - first, l.d, out, l.router_width, true);
+                           reinterpret_cast<const float*>(weights), last - first, l.d, out, l.router_width, DOTS_RELU);
     else if (c.widened())
         c.kernels.dots_mixed(reinterpret_cast<const float*>(x.start), x.stride / 4, tokens,
-                             reinterpret_cast<const bf16*>(weights), last - first, l.d, out, l.router_width, true);
+                             reinterpret_cast<const bf16*>(weights), last - first, l.d, out, l.router_width, DOTS_RELU);
     else
         c.kernels.dots_bf16(x.start, x.stride / 2, tokens, reinterpret_cast<const bf16*>(weights), last - first, l.d, out,
-                            l.router_width, true);
+                            l.router_width, DOTS_RELU);
 }
 
 // Scores from the router's hidden layer, and the experts that the gate runs for each token.
@@ -198,10 +136,10 @@ void score_and_choose(const Call& c, const float* hidden, int64_t tokens, float*
     const auto& l = c.layer;
     if (l.bf16)
         c.kernels.dots_mixed(hidden, l.router_width, tokens, static_cast<const bf16*>(l.router_score), l.experts,
-                             l.router_width, scores, l.experts, false);
+                             l.router_width, scores, l.experts, DOTS_ABS);
     else
         c.kernels.dots_f32(hidden, l.router_width, tokens, static_cast<const float*>(l.router_score), l.experts,
-                           l.router_width, scores, l.experts, false);
+                           l.router_width, scores, l.experts, DOTS_ABS);
     GateCall gate{l.gate, l.tau, l.top, l.min_experts, l.max_experts, l.shared};
     for (int64_t t = 0; t < tokens; t++)
         c.kernels.choose(gate, scores + t * l.experts, l.experts, run + t * l.experts, scratch);
@@ -260,6 +198,7 @@ void run_experts(const Call& c, int64_t first, int64_t last, const Rows& rows, i
         if (count) calls[n++] = expert_call(c, e, rows, listed ? lists + e * stride : nullptr, count, scratch);
     }
     if (c.by_experts()) return c.kernels.experts_bf16(calls, n, tokens);
+    for (int64_t i = 0; i + 1 < n; i++) calls[i].next = calls[i + 1].up;
     for (int64_t i = 0; i < n; i++) (c.layer.bf16 ? c.kernels.expert_bf16 : c.kernels.expert_f32)(calls[i]);
 }
 
@@ -390,22 +329,20 @@ void few_body(FewShared& s, FewOwn& own, int id, int team) {
     }
 }
 
-// A team can turn out smaller than asked for; the barrier is made for what it is.
 struct FewStart {
     FewShared* shared;
-    std::atomic<int> ready;
+    Meeting meeting;
     std::atomic<bool> failed;
-    alignas(Barrier) char room[sizeof(Barrier)];
 };
 
 void few_enter(void* context, int id, int team) {
     auto& start = *static_cast<FewStart*>(context);
     if (id == 0) {
-        start.shared->barrier = new (start.room) Barrier(team);
         start.shared->failed = &start.failed;
-        start.ready.store(1, std::memory_order_release);
+        start.shared->barrier = &start.meeting.open(team);
+    } else {
+        start.meeting.join();
     }
-    while (!start.ready.load(std::memory_order_acquire)) std::this_thread::yield();
     FewOwn own{start.shared->call, {}, {}, {}, {}, {}};
     try {
         own = lay_out(own_buffer, own);
@@ -503,6 +440,11 @@ int64_t tile_size(const Call& c) {
 
 }  // namespace
 
+namespace d2dmoe {
+std::atomic<int> allocations_left{-1};
+const Kernels& kernels_number(int number) { return *all_kernels[number]; }
+}  // namespace d2dmoe
+
 EXPORT int d2dmoe_kernels() { return KERNELS; }
 EXPORT const char* d2dmoe_kernels_name(int number) { return all_kernels[number]->name; }
 EXPORT int d2dmoe_kernels_supported(int number) { return supported(number); }
@@ -513,25 +455,29 @@ EXPORT void d2dmoe_use_openmp(void* parallel, void* thread_number, void* team_si
     use_openmp(parallel, thread_number, team_size);
 }
 
-// Of samples of the sources: of each, one word from every of SAMPLES equal parts, at a place that looks random, so that
-// neither a change of most of it nor one with a regular pattern is missed.
+// Where to look for changes of a tensor of `bytes`: one word in every of SAMPLES equal parts, at a place that looks random,
+// so that neither a change of most of it nor one with a regular pattern is missed. Returns how many, at most SAMPLES.
 constexpr int64_t SAMPLES = 32;
 
-EXPORT uint64_t d2dmoe_fingerprint(const D2dmoeLayer* layer) {
+EXPORT int64_t d2dmoe_samples(const void* start, int64_t bytes, D2dmoeSample* samples) {
+    const auto* halves = static_cast<const uint16_t*>(start);
+    int64_t n = bytes / 4, count = std::min(n, SAMPLES);
+    if (n == 0 && bytes >= 2) samples[count++] = {halves, 1};
+    for (int64_t i = 0; i < std::min(n, SAMPLES); i++) {
+        int64_t first = i * n / count, last = (i + 1) * n / count;
+        uint64_t random = uint64_t(i + 1) * 0x9e3779b97f4a7c15ull;
+        samples[i] = {halves + 2 * (first + int64_t((random >> 33) % uint64_t(last - first))), 2};
+    }
+    return count;
+}
+
+EXPORT uint64_t d2dmoe_fingerprint(const D2dmoeSample* samples, int64_t count) {
     uint64_t hash = 0x9e3779b97f4a7c15ull;
-    for (int64_t s = 0; s < layer->source_count; s++) {
-        const auto& source = layer->sources[s];
-        const auto* words = static_cast<const uint16_t*>(source.start);
-        int64_t n = source.bytes / 4, samples = std::min(n, SAMPLES);
-        if (n == 0 && source.bytes >= 2) hash = (hash ^ words[0]) * 0x100000001b3ull;
-        for (int64_t i = 0; i < samples; i++) {
-            int64_t first = i * n / samples, last = (i + 1) * n / samples;
-            uint64_t random = uint64_t(i + 1) * 0x9e3779b97f4a7c15ull;
-            uint32_t word;
-            std::memcpy(&word, words + 2 * (first + int64_t((random >> 33) % uint64_t(last - first))), 4);
-            hash = (hash ^ word) * 0x100000001b3ull;
-            hash ^= hash >> 29;
-        }
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t word = samples[i].at[0];
+        if (samples[i].halves == 2) std::memcpy(&word, samples[i].at, 4);
+        hash = (hash ^ word) * 0x100000001b3ull;
+        hash ^= hash >> 29;
     }
     return hash;
 }
@@ -542,13 +488,13 @@ EXPORT uint64_t d2dmoe_fingerprint(const D2dmoeLayer* layer) {
 EXPORT int d2dmoe_forward(const D2dmoeLayer* layer, const void* x, int64_t ld_x, const uint8_t* run, int64_t tokens, void* y,
                    int threads) {
     if (tokens == 0) return 0;
-    if (layer->source_count && d2dmoe_fingerprint(layer) != layer->fingerprint) return 2;
+    if (stale(layer->samples, layer->sample_count, layer->fingerprint)) return 2;
     Call call{*layer, *all_kernels[layer->kernels], static_cast<const char*>(x), ld_x * (layer->bf16 ? 2 : 4), run, tokens,
               static_cast<char*>(y), std::max(threads, 1)};
     try {
         if (tokens <= layer->few) {
             FewShared shared = lay_out(shared_buffer, FewShared{&call, {}, {}, {}, {}, {}, nullptr, nullptr});
-            FewStart start{&shared, {0}, {false}, {}};
+            FewStart start{&shared, {}, {false}};
             run_team(call.team, few_enter, &start);
             return start.failed.load() ? 1 : 0;
         }

@@ -344,12 +344,12 @@ void add_products(const char* a, int64_t stride, const char* b, int64_t deep, bo
 
 // Whole tiles here, what is left over by single products.
 void dots_bf16(const void* x, int64_t ld_x, int64_t tokens, const bf16* w, int64_t rows, int64_t depth, float* out,
-               int64_t ld_out, bool relu) {
+               int64_t ld_out, int32_t end) {
     const char* start = static_cast<const char*>(x);
     auto rest = [&](int64_t token, int64_t count, int64_t row, int64_t n) {
         if (count && n)
             kernels_avx512bf16.dots_bf16(start + token * ld_x * 2, ld_x, count, w + row * depth, n, depth,
-                                         out + token * ld_out + row, ld_out, relu);
+                                         out + token * ld_out + row, ld_out, end);
     };
     int64_t whole_tokens = depth % DEPTH ? 0 : tokens / SIDE * SIDE, whole_rows = rows / SIDE * SIDE;
     if (!whole_tokens || !whole_rows || depth > 1 << 24) return rest(0, tokens, 0, rows);
@@ -370,16 +370,21 @@ void dots_bf16(const void* x, int64_t ld_x, int64_t tokens, const bf16* w, int64
             }
         }
     _tile_release();
-    for (int64_t t = 0; t < whole_tokens; t++)
+    for (int64_t t = 0; end != DOTS_PLAIN && t < whole_tokens; t++)
         for (int64_t r = 0; r < whole_rows; r += LANES) {
             float* value = out + t * ld_out + r;
-            store(value, relu ? activate(load(value), RELU) : (vf)((vi)load(value) & 0x7fffffff));
+            store(value, end == DOTS_RELU ? activate(load(value), RELU) : (vf)((vi)load(value) & 0x7fffffff));
         }
 }
 
 void dots_mixed(const float* x, int64_t ld_x, int64_t tokens, const bf16* w, int64_t rows, int64_t depth, float* out,
-                int64_t ld_out, bool relu) {
-    kernels_avx512bf16.dots_mixed(x, ld_x, tokens, w, rows, depth, out, ld_out, relu);
+                int64_t ld_out, int32_t end) {
+    kernels_avx512bf16.dots_mixed(x, ld_x, tokens, w, rows, depth, out, ld_out, end);
+}
+
+void add_rows(const float* x, int64_t ld_x, int64_t tokens, const bf16* w, int64_t ld_w, const int32_t* list, int64_t count,
+              int64_t width, float* y, int64_t ld_y) {
+    kernels_avx512bf16.add_rows_mixed(x, ld_x, tokens, w, ld_w, list, count, width, y, ld_y);
 }
 
 }  // namespace
@@ -403,7 +408,7 @@ bool amx_usable() {
 extern const Kernels kernels_amx;
 const Kernels kernels_amx = {
     "amx", 16, true, nullptr, nullptr, amx::experts, amx::experts_scratch, nullptr, amx::dots_bf16, amx::dots_mixed,
-    amx::choose, amx::narrow_pairs, amx::widen,
+    nullptr, amx::add_rows, amx::keep, amx::choose, amx::narrow_pairs, amx::widen,
 };
 
 }  // namespace d2dmoe

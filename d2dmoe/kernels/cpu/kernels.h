@@ -9,6 +9,7 @@ struct bf16 {
 };
 
 enum Activation : int32_t { RELU, GELU, GELU_TANH, QUICK_GELU, SILU, IDENTITY };
+enum Dots : int32_t { DOTS_PLAIN, DOTS_RELU, DOTS_ABS };
 enum Gate : int32_t { GATE_MAX, GATE_SHARE, GATE_TOPK, GATE_TOPP, GATE_ABSOLUTE };
 
 // One expert and the tokens it runs for. Weights are (d, size) and (size, d_out), each one contiguous piece.
@@ -16,6 +17,7 @@ struct ExpertCall {
     const void *up, *up_bias, *gate, *gate_bias, *down;
     const void *up_tiles, *gate_tiles, *down_tiles;  // the same weights once more for experts_bf16, or null
     const void* constant;  // (d_out,), taken off the output, or null
+    const void* next;      // `up` of the expert that comes after this one, or null
     int64_t d, size, d_out;
     int64_t widest;        // the largest size among the layer's experts
     int32_t activation;
@@ -46,13 +48,20 @@ struct Kernels {
     // Several experts on rows of the same `tokens`, for a table that gains by seeing them all; null elsewhere.
     void (*experts_bf16)(const ExpertCall* calls, int64_t n, int64_t tokens);
     int64_t (*experts_scratch)(int64_t tokens, int64_t d, int64_t size, int64_t d_out);
-    // out[t * ld_out + r] = sum over k of x[t * ld_x + k] w[r * depth + k], then relu or abs
+    // out[t * ld_out + r] = sum over k of x[t * ld_x + k] w[r * depth + k], then what `end` says (`Dots`)
     void (*dots_f32)(const float* x, int64_t ld_x, int64_t tokens, const float* w, int64_t rows, int64_t depth, float* out,
-                     int64_t ld_out, bool relu);
+                     int64_t ld_out, int32_t end);
     void (*dots_bf16)(const void* x, int64_t ld_x, int64_t tokens, const bf16* w, int64_t rows, int64_t depth, float* out,
-                      int64_t ld_out, bool relu);
+                      int64_t ld_out, int32_t end);
     void (*dots_mixed)(const float* x, int64_t ld_x, int64_t tokens, const bf16* w, int64_t rows, int64_t depth, float* out,
-                       int64_t ld_out, bool relu);
+                       int64_t ld_out, int32_t end);
+    // y[t * ld_y + i] += sum over c of x[t * ld_x + c] w[list[c] * ld_w + i], for `tokens` tokens and `width` columns
+    void (*add_rows_f32)(const float* x, int64_t ld_x, int64_t tokens, const float* w, int64_t ld_w, const int32_t* list,
+                         int64_t count, int64_t width, float* y, int64_t ld_y);
+    void (*add_rows_mixed)(const float* x, int64_t ld_x, int64_t tokens, const bf16* w, int64_t ld_w, const int32_t* list,
+                           int64_t count, int64_t width, float* y, int64_t ld_y);
+    // The channels of a token that run: those whose |x| norm, rounded to bf16 if `rounded`, reaches the threshold.
+    void (*keep)(const float* x, const float* norms, float threshold, int64_t channels, bool rounded, uint8_t* run);
     void (*choose)(const GateCall&, const float* scores, int64_t experts, uint8_t* run, char* scratch);
     void (*narrow)(const float* x, int64_t n, bf16* out);
     void (*widen)(const bf16* x, int64_t n, float* out);

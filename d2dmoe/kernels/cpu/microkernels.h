@@ -26,6 +26,13 @@ inline vf load(const bf16* p) {
 }
 inline void store(float* p, vf v) { *reinterpret_cast<vf*>(p) = v; }
 
+#if defined(__AVX512F__)
+inline __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : __mmask16((1u << n) - 1); }
+inline vf load_some(const float* p, int64_t valid) { return (vf)_mm512_maskz_loadu_ps(first_lanes(valid), p); }
+inline vf load_some(const bf16* p, int64_t valid) {
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(valid), p)), 16);
+}
+#else
 template <class T>
 inline vf load_some(const T* p, int64_t valid) {
     if (valid >= LANES) return load(p);
@@ -33,6 +40,7 @@ inline vf load_some(const T* p, int64_t valid) {
     for (int64_t i = 0; i < valid; i++) values[i] = p[i];
     return load(values);
 }
+#endif
 
 inline float total(vf v) {
 #if defined(__AVX512F__)
@@ -123,6 +131,13 @@ __attribute__((always_inline)) inline void write_sums(vf (&sum)[KU][ROWS][COLS],
     }
 }
 
+// With few tokens the weights come from memory as fast as they can; that takes asking for them AHEAD vectors before.
+constexpr int FEW_ROWS = 4, AHEAD = 96;
+
+inline void fetch(const void* start, int64_t bytes) {
+    for (int64_t i = 0; start && i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(start) + i, 0, 2);
+}
+
 // out[t][v] (+)= sum over k of x[t][k] w[k * stride + v], for ROWS tokens and COLS vectors. In rows from `safe` on, a
 // whole vector would reach beyond the weights; `valid` floats may be read there. KU rows of w are in flight at once.
 template <class W, int ROWS, int COLS, bool ADD>
@@ -139,7 +154,10 @@ void tile(const float* const* x, const W* w, int64_t stride, int64_t depth, int6
         for (int u = 0; u < KU; u++) {
             vf weights[COLS];
 #pragma GCC unroll 8
-            for (int v = 0; v < COLS; v++) weights[v] = load(w + (k + u) * stride + v * LANES);
+            for (int v = 0; v < COLS; v++) {
+                weights[v] = load(w + (k + u) * stride + v * LANES);
+                if (ROWS <= FEW_ROWS) __builtin_prefetch(w + (k + u + AHEAD / COLS) * stride + v * LANES, 0, 2);
+            }
 #pragma GCC unroll 16
             for (int t = 0; t < ROWS; t++) {
                 float value = row[t][k + u];
@@ -167,8 +185,7 @@ inline __m512bh two_rows(__m256i first, __m256i second) {  // (a0 b0 a1 b1 ...)
 }
 
 inline __m256i some_bf16(const bf16* p, int64_t valid) {
-    __mmask16 mask = valid >= 16 ? 0xffff : valid <= 0 ? 0 : __mmask16((1u << valid) - 1);
-    return _mm256_maskz_loadu_epi16(mask, p);
+    return _mm256_maskz_loadu_epi16(first_lanes(valid), p);
 }
 
 // The same on pairs of bf16 rows, two products an instruction, sums in fp32.
@@ -277,6 +294,89 @@ void product(const X* const* x, int64_t count, const W* w, int64_t depth, int64_
     }
 }
 
+// ---- rows of a matrix that run, times what a token has for them
+
+inline float tail_product(const float* x, const float* w) { return *x * *w; }
+inline float to_float(bf16 v) {
+    uint32_t u = uint32_t(v.bits) << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+inline float tail_product(const float* x, const bf16* w) { return *x * to_float(*w); }
+inline float tail_product(const bf16* x, const bf16* w) { return to_float(*x) * to_float(*w); }
+// y[t][at + i] += sum over c of x[t][c] rows[c][i] for a GROUP of rows, each read from beginning to end while `next` is
+// fetched.
+template <class W, int TOKENS, int GROUP>
+void add_group(const float* x, int64_t ld_x, const W* const* rows, const W* const* next, int64_t width, float* const* y,
+               int64_t at) {
+    vf value[TOKENS][GROUP];
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; t++)
+#pragma GCC unroll 8
+        for (int g = 0; g < GROUP; g++) value[t][g] = vf{} + x[t * ld_x + g];
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) {
+        vf weights[GROUP];
+#pragma GCC unroll 8
+        for (int g = 0; g < GROUP; g++) {
+            weights[g] = load(rows[g] + i);
+            __builtin_prefetch(next[g] + i, 0, 2);
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; t++) {
+            vf sum = load(y[t] + at + i);
+#pragma GCC unroll 8
+            for (int g = 0; g < GROUP; g++) sum += value[t][g] * weights[g];
+            store(y[t] + at + i, sum);
+        }
+    }
+    for (; i < width; i++)
+        for (int t = 0; t < TOKENS; t++)
+            for (int g = 0; g < GROUP; g++) y[t][at + i] += tail_product(x + t * ld_x + g, rows[g] + i);
+}
+
+// The same for the rows of w that `list` names, or the first `count`.
+template <class W, int TOKENS>
+void add_rows_to(const float* x, int64_t ld_x, const W* w, int64_t ld_w, const int32_t* list, int64_t count, int64_t width,
+                 float* const* y, int64_t at) {
+    constexpr int GROUP = 4;
+    const W *rows[GROUP], *next[GROUP];
+    auto row = [&](int64_t c) { return w + (list ? list[c] : c) * ld_w; };
+    int64_t c = 0;
+    for (; c + GROUP <= count; c += GROUP) {
+        for (int g = 0; g < GROUP; g++) rows[g] = row(c + g), next[g] = row(std::min(c + GROUP + g, count - 1));
+        add_group<W, TOKENS, GROUP>(x + c, ld_x, rows, next, width, y, at);
+    }
+    for (; c < count; c++) {
+        rows[0] = row(c);
+        add_group<W, TOKENS, 1>(x + c, ld_x, rows, rows, width, y, at);
+    }
+}
+
+template <class W>
+void add_rows_few(const float* x, int64_t ld_x, int64_t tokens, const W* w, int64_t ld_w, const int32_t* list, int64_t count,
+                  int64_t width, float* const* y, int64_t at) {
+    static_assert(FEW_ROWS == 4);
+    auto add = tokens == 4 ? add_rows_to<W, 4> : tokens == 3 ? add_rows_to<W, 3> : tokens == 2 ? add_rows_to<W, 2>
+                                                                                               : add_rows_to<W, 1>;
+    add(x, ld_x, w, ld_w, list, count, width, y, at);
+}
+
+template <class W>
+void add_rows(const float* x, int64_t ld_x, int64_t tokens, const W* w, int64_t ld_w, const int32_t* list, int64_t count,
+              int64_t width, float* y, int64_t ld_y) {
+    constexpr int64_t PART = 1024;  // columns: with a group of rows they stay in the first cache from token to token
+    int64_t part = tokens > FEW_ROWS ? PART : width;
+    for (int64_t i = 0; i < width; i += part)
+        for (int64_t t = 0; t < tokens; t += FEW_ROWS) {
+            float* rows[FEW_ROWS];
+            int64_t n = std::min<int64_t>(FEW_ROWS, tokens - t);
+            for (int64_t r = 0; r < n; r++) rows[r] = y + (t + r) * ld_y;
+            add_rows_few(x + t * ld_x, ld_x, n, w + i, ld_w, list, count, std::min(part, width - i), rows, i);
+        }
+}
+
 // ---- one expert
 
 template <class T>
@@ -284,6 +384,17 @@ inline T* take(char*& scratch, int64_t n) {
     char* start = scratch;
     scratch += round_up(n * int64_t(sizeof(T)), 64);
     return reinterpret_cast<T*>(start);
+}
+
+// The down projection on few tokens, row after row.
+template <class W>
+void add_down(const ExpertCall& c, const float* hidden, int64_t ld_hidden, float* const* y) {
+    const W *down = static_cast<const W*>(c.down), *constant = static_cast<const W*>(c.constant);
+    for (int64_t t = 0; t < c.count; t++) {
+        for (int64_t i = 0; constant && i < c.d_out; i += LANES)
+            store(y[t] + i, load(y[t] + i) - load_some(constant + i, c.d_out - i));
+    }
+    add_rows_few(hidden, ld_hidden, c.count, down, c.d_out, nullptr, c.size, c.d_out, y, 0);
 }
 
 template <class X, class W>
@@ -302,6 +413,11 @@ void expert(const ExpertCall& c) {
         x[t] = reinterpret_cast<const X*>(c.x + c.token(t) * c.ld_x);
         outputs[t] = c.y + c.token(t) * c.ld_y;
     }
+    const bool few = !narrow && n <= FEW_ROWS;
+    if (few) {  // the beginnings of what the loops below ask for too late
+        fetch(c.gate, AHEAD * LANES * int64_t(sizeof(W)));
+        fetch(c.down, 4 * c.d_out * int64_t(sizeof(W)));
+    }
     for (int64_t t = 0; t < n; t++) rows[t] = hidden + t * padded;
     product<X, W, false>(x, n, static_cast<const W*>(c.up), c.d, c.size, nullptr, rows);
     if (c.gate) {
@@ -317,6 +433,10 @@ void expert(const ExpertCall& c) {
             h = gates ? activate(load(gates + t * padded + v) + add_gate, c.activation) * h : activate(h, c.activation);
             store(hidden + t * padded + v, h);
         }
+    }
+    if (few) {
+        fetch(c.next, AHEAD * LANES * int64_t(sizeof(W)));
+        return add_down<W>(c, hidden, padded, outputs);
     }
     for (int64_t t = 0; t < n; t++) {
         if (narrow) {
@@ -334,15 +454,6 @@ void expert(const ExpertCall& c) {
 
 inline void pair_product(vf& sum, const float* x, const float* w) { sum += load(x) * load(w); }
 inline void pair_product(vf& sum, const float* x, const bf16* w) { sum += load(x) * load(w); }
-inline float tail_product(const float* x, const float* w) { return *x * *w; }
-inline float to_float(bf16 v) {
-    uint32_t u = uint32_t(v.bits) << 16;
-    float f;
-    std::memcpy(&f, &u, 4);
-    return f;
-}
-inline float tail_product(const float* x, const bf16* w) { return *x * to_float(*w); }
-inline float tail_product(const bf16* x, const bf16* w) { return to_float(*x) * to_float(*w); }
 #if defined(D2DMOE_BF16_PAIRS)
 inline void pair_product(vf& sum, const bf16* x, const bf16* w) {
     sum = (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(x), (__m512bh)_mm512_loadu_si512(w));
@@ -350,11 +461,13 @@ inline void pair_product(vf& sum, const bf16* x, const bf16* w) {
 #endif
 
 template <class X, class W, int TOKENS, int ROWS>
-void dot_tile(const X* x, int64_t ld_x, const W* w, int64_t depth, float* out, int64_t ld_out, bool relu) {
+void dot_tile(const X* x, int64_t ld_x, const W* w, int64_t depth, float* out, int64_t ld_out, int32_t end) {
     constexpr int64_t STEP = sizeof(X) == 2 ? 2 * LANES : LANES;
     vf sum[TOKENS][ROWS] = {};
     int64_t k = 0;
     for (; k + STEP <= depth; k += STEP) {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) __builtin_prefetch(w + (r + ROWS) * depth + k, 0, 2);
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; t++)
 #pragma GCC unroll 8
@@ -364,15 +477,17 @@ void dot_tile(const X* x, int64_t ld_x, const W* w, int64_t depth, float* out, i
     for (int t = 0; t < TOKENS; t++)
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
+            if constexpr (STEP == LANES)
+                if (k < depth) sum[t][r] += load_some(x + t * ld_x + k, depth - k) * load_some(w + r * depth + k, depth - k);
             float value = total(sum[t][r]);
-            for (int64_t i = k; i < depth; i++) value += tail_product(x + t * ld_x + i, w + r * depth + i);
-            out[t * ld_out + r] = relu ? (value < 0 ? 0 : value) : std::fabs(value);
+            for (int64_t i = STEP == LANES ? depth : k; i < depth; i++) value += tail_product(x + t * ld_x + i, w + r * depth + i);
+            out[t * ld_out + r] = end == DOTS_PLAIN ? value : end == DOTS_ABS ? std::fabs(value) : value < 0 ? 0 : value;
         }
 }
 
 template <class X, class W>
 void dots(const X* x, int64_t ld_x, int64_t tokens, const W* w, int64_t rows, int64_t depth, float* out, int64_t ld_out,
-          bool relu) {
+          int32_t end) {
 #if defined(D2DMOE_32_REGISTERS)
     constexpr int T = 4, R = 5;
 #else
@@ -382,13 +497,23 @@ void dots(const X* x, int64_t ld_x, int64_t tokens, const W* w, int64_t rows, in
     for (; r + R <= rows; r += R) {
         int64_t t = 0;
         for (; t + T <= tokens; t += T)
-            dot_tile<X, W, T, R>(x + t * ld_x, ld_x, w + r * depth, depth, out + t * ld_out + r, ld_out, relu);
+            dot_tile<X, W, T, R>(x + t * ld_x, ld_x, w + r * depth, depth, out + t * ld_out + r, ld_out, end);
         for (; t < tokens; t++)
-            dot_tile<X, W, 1, R>(x + t * ld_x, ld_x, w + r * depth, depth, out + t * ld_out + r, ld_out, relu);
+            dot_tile<X, W, 1, R>(x + t * ld_x, ld_x, w + r * depth, depth, out + t * ld_out + r, ld_out, end);
     }
     for (; r < rows; r++)
         for (int64_t t = 0; t < tokens; t++)
-            dot_tile<X, W, 1, 1>(x + t * ld_x, ld_x, w + r * depth, depth, out + t * ld_out + r, ld_out, relu);
+            dot_tile<X, W, 1, 1>(x + t * ld_x, ld_x, w + r * depth, depth, out + t * ld_out + r, ld_out, end);
+}
+
+// ---- channels
+
+// A score that is not a number counts as reached by nothing less: the caller sees it by the product with `x`.
+inline void keep(const float* x, const float* norms, float threshold, int64_t channels, bool rounded, uint8_t* run) {
+    if (rounded)
+        for (int64_t j = 0; j < channels; j++) run[j] = to_float(to_bf16(std::fabs(x[j]) * norms[j])) >= threshold;
+    else
+        for (int64_t j = 0; j < channels; j++) run[j] = std::fabs(x[j]) * norms[j] >= threshold;
 }
 
 // ---- gates, as gates.py defines them
@@ -505,8 +630,11 @@ const Kernels D2DMOE_TABLE_NAME(D2DMOE_ISA) = {
     nullptr,
     D2DMOE_FP32((isa::dots<float, float>)),
     [](const void* x, int64_t ld_x, int64_t tokens, const bf16* w, int64_t rows, int64_t depth, float* out, int64_t ld_out,
-       bool relu) { isa::dots(static_cast<const Wide*>(x), ld_x, tokens, w, rows, depth, out, ld_out, relu); },
+       int32_t end) { isa::dots(static_cast<const Wide*>(x), ld_x, tokens, w, rows, depth, out, ld_out, end); },
     isa::dots<float, bf16>,
+    D2DMOE_FP32(isa::add_rows<float>),
+    isa::add_rows<bf16>,
+    isa::keep,
     isa::choose,
     isa::narrow,
     isa::widen,

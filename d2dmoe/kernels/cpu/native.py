@@ -13,13 +13,14 @@ import torch
 
 from ..gates import topk_priority
 
-ABI = 3
+ABI = 4
 LIBRARY = Path(os.environ.get("D2DMOE_LIBRARY") or Path(__file__).with_name("libd2dmoe.so"))
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "silu": 4}
 GATES = {"max": 0, "share": 1, "topk": 2, "topp": 3, "absolute": 4}
 DTYPES = (torch.float32, torch.bfloat16)
 TILES_FROM = 32  # tokens of a call for which weights are put into tiles: with fewer, few experts have enough of them
 STALE = 2  # what the library returns when a source of a plan has changed
+SAMPLES = 32  # of a tensor, at most
 FEW = 64  # up to so many tokens the experts are shared out over the threads, above it the tokens
 _NUMBERS = ("bf16", "activation", "gate", "kernels")
 _SIZES = ("d", "size", "d_out", "experts", "router_width", "linear_rank", "top", "min_experts", "max_experts", "shared")
@@ -31,10 +32,10 @@ _TENSORS = {  # field of the struct -> argument of the operator
 _TILED = {"up_tiles": "up_weight", "gate_tiles": "gate_weight", "down_tiles": "down_weight"}
 
 
-class _Source(ctypes.Structure):
-    """`D2dmoeSource` of forward.cpp."""
+class _Sample(ctypes.Structure):
+    """`D2dmoeSample` of library.h."""
 
-    _fields_ = (("start", ctypes.c_void_p), ("bytes", ctypes.c_int64))
+    _fields_ = (("at", ctypes.c_void_p), ("halves", ctypes.c_int64))
 
 
 class _Layer(ctypes.Structure):
@@ -46,8 +47,8 @@ class _Layer(ctypes.Structure):
         ("tau", ctypes.c_float),
         ("few", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in (*_TENSORS, *_TILED)),
-        ("sources", ctypes.c_void_p),
-        ("source_count", ctypes.c_int64),
+        ("samples", ctypes.c_void_p),
+        ("sample_count", ctypes.c_int64),
         ("fingerprint", ctypes.c_uint64),
     )
 
@@ -66,7 +67,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     lib.d2dmoe_use_openmp.argtypes = [ctypes.c_void_p] * 3
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     lib.d2dmoe_forward.argtypes = [pointer, pointer, size, pointer, size, pointer, ctypes.c_int]
-    lib.d2dmoe_fingerprint.argtypes, lib.d2dmoe_fingerprint.restype = [pointer], ctypes.c_uint64
+    lib.d2dmoe_project.argtypes = [pointer, pointer, size, size, pointer, ctypes.c_int]
+    lib.d2dmoe_samples.argtypes, lib.d2dmoe_samples.restype = [pointer, size, pointer], size
+    lib.d2dmoe_fingerprint.argtypes, lib.d2dmoe_fingerprint.restype = [pointer, size], ctypes.c_uint64
     lib.d2dmoe_choose.argtypes = [pointer, pointer, size, pointer]
     threads = _share_threads(lib)
     names = [lib.d2dmoe_kernels_name(number).decode() for number in kernel_numbers(lib)]
@@ -144,23 +147,30 @@ class Watch:
     It is made of 32 words of each tensor, at places that look random, and takes about a microsecond for a layer.
     """
 
-    __slots__ = ("fingerprint", "layer", "places", "tensors")
+    __slots__ = ("count", "fingerprint", "samples", "start", "tensors")
 
     def __init__(self, tensors: Sequence[torch.Tensor]):
         self.tensors = list(tensors)  # stay alive, so that nothing else can lie at their addresses
         wholes = [(t.untyped_storage(), t) for t in tensors]
         parts = [(t, t.nbytes) if t.is_contiguous() else (whole, whole.nbytes()) for whole, t in wholes]
-        self.places = (_Source * len(parts))(*((part.data_ptr(), size) for part, size in parts))
-        self.layer = _Layer(sources=ctypes.addressof(self.places), source_count=len(parts))
+        self.samples = (_Sample * (SAMPLES * len(parts)))()
+        self.start, self.count = ctypes.addressof(self.samples), 0
+        for part, size in parts:
+            place = self.start + self.count * ctypes.sizeof(_Sample)
+            self.count += library()[0].d2dmoe_samples(part.data_ptr(), size, place)
         self.fingerprint = self.now()
 
     def now(self) -> int:
         """The fingerprint that the tensors have now."""
-        return library()[0].d2dmoe_fingerprint(ctypes.byref(self.layer))
+        return library()[0].d2dmoe_fingerprint(self.start, self.count)
 
     def changed(self) -> bool:
         """Do the tensors hold other values than before?"""
         return self.now() != self.fingerprint
+
+    def enter(self, struct: ctypes.Structure) -> None:
+        """Have the library look at every call with this struct, which must not outlive the watch."""
+        struct.samples, struct.sample_count, struct.fingerprint = self.start, self.count, self.fingerprint
 
 
 # Identity of a weight -> the weight, its tiles, and a watch on it.
@@ -170,6 +180,11 @@ Tiles = dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, Watch]]
 def identity(weight: torch.Tensor) -> tuple[int, int]:
     """Where a tensor lies and how often it was changed there, which is not counted of one made in inference mode."""
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+def _top(experts: int, tau: float) -> int:
+    """How many experts `topk` runs."""
+    return int((topk_priority(torch.arange(experts, 0.0, -1, device="cpu")) >= tau).sum())
 
 
 class Plan:
@@ -223,7 +238,7 @@ class Plan:
             kernels=kernel_for(up.dtype) if kernels is None else kernels, d=d, size=size, d_out=self.d_out,
             experts=experts, min_experts=max(min_experts - shared, 0), shared=shared, tau=tau, few=FEW,
             max_experts=max(max_experts - shared, 1) if max_experts else 0,  # among those that the gate chooses from
-            top=int((topk_priority(torch.arange(experts - shared, 0.0, -1)) >= tau).sum()) if gate == "topk" else 0,
+            top=_top(experts - shared, tau) if gate == "topk" else 0,
         )  # fmt: skip
         if tensors["router_hidden"] is not None:
             layer.router_width = tensors["router_hidden"].shape[0]
@@ -238,8 +253,7 @@ class Plan:
         self.call = ctypes.byref(layer)
         self.forward: Callable = library()[0].d2dmoe_forward
         self.watch = Watch([*sources, *copied])
-        layer.sources, layer.source_count = self.watch.layer.sources, self.watch.layer.source_count
-        layer.fingerprint = self.watch.fingerprint
+        self.watch.enter(layer)
 
     def __call__(self, x: torch.Tensor, run: torch.Tensor | None = None) -> torch.Tensor:
         """``(tokens, d_out)`` of ``(tokens, d_model)``; `run` ``(tokens, experts)`` replaces router and gate."""
@@ -252,7 +266,7 @@ class Plan:
         tokens = x.shape[0]
         if self.tiles is not None and tokens >= TILES_FROM:
             self._keep_tiles()
-        y = torch.empty((tokens, self.d_out), dtype=x.dtype)
+        y = torch.empty((tokens, self.d_out), dtype=x.dtype, device=x.device)
         mask = None if run is None else run.data_ptr()
         failed = self.forward(self.call, x.data_ptr(), x.stride(0), mask, tokens, y.data_ptr(), torch.get_num_threads())
         if failed:

@@ -3,6 +3,8 @@
 // did not survive the fork).
 #pragma once
 #include <atomic>
+#include <new>
+#include <thread>
 
 namespace d2dmoe {
 
@@ -15,6 +17,25 @@ class Barrier {
    private:
     const int team_;
     std::atomic<int> arrived_{0}, round_{0};
+};
+
+// Where a team makes its barrier: it can turn out smaller than asked for. Thread 0 opens it, the others join it.
+class Meeting {
+   public:
+    Barrier& open(int team) {
+        Barrier* barrier = new (room_) Barrier(team);
+        barrier_.store(barrier, std::memory_order_release);
+        return *barrier;
+    }
+    Barrier& join() {
+        Barrier* barrier;
+        while (!(barrier = barrier_.load(std::memory_order_acquire))) std::this_thread::yield();
+        return *barrier;
+    }
+
+   private:
+    std::atomic<Barrier*> barrier_{nullptr};
+    alignas(Barrier) char room_[sizeof(Barrier)];
 };
 
 using Body = void (*)(void* context, int id, int team);

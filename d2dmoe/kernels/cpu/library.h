@@ -1,0 +1,34 @@
+// What the calls of the C ABI share.
+#pragma once
+#include <cstdint>
+
+#include "kernels.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+extern "C" {
+
+// A word of a tensor that a derived one was made from: four bytes, or two where the tensor has no more.
+struct D2dmoeSample {
+    const uint16_t* at;
+    int64_t halves;
+};
+
+uint64_t d2dmoe_fingerprint(const D2dmoeSample* samples, int64_t count);
+
+}
+
+namespace d2dmoe {
+
+const Kernels& kernels_number(int number);
+
+inline bool stale(const D2dmoeSample* samples, int64_t count, uint64_t fingerprint) {
+    return count && d2dmoe_fingerprint(samples, count) != fingerprint;
+}
+
+// Far apart in memory, they take long to read: asked for before a product, they are there after it.
+inline void fetch_samples(const D2dmoeSample* samples, int64_t count) {
+    for (int64_t i = 0; i < count; i++) __builtin_prefetch(samples[i].at);
+}
+
+}  // namespace d2dmoe

@@ -1,0 +1,115 @@
+"""Projections around attention on few tokens: plans of the native library, kept while the tensors stay as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..config.projections import ProjectionState
+from ..kernels import ProjectionPlan, StaleWeights, Watch, identity, projects
+from ..tensors import PROJECTED
+from .prepared import offloaded
+
+KEPT = 8  # settings of a projection whose plans are kept
+MOST = {  # tokens up to which the library is faster than torch's products; LAB.md, 2026-11-27
+    (torch.float32, "low-rank"): 64, (torch.float32, "channels"): 16,
+    (torch.bfloat16, "low-rank"): 8, (torch.bfloat16, "channels"): 4,
+}  # fmt: skip
+OWN = frozenset(("weight", "bias", *PROJECTED))
+Layer = Any  # a `DynamicProjection`, which imports this
+Versions = tuple[tuple[int, int], ...]
+
+
+class FewTokens:
+    """The plans of one projection, by setting.
+
+    A plan is good for the parameters it was made from (`kernels.identity`). Where it holds copies, the library compares
+    samples of their sources at every call, which shows a write through `.data` (see `prepared.Prepared`).
+    """
+
+    def __init__(self) -> None:
+        self.invalidate()
+
+    def __reduce__(self) -> tuple:
+        """Copies make their own."""
+        return FewTokens, ()
+
+    def invalidate(self) -> None:
+        """Drop everything."""
+        self._plans: dict[ProjectionState, tuple[Versions, ProjectionPlan | None]] = {}
+        self._turned: tuple[tuple[int, int], Watch, torch.Tensor] | None = None  # weights as (inputs, outputs)
+
+    def extra_bytes(self) -> int:
+        """Memory of the weights that are kept a second time."""
+        return 0 if self._turned is None else self._turned[2].nbytes
+
+    def run(self, layer: Layer, state: ProjectionState, x: torch.Tensor) -> torch.Tensor | None:
+        """``(…, outputs)`` of ``(…, inputs)``; `None` where torch has to do it, or is faster."""
+        own = layer._parameters  # `nn.Module` finds attributes slowly, and this is a hot path
+        weight = own.get("weight")
+        if weight is None or own.keys() != OWN or not _few(layer, state, weight, x):
+            return None
+        tensors = own.values() if state.ranks else (weight, own["bias"], own["channel_norms"])
+        if layer.merged:
+            tensors = (*tensors, *layer._buffers.values())
+        # `kernels.identity`, inline
+        versions = tuple([(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None])
+        for _ in range(2):
+            known = self._plans.get(state)
+            if known is None or known[0] != versions:
+                if known is not None:
+                    self.invalidate()
+                known = self._add(layer, state, versions)
+            if known[1] is None:
+                return None
+            try:
+                return known[1](x)
+            except StaleWeights:
+                self.invalidate()
+        return None  # somebody writes to the weights meanwhile
+
+    def _add(self, layer: Layer, state: ProjectionState, versions: Versions) -> tuple[Versions, ProjectionPlan | None]:
+        entry = (versions, self._plan(layer, state))
+        others = [(s, known) for s, known in self._plans.items() if s != state][-KEPT + 1 :]
+        self._plans = {**dict(others), state: entry}
+        return entry
+
+    @torch.no_grad()
+    def _plan(self, layer: Layer, state: ProjectionState) -> ProjectionPlan | None:
+        tensors = [t for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None]
+        if not all(t.is_cpu and t.dtype == layer.weight.dtype for t in tensors):
+            return None
+        first, second, constants, sources = None, [], [], []
+        if any(state.ranks):
+            (first, second, constants), sources = layer.factors(state.ranks), layer.factor_sources()
+        if state.method == "low-rank":
+            return ProjectionPlan(first, second, torch.cat(constants), sources=sources) if first is not None else None
+        weight = layer.matrix().T.detach()
+        if not weight.is_contiguous():
+            sources = [*sources, weight]
+            weight = self._turn(layer.weight, weight)
+        return ProjectionPlan(first, second, layer.bias, weight, layer.channel_norms, state.threshold, sources=sources)
+
+    def _turn(self, owner: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy, which all settings share."""
+        known = self._turned
+        if known is None or known[0] != identity(owner) or known[1].changed():
+            known = self._turned = identity(owner), Watch([weight]), weight.contiguous()
+        return known[2]
+
+
+def _few(layer: Layer, state: ProjectionState, weight: torch.Tensor, x: torch.Tensor) -> bool:
+    """May and should the library do this? It has no gradients, and nobody can watch its steps."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch.jit.is_tracing() or type(x) is not torch.Tensor or type(weight) is not torch.nn.Parameter:
+        return False
+    inputs, most = layer.projection.inputs, MOST.get((x.dtype, state.method), 0)
+    if x.dtype != weight.dtype or x.shape[-1:] != (inputs,) or not 0 < x.numel() <= most * inputs or not x.is_cpu:
+        return False
+    if state.method == "channels" and state.threshold <= 0:  # everything runs: the dense product, bit for bit
+        return False
+    if layer.observer is not None or not projects(x.dtype) or torch.is_autocast_enabled("cpu") or offloaded(layer):
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())))
