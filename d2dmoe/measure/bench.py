@@ -5,11 +5,12 @@ Outputs are compared before anything is timed.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import islice
+from contextlib import contextmanager, nullcontext
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..kernels import chosen, dispatching, use_backend
 from ..kernels.gates import select
 from ..moe.gating import set_gate
 from ..moe.layer import DynamicFFN, GateState, layers
+from ..moe.memory import twin_in
 from .observe import ActiveCounter, model_inputs, observing
 from .pairs import make_pair
 from .rivals import RIVAL_FUNCTIONS, dense_columns, works
@@ -41,26 +43,44 @@ def dispatched(function: Function) -> Function:
     return run
 
 
+def in_turn(modules: Sequence[nn.Module]) -> Function:
+    """Calls of modules that are alike, one after the other."""
+    following = cycle(modules)
+    return lambda x: next(following)(x)
+
+
 @dispatching("sparse")
 @torch.inference_mode()
 def bench_layer(
     spec: dict[str, Any], *, tokens: list[int], actives: list[float], dtype: torch.dtype, seconds: float = 2.0,
     columns: tuple[str, ...] = COLUMNS, clock: str = "wall", keep_dense: bool = False,
+    expert_dtype: str | None = None, copies: int = 1,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row for every token count and active fraction. The gate is topk, so the fraction is exact.
 
-    With `keep_dense` the layer also holds the dense layout, which the column `dispatched` may use.
+    With `keep_dense` the layer also holds the dense layout, which the column `dispatched` may use. With `expert_dtype`
+    there is a column of that name, the layer with its experts in that dtype. With several `copies` of the weights, used
+    in turn, the calls read them from memory; the only columns are then `eager`, `sparse` and that of `expert_dtype`.
     """
     dense, layer = make_pair(**spec, dtype=dtype)
     layer.keep_dense = keep_dense
+    others = [copy.deepcopy((dense, layer)) for _ in range(copies - 1)]
+    twins = [twin_in(x, expert_dtype) for x in (layer, *(x for _, x in others))] if expert_dtype else []
     rows = []
     for count in tokens:
         inputs = [torch.randn(count, spec["d"]).to(dtype) for _ in range(INPUTS)]
         for active in actives:
-            layer.gate_state = GateState("topk", 1 - active)
+            for one in (layer, *(x for _, x in others), *twins):
+                one.gate_state = GateState("topk", 1 - active)
             check_layer(dense, layer, inputs[0])
             functions = dense_columns(dense, inputs[0], columns)
             functions["sparse"] = layer
+            if twins:
+                _check_backend(twins[0], inputs[0], f"with experts in {expert_dtype}")
+                functions[str(expert_dtype)] = in_turn(twins)
+            if others:
+                functions["eager"] = in_turn([dense, *(x for x, _ in others)])
+                functions["sparse"] = in_turn([layer, *(x for _, x in others)])
             if "dispatched" in columns:
                 functions["dispatched"] = dispatched(layer)
             for name in RIVALS:
@@ -131,11 +151,15 @@ def speedup(model: nn.Module, dense: nn.Module, batches: Sequence[dict[str, Any]
 @torch.no_grad()
 def bench_model(
     model: nn.Module, dense: nn.Module, *, batches: list[int], length: int, settings: list[dict], seconds: float = 4.0,
-    columns: tuple[str, ...] = COLUMNS, clock: str = "wall", keep_dense: bool = False,
+    columns: tuple[str, ...] = COLUMNS, clock: str = "wall", keep_dense: bool = False, expert_dtype: str | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of prefill (`batch` × `length` tokens at once) and, for generative models, of decode (one token each)."""
+    """Rows of prefill (`batch` × `length` tokens at once) and, for generative models, of decode (one token each).
+
+    With `expert_dtype` there is a column of that name, the model with its experts in that dtype.
+    """
     for layer in layers(model):
         layer.keep_dense = keep_dense
+    twin = twin_in(model, expert_dtype) if expert_dtype else None
     rows = []
     decodes = hasattr(model, "can_generate") and model.can_generate() and not model.config.is_encoder_decoder
     vocabulary = model.config.get_text_config().vocab_size
@@ -147,10 +171,13 @@ def bench_model(
             inputs = prompts if phase == "prefill" else [p[:, :1] for p in prompts]
             dense_functions = dense_columns(dense, inputs[0], columns, call)
             for setting in settings:
-                with _gate(model, setting):
+                with _gate(model, setting), _gate(twin, setting) if twin else nullcontext():
                     active = check_model(model, prompts[0])
                     caches.clear()
                     functions = {**dense_functions, "sparse": lambda x, c=call: c(model, x)}
+                    if twin:
+                        check_model(twin, prompts[0])
+                        functions[str(expert_dtype)] = lambda x, c=call: c(twin, x)
                     if "dispatched" in columns:
                         functions["dispatched"] = dispatched(functions["sparse"])
                     for name in RIVALS:

@@ -64,7 +64,7 @@ def row(
         "dense_ms": dense,
         "sparse_ms": median["sparse"],
         "speedup": dense / median["sparse"],
-        **({"dispatched_speedup": dense / median["dispatched"]} if "dispatched" in median else {}),
+        **{f"{name}_speedup": dense / median[name] for name in ("dispatched", "int8") if name in median},
         "ideal": 1 / active,
         "ms": median,
         "quartiles_ms": quartiles,

@@ -32,6 +32,7 @@ struct D2dmoeLayer {
     const float* base;                                                  // (d_out,): what a token gets without any expert
     const void *linear_in, *linear_out;                                 // (d, rank), (rank, d_out)
     const void *up_tiles, *gate_tiles, *down_tiles;                     // as of in_tiles in native.py
+    const float *up_scale, *gate_scale, *down_scale;                    // (experts, size): weights are in int8, or null
     const D2dmoeSample* samples;
     int64_t sample_count;
     uint64_t fingerprint;                                               // of the samples when the layer was prepared
@@ -39,7 +40,7 @@ struct D2dmoeLayer {
 
 }
 
-EXPORT int d2dmoe_abi() { return 4; }
+EXPORT int d2dmoe_abi() { return 5; }
 
 namespace {
 
@@ -91,8 +92,14 @@ struct Call {
     bool everything() const { return !run && layer.tau <= 0; }
     bool widened() const { return layer.bf16 && !kernels.bf16_inputs; }
     int64_t element() const { return layer.bf16 ? 2 : 4; }
+    bool int8() const { return layer.up_scale; }
+    // Bytes of an expert's matrix, and of an element of its biases and constants.
+    int64_t matrix(int64_t depth, int64_t width) const {
+        return int8() ? round_up(depth, 4) * width : depth * width * element();
+    }
+    int64_t beside() const { return int8() ? 4 : element(); }
     // All experts of a tile of tokens in one go; that keeps its own order of things in the caches.
-    bool by_experts() const { return layer.bf16 && kernels.experts_bf16; }
+    bool by_experts() const { return layer.bf16 && !int8() && kernels.experts_bf16; }
     int64_t padded_out() const { return round_up(layer.d_out, kernels.lanes); }
     // Tokens can be added up where they belong if they are fp32 and whole vectors.
     bool in_place() const { return !layer.bf16 && layer.d_out % kernels.lanes == 0; }
@@ -167,7 +174,7 @@ int64_t widest(const D2dmoeLayer& l) { return std::max(l.size, l.linear_rank); }
 
 ExpertCall expert_call(const Call& c, int64_t e, const Rows& rows, const int32_t* list, int64_t count, char* scratch) {
     const auto& l = c.layer;
-    int64_t element = c.element(), up = l.d * l.size, down = l.size * l.d_out;
+    int64_t beside = c.beside(), up = c.matrix(l.d, l.size), down = c.matrix(l.size, l.d_out);
     ExpertCall call{};
     call.d = l.d, call.d_out = l.d_out, call.list = list, call.count = count, call.scratch = scratch;
     call.widest = widest(l);
@@ -175,14 +182,18 @@ ExpertCall expert_call(const Call& c, int64_t e, const Rows& rows, const int32_t
     if (e == l.experts) {  // the linear term is one more expert that every token runs
         call.up = l.linear_in, call.down = l.linear_out, call.size = l.linear_rank, call.activation = IDENTITY;
     } else {
-        call.up = offset(l.up, e * up, element), call.up_bias = offset(l.up_bias, e * l.size, element);
-        call.gate = offset(l.gate_weight, e * up, element), call.gate_bias = offset(l.gate_bias, e * l.size, element);
-        call.down = offset(l.down, e * down, element);
+        call.up = offset(l.up, e * up, 1), call.up_bias = offset(l.up_bias, e * l.size, beside);
+        call.gate = offset(l.gate_weight, e * up, 1), call.gate_bias = offset(l.gate_bias, e * l.size, beside);
+        call.down = offset(l.down, e * down, 1);
+        if (c.int8()) {
+            call.up_scale = l.up_scale + e * l.size, call.down_scale = l.down_scale + e * l.size;
+            call.gate_scale = l.gate_scale ? l.gate_scale + e * l.size : nullptr;
+        }
         int64_t tiles = round_up(l.size, 32);
         call.up_tiles = offset(l.up_tiles, e * tiles * round_up(l.d, 32), 2);
         call.gate_tiles = offset(l.gate_tiles, e * tiles * round_up(l.d, 32), 2);
         call.down_tiles = offset(l.down_tiles, e * tiles * round_up(l.d_out, 32), 2);
-        call.constant = offset(l.constants, e * l.d_out, element);
+        call.constant = offset(l.constants, e * l.d_out, beside);
         call.size = l.size, call.activation = l.activation;
     }
     return call;
@@ -199,7 +210,8 @@ void run_experts(const Call& c, int64_t first, int64_t last, const Rows& rows, i
     }
     if (c.by_experts()) return c.kernels.experts_bf16(calls, n, tokens);
     for (int64_t i = 0; i + 1 < n; i++) calls[i].next = calls[i + 1].up;
-    for (int64_t i = 0; i < n; i++) (c.layer.bf16 ? c.kernels.expert_bf16 : c.kernels.expert_f32)(calls[i]);
+    const auto plain = c.layer.bf16 ? c.kernels.expert_bf16 : c.kernels.expert_f32;  // also of the linear term
+    for (int64_t i = 0; i < n; i++) (calls[i].up_scale ? c.kernels.expert_int8 : plain)(calls[i]);
 }
 
 void start_row(const Call& c, float* y) {
@@ -431,8 +443,9 @@ constexpr int64_t LAST_CACHE = int64_t(32) << 20, SECOND_CACHE = 800 * 1024;
 int64_t tile_size(const Call& c) {
     const char* forced = std::getenv("D2DMOE_TILE");
     int64_t bytes = c.layer.d * (c.widened() ? 4 : c.element()) + c.layer.d_out * 4;
-    int64_t weights = c.layer.experts * c.layer.size * (c.layer.d * (c.layer.gate_weight ? 2 : 1) + c.layer.d_out);
-    bool fit = weights * c.element() <= LAST_CACHE && !c.by_experts();
+    int64_t matrices = c.matrix(c.layer.d, c.layer.size) * (c.layer.gate_weight ? 2 : 1);
+    matrices += c.matrix(c.layer.size, c.layer.d_out);
+    bool fit = c.layer.experts * matrices <= LAST_CACHE && !c.by_experts();
     int64_t most = forced ? std::atoll(forced) : fit ? std::clamp<int64_t>(SECOND_CACHE / bytes, 128, 256) : 512;
     int64_t rounds = (c.tokens + most * c.team - 1) / (most * c.team);
     return (c.tokens + rounds * c.team - 1) / (rounds * c.team);

@@ -16,6 +16,7 @@ enum Gate : int32_t { GATE_MAX, GATE_SHARE, GATE_TOPK, GATE_TOPP, GATE_ABSOLUTE 
 struct ExpertCall {
     const void *up, *up_bias, *gate, *gate_bias, *down;
     const void *up_tiles, *gate_tiles, *down_tiles;  // the same weights once more for experts_bf16, or null
+    const float *up_scale, *gate_scale, *down_scale;  // (size,), of weights in int8, or null
     const void* constant;  // (d_out,), taken off the output, or null
     const void* next;      // `up` of the expert that comes after this one, or null
     int64_t d, size, d_out;
@@ -45,6 +46,7 @@ struct Kernels {
     // Null where another table does fp32 as well.
     void (*expert_f32)(const ExpertCall&);
     void (*expert_bf16)(const ExpertCall&);
+    void (*expert_int8)(const ExpertCall&);  // weights as int8.h has them; x, biases and constant in fp32
     // Several experts on rows of the same `tokens`, for a table that gains by seeing them all; null elsewhere.
     void (*experts_bf16)(const ExpertCall* calls, int64_t n, int64_t tokens);
     int64_t (*experts_scratch)(int64_t tokens, int64_t d, int64_t size, int64_t d_out);
