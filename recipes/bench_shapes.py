@@ -76,7 +76,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--columns", default="eager", help=", ".join(COLUMNS))
-    parser.add_argument("--expert-dtype", choices=("int8",), help="a further column: experts in this dtype")
+    parser.add_argument(
+        "--expert-dtype", choices=("int8", "int8-dynamic"), help="a further column: experts in this dtype"
+    )
     parser.add_argument("--json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -34,7 +34,9 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
         "--keep-dense", action="store_true",
         help="hold the dense layout of the feed-forward weights as well, for the column dispatched",
     )  # fmt: skip
-    sub.add_argument("--expert-dtype", choices=("int8",), help="a further column: the same with experts in this dtype")
+    sub.add_argument(
+        "--expert-dtype", choices=("int8", "int8-dynamic"), help="a further column: the same with experts in this dtype"
+    )
     turn = "layers alike, used in turn so that their weights come from memory, as in a model; for --layer"
     sub.add_argument("--copies", type=int, default=1, help=turn)
     sub.add_argument("--columns", default=columns, help="what to compare with; eager is always there")

@@ -32,7 +32,11 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
     second = "a second text: its active fraction and loss stand beside those of --data, for each budget"
     sub.add_argument("--also-eval", metavar="DATA", help=second)
     sub.add_argument("--plot", metavar="FILE", help="draw quality against whole-model FLOPs (needs matplotlib)")
-    sub.add_argument("--expert-dtype", choices=("int8",), help="weights of the experts (default: the model's dtype)")
+    sub.add_argument(
+        "--expert-dtype",
+        choices=("int8", "int8-dynamic"),
+        help="arithmetic of the experts (default: the model's dtype)",
+    )
     sub.add_argument("--oracle", action="store_true", help="select by true expert norms instead of the routers")
 
 

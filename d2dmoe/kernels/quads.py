@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-EXPERT_DTYPES = (None, "int8")  # None: that of the parameters
+EXPERT_DTYPES = (None, "int8", "int8-dynamic")  # None: that of the parameters; the last one rounds tokens as well
 MOST = 127
 INPUTS = {"up_weight": 1, "gate_weight": 1, "down_weight": 2}  # dimension that a neuron's weights of a matrix run along
 SLACK = 64  # bytes that the library may read beyond the last quad
@@ -43,6 +43,26 @@ def rounded(weight: torch.Tensor, name: str) -> torch.Tensor:
     if torch.is_grad_enabled() and weight.requires_grad:
         return found + (weight - weight.detach())  # the straight-through estimate of Bengio et al. 2013
     return found
+
+
+def rounded_rows(x: torch.Tensor) -> torch.Tensor:
+    """Every row of `x` ``(…, n)`` on a scale of its own; NaN where a value is not finite. Gradients pass through."""
+    scale = scales(x, -1)
+    found = (integers(x, scale) * scale).to(x.dtype)
+    return found + (x - x.detach()) if torch.is_grad_enabled() and x.requires_grad else found
+
+
+def rounded_hidden(hidden: torch.Tensor, down_weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two factors of the down product where tokens are rounded as well.
+
+    The hidden values ``(experts, tokens, size)`` take the scales of the down projection on and are then rounded, a
+    scale for each token of an expert. What is left of ``(experts, size, d_out)`` are integers.
+    """
+    scale = scales(down_weight, INPUTS["down_weight"])
+    whole = integers(down_weight, scale).to(down_weight.dtype)
+    if torch.is_grad_enabled() and down_weight.requires_grad:
+        whole = whole + (down_weight - down_weight.detach()) / torch.where(scale > 0, scale, 1.0).to(whole.dtype)
+    return rounded_rows(hidden.float() * scale.transpose(1, 2)).to(hidden.dtype), whole
 
 
 def in_quads(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:

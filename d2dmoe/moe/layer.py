@@ -16,6 +16,8 @@ from ..kernels import (
     fused_backend,
     hidden_activations,
     rounded,
+    rounded_hidden,
+    rounded_rows,
     way_taken,
 )
 from ..kernels.gates import straight_through
@@ -135,6 +137,8 @@ class DynamicFFN(Gated, nn.Module):
         watched = not compiling and torch._C._functorch.peek_interpreter_stack() is not None
         if watched or torch.jit.is_tracing():  # vmap and jit.trace have to see every step
             return False
+        if self.expert_dtype == "int8-dynamic" and (compiling or torch._C._len_torch_dispatch_stack()):
+            return False  # the operator rounds no tokens
         own = self._parameters  # looked up directly: `nn.Module` finds attributes slowly, and this is a hot path
         up, down = own.get("up_weight"), own.get("down_weight")
         if up is None or down is None:
@@ -158,9 +162,10 @@ class DynamicFFN(Gated, nn.Module):
         """All experts computed, some masked; `(tokens, d_model)` to `(tokens, d_out)`."""
         stand_in = self.stand_in_of(state)
         up, gate, down = self._weights(state)
-        hidden = hidden_activations(x, up, self.up_bias, gate, self.gate_bias, self.act).to(
-            down.dtype
-        )  # (experts, tokens, size); T5 keeps its down projection in fp32
+        dynamic = self.expert_dtype == "int8-dynamic"
+        hidden = hidden_activations(
+            rounded_rows(x) if dynamic else x, up, self.up_bias, gate, self.gate_bias, self.act
+        ).to(down.dtype)  # (experts, tokens, size); T5 keeps its down projection in fp32
         hidden = without_padding(hidden, block=self.block)
         scores = run = None
         if state.tau > 0:
@@ -170,6 +175,8 @@ class DynamicFFN(Gated, nn.Module):
                 run = straight_through(scores, run)
         if self.observer is not None:
             self.observer(self, x, hidden, scores, run)
+        if dynamic:
+            hidden, down = rounded_hidden(hidden, down)
         if stand_in is None:
             return down_product(hidden, down, self.down_bias, run, None)
         y = down_product(hidden, down, self.down_bias, run, state.faded(self.constants[stand_in]))
@@ -181,14 +188,19 @@ class DynamicFFN(Gated, nn.Module):
         return y
 
     def _weights(self, state: GateState) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Up, gate and down projections of the readable way; in int8 with the refitted down projection folded in."""
+        """Up, gate and down projections of the readable way; in int8 with the refitted down projection folded in.
+
+        Where tokens are rounded as well, the down projection is rounded later, with the hidden values.
+        """
         stand_in, down = self.stand_in_of(state), self.down_weight
         if self.expert_dtype is None:
             return self.up_weight, self.gate_weight, down
         if stand_in is not None and self.delta_in is not None:
             down = down + self.delta_in[stand_in] @ state.faded(self.delta_out[stand_in])
         gate = None if self.gate_weight is None else rounded(self.gate_weight, "gate_weight")
-        return rounded(self.up_weight, "up_weight"), gate, rounded(down, "down_weight")
+        if self.expert_dtype == "int8":
+            down = rounded(down, "down_weight")
+        return rounded(self.up_weight, "up_weight"), gate, down
 
     def _fused(self, x: torch.Tensor, state: GateState) -> torch.Tensor:
         """The same by a backend, straight through it where nobody watches the dispatcher."""

@@ -98,7 +98,7 @@ class Prepared:
         entry = self.entries.get(state)
         if entry is None or entry.versions != versions:
             entry = self._add(layer, state, versions)
-        if run is None and layer.keep_dense and automatic():
+        if run is None and layer.keep_dense and layer.expert_dtype != "int8-dynamic" and automatic():
             if entry.dense is None:
                 entry.dense = dense_way(layer, state, as_computed(layer, entry.tensors))
             if choose_way(self.place(layer, state), {"sparse": entry.sparse, "dense": entry.dense}, x) == "dense":

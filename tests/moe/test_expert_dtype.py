@@ -24,9 +24,12 @@ from d2dmoe.moe.memory import twin_in
 CLOSE = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.bfloat16: {"rtol": 0.02, "atol": 0.02}}
 
 
-def in_int8(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+INT8 = pytest.mark.parametrize("expert_dtype", ["int8", "int8-dynamic"])
+
+
+def in_int8(dtype: torch.dtype = torch.float32, expert_dtype: str = "int8") -> torch.nn.Module:
     model = small().to(dtype)
-    set_expert_dtype(model, "int8")
+    set_expert_dtype(model, expert_dtype)
     return model
 
 
@@ -38,9 +41,10 @@ def by_reference(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
 @needs_native
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("active", [0.25, 0.5, 0.75, 1])
+@INT8
 @torch.no_grad()
-def test_the_library_computes_what_pytorch_does(dtype, active):
-    model = in_int8(dtype)
+def test_the_library_computes_what_pytorch_does(dtype, active, expert_dtype):
+    model = in_int8(dtype, expert_dtype)
     set_gate(model, active=active)
     for layer in layers(model):
         layer.observer = lambda *_: None  # an observed layer selects in Python, where rounding is the same
@@ -58,9 +62,10 @@ def test_the_library_computes_what_pytorch_does(dtype, active):
 @needs_native
 @pytest.mark.parametrize("active", [0.25, 1])
 @pytest.mark.parametrize("name", CHANGES)
+@INT8
 @torch.no_grad()
-def test_outputs_follow_the_weights(name, active):
-    model = in_int8()
+def test_outputs_follow_the_weights(name, active, expert_dtype):
+    model = in_int8(expert_dtype=expert_dtype)
     inputs = dummy_inputs(model)
     set_gate(model, active=active)
     model(**inputs)
@@ -89,9 +94,10 @@ def test_budgets_share_what_is_rounded_and_old_weights_go():
 
 
 @needs_native
+@INT8
 @torch.no_grad()
-def test_other_ways_round_alike():
-    model = in_int8()
+def test_other_ways_round_alike(expert_dtype):
+    model = in_int8(expert_dtype=expert_dtype)
     inputs = dummy_inputs(model)
     set_gate(model, active=0.5)
     y = model(**inputs).logits
@@ -111,9 +117,10 @@ def test_other_ways_round_alike():
     assert_close(merge(model)(**inputs).logits, y, **CLOSE[y.dtype])
 
 
-def test_gradients_pass_the_rounding():
+@INT8
+def test_gradients_pass_the_rounding(expert_dtype):
     """Where none are wanted nothing changes; where they are, the parameters learn for the rounded weights."""
-    model = in_int8()
+    model = in_int8(expert_dtype=expert_dtype)
     layer, x = layers(model)[0], torch.randn(5, 32)
     set_gate(model, active=0.5)
     with torch.no_grad():
@@ -161,7 +168,7 @@ def test_checkpoints_stay_as_they_are(tmp_path):
 
 def test_what_is_refused():
     model = small()
-    with pytest.raises(UserError, match="expert dtype 'int4': give \"int8\", or None"):
+    with pytest.raises(UserError, match=r'expert dtype .int4.: give "int8", "int8-dynamic", or None'):
         set_expert_dtype(model, "int4")
     with pytest.raises(UserError, match="not converted"):
         set_expert_dtype(tiny("gpt2"), "int8")

@@ -23,6 +23,7 @@ extern "C" {
 // Mirrored in native.py. Null pointers stand for what a layer does not have.
 struct D2dmoeLayer {
     int32_t bf16, activation, gate, kernels;
+    int32_t rounds, reserved;  // are tokens and hidden values rounded to int8 as well?
     int64_t d, size, d_out, experts, router_width, linear_rank, top, min_experts, max_experts, shared;
     float tau;
     int32_t few;  // at most so many tokens are handled by sharing out the experts
@@ -76,6 +77,17 @@ bool supported(int number) {
     return number == 0;
 }
 
+// The best function for rounded tokens. 32 bits hold the sums of so many products of bytes.
+constexpr int64_t DEEPEST = 65536;
+
+auto expert_rounded(const D2dmoeLayer& l, const Kernels& kernels) {
+#if defined(__x86_64__) && !defined(D2DMOE_NO_VNNI)
+    static const bool vnni = __builtin_cpu_supports("avx512vnni");
+    if (vnni && &kernels == &kernels_avx512 && std::max(l.d, l.size) <= DEEPEST) return expert_rounded_vnni;
+#endif
+    return kernels.expert_rounded;
+}
+
 thread_local Buffer shared_buffer, own_buffer;
 
 struct Call {
@@ -93,6 +105,8 @@ struct Call {
     bool widened() const { return layer.bf16 && !kernels.bf16_inputs; }
     int64_t element() const { return layer.bf16 ? 2 : 4; }
     bool int8() const { return layer.up_scale; }
+    bool rounds() const { return layer.rounds; }
+    int64_t rounded_row() const { return rounds() ? rounded_bytes(layer.d) : 0; }
     // Bytes of an expert's matrix, and of an element of its biases and constants.
     int64_t matrix(int64_t depth, int64_t width) const {
         return int8() ? round_up(depth, 4) * width : depth * width * element();
@@ -109,18 +123,24 @@ const char* offset(const void* base, int64_t elements, int64_t element) {
     return base ? static_cast<const char*>(base) + elements * element : nullptr;
 }
 
-// Where the kernels read token `t`: as it came, or widened to fp32 in `wide`.
+// Where the kernels read token `t`: as it came, or widened to fp32 in `wide`; and once more, rounded, if the layer rounds.
 struct Inputs {
     const char* start;
     int64_t stride;
+    const char* rounded;
     const void* row(int64_t t) const { return start + t * stride; }
 };
 
-Inputs inputs_of(const Call& c, int64_t first, int64_t count, float* wide) {
-    if (!c.widened()) return {c.x + first * c.ld_x, c.ld_x};
-    for (int64_t t = 0; t < count; t++)
-        c.kernels.widen(reinterpret_cast<const bf16*>(c.x + (first + t) * c.ld_x), c.layer.d, wide + t * c.layer.d);
-    return {reinterpret_cast<const char*>(wide), c.layer.d * 4};
+Inputs inputs_of(const Call& c, int64_t first, int64_t count, float* wide, char* rounded) {
+    Inputs x{c.x + first * c.ld_x, c.ld_x, rounded};
+    if (c.widened()) {
+        for (int64_t t = 0; t < count; t++)
+            c.kernels.widen(reinterpret_cast<const bf16*>(c.x + (first + t) * c.ld_x), c.layer.d, wide + t * c.layer.d);
+        x = {reinterpret_cast<const char*>(wide), c.layer.d * 4, rounded};
+    }
+    for (int64_t t = 0; c.rounds() && t < count; t++)
+        c.kernels.round_row(static_cast<const float*>(x.row(t)), c.layer.d, rounded + t * c.rounded_row());
+    return x;
 }
 
 void router_rows(const Call& c, const Inputs& x, int64_t tokens, int64_t first, int64_t last, float* hidden) {
@@ -178,6 +198,7 @@ ExpertCall expert_call(const Call& c, int64_t e, const Rows& rows, const int32_t
     ExpertCall call{};
     call.d = l.d, call.d_out = l.d_out, call.list = list, call.count = count, call.scratch = scratch;
     call.widest = widest(l);
+    call.rounded = rows.x.rounded, call.ld_rounded = c.rounded_row();
     call.x = rows.x.start, call.ld_x = rows.x.stride, call.y = rows.y, call.ld_y = rows.ld_y;
     if (e == l.experts) {  // the linear term is one more expert that every token runs
         call.up = l.linear_in, call.down = l.linear_out, call.size = l.linear_rank, call.activation = IDENTITY;
@@ -211,7 +232,8 @@ void run_experts(const Call& c, int64_t first, int64_t last, const Rows& rows, i
     if (c.by_experts()) return c.kernels.experts_bf16(calls, n, tokens);
     for (int64_t i = 0; i + 1 < n; i++) calls[i].next = calls[i + 1].up;
     const auto plain = c.layer.bf16 ? c.kernels.expert_bf16 : c.kernels.expert_f32;  // also of the linear term
-    for (int64_t i = 0; i < n; i++) (calls[i].up_scale ? c.kernels.expert_int8 : plain)(calls[i]);
+    const auto int8 = c.rounds() ? expert_rounded(c.layer, c.kernels) : c.kernels.expert_int8;
+    for (int64_t i = 0; i < n; i++) (calls[i].up_scale ? int8 : plain)(calls[i]);
 }
 
 void start_row(const Call& c, float* y) {
@@ -242,11 +264,12 @@ int64_t scratch_for(const Call& c, int64_t tokens) {
 struct FewShared {
     const Call* call;
     float *hidden, *scores, *partial, *wide;
+    char* rounded;
     uint8_t* run;
     Barrier* barrier;
     std::atomic<bool>* failed;
     // Of the barrier, in few_body.
-    int waits() const { return int(call->widened()) + 2 * int(call->routed()) + 1; }
+    int waits() const { return int(call->widened() || call->rounds()) + 2 * int(call->routed()) + 1; }
     void take(Pieces& p) {
         const auto& l = call->layer;
         int64_t n = call->tokens;
@@ -254,6 +277,7 @@ struct FewShared {
         scores = p.take<float>(call->routed() ? n * l.experts : 0);
         run = p.take<uint8_t>(call->routed() ? n * l.experts : 0);
         wide = p.take<float>(call->widened() ? n * l.d : 0);
+        rounded = p.take<char>(n * call->rounded_row());
         partial = p.take<float>(n * call->padded_out() * call->team);
     }
 };
@@ -299,12 +323,13 @@ void few_body(FewShared& s, FewOwn& own, int id, int team) {
     const Call& c = *s.call;
     const auto& l = c.layer;
     int64_t n = c.tokens, ld_y = c.padded_out();
-    if (c.widened()) {
+    Inputs x{c.x, c.ld_x, s.rounded};
+    if (c.widened()) x = {reinterpret_cast<const char*>(s.wide), l.d * 4, s.rounded};
+    if (c.widened() || c.rounds()) {
         auto [first, last] = share(n, id, team);
-        inputs_of(c, first, last - first, s.wide + first * l.d);
+        inputs_of(c, first, last - first, s.wide + first * l.d, s.rounded + first * c.rounded_row());
         s.barrier->wait();
     }
-    Inputs x = c.widened() ? Inputs{reinterpret_cast<const char*>(s.wide), l.d * 4} : Inputs{c.x, c.ld_x};
     const uint8_t* run = c.run;
     if (c.routed()) {
         auto [first_row, last_row] = share(l.router_width, id, team);
@@ -375,6 +400,7 @@ struct ManyOwn {
     const Call* call;
     int64_t tile;
     float *hidden, *scores, *wide, *sums;
+    char* rounded;
     uint8_t* run;
     int32_t *lists, *counts;
     ExpertCall* calls;
@@ -385,6 +411,7 @@ struct ManyOwn {
         scores = p.take<float>(call->routed() ? tile * l.experts : 0);
         run = p.take<uint8_t>(call->routed() ? tile * l.experts : 0);
         wide = p.take<float>(call->widened() ? tile * l.d : 0);
+        rounded = p.take<char>(tile * call->rounded_row());
         sums = p.take<float>(call->in_place() ? 0 : tile * call->padded_out());
         lists = p.take<int32_t>(l.experts * list_stride(tile));
         counts = p.take<int32_t>(l.experts);
@@ -403,7 +430,7 @@ struct ManyShared {
 
 void run_tile(const Call& c, int64_t first, int64_t n, ManyOwn& own) {
     const auto& l = c.layer;
-    Inputs x = inputs_of(c, first, n, own.wide);
+    Inputs x = inputs_of(c, first, n, own.wide, own.rounded);
     const uint8_t* run = c.run ? c.run + first * l.experts : nullptr;
     if (c.routed()) {
         router_rows(c, x, n, 0, l.router_width, own.hidden);
@@ -421,7 +448,7 @@ void run_tile(const Call& c, int64_t first, int64_t n, ManyOwn& own) {
 
 void many_body(void* context, int, int) {
     auto& s = *static_cast<ManyShared*>(context);
-    ManyOwn own{s.call, s.tile, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+    ManyOwn own{s.call, s.tile, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
     try {
         own = lay_out(own_buffer, own);
     } catch (const std::bad_alloc&) {
@@ -506,7 +533,7 @@ EXPORT int d2dmoe_forward(const D2dmoeLayer* layer, const void* x, int64_t ld_x,
               static_cast<char*>(y), std::max(threads, 1)};
     try {
         if (tokens <= layer->few) {
-            FewShared shared = lay_out(shared_buffer, FewShared{&call, {}, {}, {}, {}, {}, nullptr, nullptr});
+            FewShared shared = lay_out(shared_buffer, FewShared{&call, {}, {}, {}, {}, {}, {}, nullptr, nullptr});
             FewStart start{&shared, {}, {false}};
             run_team(call.team, few_enter, &start);
             return start.failed.load() ? 1 : 0;

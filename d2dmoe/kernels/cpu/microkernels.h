@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 #if defined(__AVX512F__)
@@ -630,7 +631,9 @@ const Kernels D2DMOE_TABLE_NAME(D2DMOE_ISA) = {
     sizeof(Wide) == 2,
     D2DMOE_FP32((isa::expert<float, float>)),
     isa::expert<Wide, bf16>,
-    D2DMOE_FP32(isa::expert_int8),
+    D2DMOE_FP32(isa::expert_int8<float>),
+    D2DMOE_FP32(isa::expert_int8<isa::Rounded>),
+    D2DMOE_FP32(isa::round_row),
     nullptr,
     nullptr,
     D2DMOE_FP32((isa::dots<float, float>)),

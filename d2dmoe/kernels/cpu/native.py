@@ -24,7 +24,7 @@ TILES_FROM = 32  # tokens of a call for which weights are put into tiles: with f
 STALE = 2  # what the library returns when a source of a plan has changed
 SAMPLES = 32  # of a tensor, at most
 FEW = 64  # up to so many tokens the experts are shared out over the threads, above it the tokens
-_NUMBERS = ("bf16", "activation", "gate", "kernels")
+_NUMBERS = ("bf16", "activation", "gate", "kernels", "rounds", "reserved")
 _SIZES = ("d", "size", "d_out", "experts", "router_width", "linear_rank", "top", "min_experts", "max_experts", "shared")
 _TENSORS = {  # field of the struct -> argument of the operator
     "router_hidden": "router_hidden", "router_score": "router_score", "up": "up_weight", "up_bias": "up_bias",
@@ -243,14 +243,15 @@ class Plan:
     ):
         """See `operator.reference`; `kernels` forces an instruction set.
 
-        With `expert_dtype` int8 the experts' weights are rounded as `quads.rounded` has it, and kept in that form.
+        With an `expert_dtype` the experts' weights are rounded as `quads.rounded` has it, and kept in that form; with
+        `int8-dynamic` tokens and hidden values are as well.
 
         At each call, `sources` are compared with what they are now, see `Watch`.
 
         With `tiles` the plan may keep bf16 weights a second time, in tiles, where the instruction set gains by that;
         plans of one layer share them through it, and weights in int8. It pays for a plan that is used again.
         """
-        up, int8 = tensors["up_weight"], expert_dtype == "int8"
+        up, int8 = tensors["up_weight"], expert_dtype is not None
         for name, tensor in tensors.items():
             if tensor is not None and (tensor.device.type != "cpu" or (tensor.numel() and not tensor.data_ptr())):
                 raise RuntimeError(f"{name} is on the device {tensor.device}; the CPU kernels need it in memory")
@@ -270,6 +271,7 @@ class Plan:
             bf16=up.dtype == torch.bfloat16, activation=ACTIVATIONS[activation], gate=GATES[gate],
             kernels=kernel_for(up.dtype, int8) if kernels is None else kernels, d=d, size=size, d_out=self.d_out,
             experts=experts, min_experts=max(min_experts - shared, 0), shared=shared, tau=tau, few=FEW,
+            rounds=expert_dtype == "int8-dynamic",
             max_experts=max(max_experts - shared, 1) if max_experts else 0,  # among those that the gate chooses from
             top=_top(experts - shared, tau) if gate == "topk" else 0,
         )  # fmt: skip
