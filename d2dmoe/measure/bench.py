@@ -31,6 +31,7 @@ DENSE = ("eager", "compiled", "frozen")
 RIVALS = ("grouped_mm", "loop")
 COLUMNS = (*DENSE, "sparse", "dispatched", *RIVALS)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative RMSE of the converted layer to the reference
+STEPS = 1e-3  # the same where hidden values are rounded: a sum in another order can take one of them to the next step
 
 
 def dispatched(function: Function) -> Function:
@@ -116,13 +117,14 @@ def _check_backend(layer: DynamicFFN, x: torch.Tensor, where: str) -> None:
     layer.observer.needs_hidden = False
     y = layer(x)  # an observed layer takes its experts from Python, so rounding cannot change the selection
     layer.observer = None
+    least = STEPS if layer.expert_dtype == "int8-dynamic" else 0.0
     with use_backend("reference"):
-        _agree(y, layer(x), f"the backend and the reference {where}")
+        _agree(y, layer(x), f"the backend and the reference {where}", least)
 
 
-def _agree(y: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+def _agree(y: torch.Tensor, expected: torch.Tensor, what: str, least: float = 0.0) -> None:
     error = float((y - expected).float().norm() / expected.float().norm().clamp_min(1e-9))
-    if not error <= TOLERANCE[y.dtype]:
+    if not error <= max(TOLERANCE[y.dtype], least):
         raise RuntimeError(f"not timed: {what} differ by {error:.1e}")
 
 

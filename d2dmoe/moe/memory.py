@@ -76,7 +76,7 @@ def set_expert_dtype(model: nn.Module, dtype: str | None) -> int:
     budget's change folded in. Routers, biases, constants and the linear term stay as they are, so the same experts run
     up to what rounding in the layers before has changed. Parameters and checkpoints stay as they are as well: the
     weights are rounded when a layer first runs, and again after a change. The native library then reads a quarter of
-    the bytes of fp32. Everywhere else (GPU, autocast, observers, gradients, ONNX) PyTorch computes with the rounded
+    the bytes of fp32. Everywhere else (GPU, autocast, gradients, compiled code) PyTorch computes with the rounded
     weights. Gradients pass the rounding as if it were not there, so a fine-tuning trains the parameters for int8.
 
     `int8-dynamic` rounds what the experts multiply as well: every token, and every token's hidden values in an expert
