@@ -21,10 +21,11 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfm
 FLAGS = {
     "isa_avx2": ["-mavx2", "-mfma"],
     "isa_avx512": AVX512,
+    "isa_vnni": [*AVX512, "-mavx512vnni"],
     "isa_avx512bf16": [*AVX512, "-mavx512bf16"],
     "isa_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
-LATE = ("isa_avx512bf16", "isa_amx")  # GCC has them from 10 and 11 on; done without where it does not
+LATE = ("isa_vnni", "isa_avx512bf16", "isa_amx")  # GCC has them from 8, 10 and 11 on; done without where it does not
 COMMON = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-pthread"]
 
 

@@ -77,6 +77,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--columns", default="eager", help=", ".join(COLUMNS))
+    parser.add_argument(
+        "--expert-dtype", choices=("int8", "int8-dynamic"), help="a further column: experts in this dtype"
+    )
     parser.add_argument("--json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -88,6 +91,7 @@ def main() -> None:
             found = bench_model(
                 model, dense, batches=[batch], length=length, settings=[{"active": arguments.active}],
                 seconds=arguments.seconds, columns=tuple(arguments.columns.split(",")), clock=arguments.clock,
+                expert_dtype=arguments.expert_dtype,
             )  # fmt: skip
             print(f"{name}, {batch} x {length}\n{bench_table(found)}\n", flush=True)
             rows += [{"shape": name, **row} for row in found]

@@ -35,6 +35,11 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
         "--keep-dense", action="store_true",
         help="hold the dense layout of the feed-forward weights as well, for the column dispatched",
     )  # fmt: skip
+    sub.add_argument(
+        "--expert-dtype", choices=("int8", "int8-dynamic"), help="a further column: the same with experts in this dtype"
+    )
+    turn = "layers alike, used in turn so that their weights come from memory, as in a model; for --layer"
+    sub.add_argument("--copies", type=int, default=1, help=turn)
     sub.add_argument("--columns", default=columns, help="what to compare with; eager is always there")
     drawn = "draw recorded quality against measured time (needs --model and matplotlib)"
     sub.add_argument("--plot", metavar="FILE", help=drawn)
@@ -58,16 +63,20 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
         if arguments.layer:
             raise UserError("--plot draws the quality of a model, and a single layer has none; give --model")
         check_plot(arguments.plot)
+    if arguments.copies != 1 and (columns != ("eager",) or not arguments.layer or arguments.copies < 1):
+        raise UserError(f"--copies {arguments.copies}: must be 1 or more, with --layer and --columns eager")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.clock == "cpu" and torch.get_num_threads() != 1:
         raise UserError("--clock cpu counts the calling thread only; give --threads 1 with it")
     options = {
         "seconds": arguments.seconds, "columns": columns, "clock": arguments.clock, "keep_dense": arguments.keep_dense,
+        "expert_dtype": arguments.expert_dtype,
     }  # fmt: skip
     if arguments.layer:
         tokens = [int(n) for n in arguments.tokens]
         spec, dtype = parse_layer(arguments.layer), getattr(torch, arguments.dtype)
+        options["copies"] = arguments.copies
         rows = bench.bench_layer(spec, tokens=tokens, actives=arguments.active or [0.25], dtype=dtype, **options)
     else:
         rows = _bench_model(arguments, options)

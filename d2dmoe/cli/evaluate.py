@@ -32,6 +32,11 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
     second = "a second text: its active fraction and loss stand beside those of --data, for each budget"
     sub.add_argument("--also-eval", metavar="DATA", help=second)
     sub.add_argument("--plot", metavar="FILE", help="draw quality against whole-model FLOPs (needs matplotlib)")
+    sub.add_argument(
+        "--expert-dtype",
+        choices=("int8", "int8-dynamic"),
+        help="arithmetic of the experts (default: the model's dtype)",
+    )
     sub.add_argument("--oracle", action="store_true", help="select by true expert norms instead of the routers")
 
 
@@ -53,7 +58,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
     options = {"part": part, "tokens": arguments.tokens, "metric": arguments.metric}
     options["also_eval"] = arguments.also_eval
     subjects = [prepare(name, config, settings, **options) for name in dict.fromkeys(names)]
-    rows = compare(subjects, settings, oracle=arguments.oracle)
+    rows = compare(subjects, settings, oracle=arguments.oracle, expert_dtype=arguments.expert_dtype)
     text = compare_table(rows) if arguments.compare else eval_table(rows)
     emit(arguments, command, 0, rows, f"{text}\n\n{drift_table(rows)}" if arguments.also_eval else text)
     if arguments.plot:

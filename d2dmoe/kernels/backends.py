@@ -32,11 +32,13 @@ class Backend(Protocol):
         *,
         sources: Sequence[torch.Tensor] = (),
         tiles: dict | None = None,
+        expert_dtype: str | None = None,
     ) -> Callable[..., torch.Tensor]:
         """A function of ``x (tokens, d_model)`` and ``run (tokens, experts)`` or `None` to ``(tokens, d_out)``.
 
-        The arguments are those of `operator.reference`. The function raises `StaleWeights` when it finds a change of
-        `sources`, from which `tensors` were made. Its method `check` does only that.
+        The arguments are those of `operator.reference`, and `expert_dtype` one of `quads.EXPERT_DTYPES`. The function
+        raises `StaleWeights` when it finds a change of `sources`, from which `tensors` were made. Its method `check`
+        does only that.
         """
 
     def synchronize(self) -> None:

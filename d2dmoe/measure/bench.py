@@ -5,11 +5,12 @@ Outputs are compared before anything is timed.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import islice
+from contextlib import contextmanager, nullcontext
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..kernels import chosen, dispatching, use_backend
 from ..kernels.gates import select
 from ..moe.gating import set_gate
 from ..moe.layer import DynamicFFN, GateState, layers
+from ..moe.memory import twin_in
 from .observe import ActiveCounter, model_inputs, observing
 from .pairs import make_pair
 from .rivals import RIVAL_FUNCTIONS, dense_columns, works
@@ -30,6 +32,7 @@ DENSE = ("eager", "compiled", "frozen")
 RIVALS = ("grouped_mm", "loop")
 COLUMNS = (*DENSE, "sparse", "dispatched", *RIVALS)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative RMSE of the converted layer to the reference
+STEPS = 1e-3  # the same where hidden values are rounded: a sum in another order can take one of them to the next step
 
 
 def dispatched(function: Function) -> Function:
@@ -42,26 +45,44 @@ def dispatched(function: Function) -> Function:
     return run
 
 
+def in_turn(modules: Sequence[nn.Module]) -> Function:
+    """Calls of modules that are alike, one after the other."""
+    following = cycle(modules)
+    return lambda x: next(following)(x)
+
+
 @dispatching("sparse")
 @torch.inference_mode()
 def bench_layer(
     spec: dict[str, Any], *, tokens: list[int], actives: list[float], dtype: torch.dtype, seconds: float = 2.0,
     columns: tuple[str, ...] = COLUMNS, clock: str = "wall", keep_dense: bool = False,
+    expert_dtype: str | None = None, copies: int = 1,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row for every token count and active fraction. The gate is topk, so the fraction is exact.
 
-    With `keep_dense` the layer also holds the dense layout, which the column `dispatched` may use.
+    With `keep_dense` the layer also holds the dense layout, which the column `dispatched` may use. With `expert_dtype`
+    there is a column of that name, the layer with its experts in that dtype. With several `copies` of the weights, used
+    in turn, the calls read them from memory; the only columns are then `eager`, `sparse` and that of `expert_dtype`.
     """
     dense, layer = make_pair(**spec, dtype=dtype)
     layer.keep_dense = keep_dense
+    others = [copy.deepcopy((dense, layer)) for _ in range(copies - 1)]
+    twins = [twin_in(x, expert_dtype) for x in (layer, *(x for _, x in others))] if expert_dtype else []
     rows = []
     for count in tokens:
         inputs = [torch.randn(count, spec["d"]).to(dtype) for _ in range(INPUTS)]
         for active in actives:
-            layer.gate_state = GateState("topk", 1 - active)
+            for one in (layer, *(x for _, x in others), *twins):
+                one.gate_state = GateState("topk", 1 - active)
             check_layer(dense, layer, inputs[0])
             functions = dense_columns(dense, inputs[0], columns)
             functions["sparse"] = layer
+            if twins:
+                _check_backend(twins[0], inputs[0], f"with experts in {expert_dtype}")
+                functions[str(expert_dtype)] = in_turn(twins)
+            if others:
+                functions["eager"] = in_turn([dense, *(x for x, _ in others)])
+                functions["sparse"] = in_turn([layer, *(x for _, x in others)])
             if "dispatched" in columns:
                 functions["dispatched"] = dispatched(layer)
             for name in RIVALS:
@@ -97,13 +118,14 @@ def _check_backend(layer: DynamicFFN, x: torch.Tensor, where: str) -> None:
     layer.observer.needs_hidden = False
     y = layer(x)  # an observed layer takes its experts from Python, so rounding cannot change the selection
     layer.observer = None
+    least = STEPS if layer.expert_dtype == "int8-dynamic" else 0.0
     with use_backend("reference"):
-        _agree(y, layer(x), f"the backend and the reference {where}")
+        _agree(y, layer(x), f"the backend and the reference {where}", least)
 
 
-def _agree(y: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+def _agree(y: torch.Tensor, expected: torch.Tensor, what: str, least: float = 0.0) -> None:
     error = float((y - expected).float().norm() / expected.float().norm().clamp_min(1e-9))
-    if not error <= TOLERANCE[y.dtype]:
+    if not error <= max(TOLERANCE[y.dtype], least):
         raise RuntimeError(f"not timed: {what} differ by {error:.1e}")
 
 
@@ -132,7 +154,7 @@ def speedup(model: nn.Module, dense: nn.Module, batches: Sequence[dict[str, Any]
 @torch.no_grad()
 def bench_model(
     model: nn.Module, dense: nn.Module, *, batches: list[int], length: int, settings: list[dict], seconds: float = 4.0,
-    columns: tuple[str, ...] = COLUMNS, clock: str = "wall", keep_dense: bool = False,
+    columns: tuple[str, ...] = COLUMNS, clock: str = "wall", keep_dense: bool = False, expert_dtype: str | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of prefill (all tokens or patches at once) and, for generative models, of decode (one token each).
 
@@ -146,9 +168,11 @@ def bench_model(
         columns: What to compare with.
         clock: `wall`, or `cpu` for one thread on a busy machine.
         keep_dense: Hold the dense layout as well.
+        expert_dtype: A further column, the model with its experts in that dtype.
     """
     for layer in layers(model):
         layer.keep_dense = keep_dense
+    twin = twin_in(model, expert_dtype) if expert_dtype else None
     rows = []
     text = model.main_input_name == "input_ids"
     decodes = text and hasattr(model, "can_generate") and model.can_generate() and not model.config.is_encoder_decoder
@@ -160,10 +184,14 @@ def bench_model(
             inputs: list[Any] = prompts if phase == "prefill" else [p["input_ids"][:, :1] for p in prompts]
             dense_functions = dense_columns(dense, inputs[0], columns, call)
             for setting in settings:
-                with _gate(model, setting):
-                    active, each = check_model(model, {k: v[:1] for k, v in prompts[0].items()})
+                with _gate(model, setting), _gate(twin, setting) if twin else nullcontext():
+                    single = {k: v[:1] for k, v in prompts[0].items()}
+                    active, each = check_model(model, single)
                     caches.clear()
                     functions = {**dense_functions, "sparse": lambda x, c=call: c(model, x)}
+                    if twin:
+                        check_model(twin, single)
+                        functions[str(expert_dtype)] = lambda x, c=call: c(twin, x)
                     if "dispatched" in columns:
                         functions["dispatched"] = dispatched(functions["sparse"])
                     for name in RIVALS:

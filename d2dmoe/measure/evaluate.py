@@ -24,6 +24,7 @@ from ..errors import UserError
 from ..kernels import dispatching
 from ..moe.gating import set_gate, stored_config
 from ..moe.layer import layers
+from ..moe.memory import set_expert_dtype, twin_in
 from ..moe.projection import projections
 from ..progress import progress
 from ..vocabulary import special_tokens
@@ -52,7 +53,7 @@ def evaluate(
     """One row for each setting, in the form of the command contract.
 
     Over every batch the dense model (all experts on) runs once and then each setting, so that all of them can be
-    compared with it and memory is bounded by one batch.
+    compared with it and memory is bounded by one batch. The dense model never has its weights in int8.
 
     Args:
         model: Converted model, or a dense one (then `settings` is ignored and there is one row).
@@ -74,6 +75,8 @@ def evaluate(
     kind = METRICS[choose_metric(metric, type(model), model.config, batches[0], tokenizer)]
     if kind.name == "masked_lm":
         tokenizer = special_tokens(model.config, tokenizer)
+    expert_dtype = next((layer.expert_dtype for layer in layers(model) if layer.expert_dtype), None)
+    plain = twin_in(model, None) if expert_dtype else model
     generator, limit, tokens = torch.Generator().manual_seed(seed), _row_limit(model, batches), 0
     each = getattr(batches, "image_tokens", 1)
     dense = _Point({"active": 1.0}, kind(), each)
@@ -82,22 +85,22 @@ def evaluate(
         tokens += _tokens(batch, each)
         batch = kind.prepare(batch, tokenizer, generator)
         inputs = model_inputs(model, batch)
-        reference = dense.run(model if original is None else original, inputs, batch, None)
+        reference = dense.run(plain if original is None else original, inputs, batch, None)
         for point in points:
             point.run(model, inputs, batch, reference)
     timed = [model_inputs(model, batch) for batch in islice(pieces(batches, limit), TIMED)]
-    base = dense.row(model, timed, dense.metric, None) | {"tokens": tokens}
+    base = dense.row(plain, timed, dense.metric, None) | {"tokens": tokens}
     if not layers(model):
         return [base]
-    cost = dense_cost(model, timed[0])
+    cost = dense_cost(plain, timed[0])
     rows = []
     for point in points:
         with set_gate(model, **point.setting):
-            everything = all(layer.gate_state.tau == 0 for layer in layers(model))
+            everything = not expert_dtype and all(layer.gate_state.tau == 0 for layer in layers(model))
             everything = everything and all(layer.gate_state.method == "dense" for layer in projections(model))
         everything = everything and not any(layer.block.role for layer in layers(model))
         row = base if everything else point.row(model, timed, dense.metric, cost) | {"tokens": tokens}
-        rows.append({**point.setting, **row})
+        rows.append({**point.setting, **row, **({"expert_dtype": expert_dtype} if expert_dtype else {})})
     return rows
 
 
@@ -217,7 +220,9 @@ class Subject:
     tokenizer: Any
     second: SecondText | None = None
 
-    def rows(self, settings: list[Setting], *, oracle: bool = False) -> list[dict[str, Any]]:
+    def rows(
+        self, settings: list[Setting], *, oracle: bool = False, expert_dtype: str | None = None
+    ) -> list[dict[str, Any]]:
         """Load the model and evaluate it; without settings at its stored budgets."""
         if not settings and self.stored:
             settings = [{"active": a} for a in sorted({*(b.active for b in self.stored.budgets), 1.0})]
@@ -228,6 +233,8 @@ class Subject:
                 f"experts on; its results.json compares it with the dense model it was made from", stacklevel=2
             )  # fmt: skip
         model = hub.load_model(self.name, self.config)
+        if expert_dtype and self.stored:
+            set_expert_dtype(model, expert_dtype)
         return evaluate_both(model, self.batches, self.second, settings, metric=self.metric, tokenizer=self.tokenizer)
 
 
@@ -275,16 +282,26 @@ def prepare(
     return Subject(name, config, stored, batches, metric, processor, second or None)
 
 
-def compare(subjects: list[Subject], settings: list[Setting], *, oracle: bool = False) -> list[dict[str, Any]]:
+def compare(
+    subjects: list[Subject], settings: list[Setting], *, oracle: bool = False, expert_dtype: str | None = None
+) -> list[dict[str, Any]]:
     """Rows of several models one after another, each with the name of its `model`.
 
+    The converted ones among them compute their experts in `expert_dtype`.
+
     Raises:
-        UserError: If they are not measured by the same metric.
+        UserError: If they are not measured by the same metric, or none has the experts that a dtype was given for.
     """
+    if expert_dtype and not any(subject.stored for subject in subjects):
+        raise UserError(
+            f"--expert-dtype {expert_dtype}: {subjects[0].name} has no experts; "
+            f"run `d2dmoe convert --model {subjects[0].name}` first"
+        )
     for subject in subjects[1:]:
         if subject.metric != subjects[0].metric:
             raise UserError(
                 f"--compare: {subjects[0].name} is measured by {subjects[0].metric} and {subject.name} by "
                 f"{subject.metric}; compare models of one kind, or give --metric cosine_to_dense"
             )
-    return [{"model": subject.name, **row} for subject in subjects for row in subject.rows(settings, oracle=oracle)]
+    options = {"oracle": oracle, "expert_dtype": expert_dtype}
+    return [{"model": subject.name, **row} for subject in subjects for row in subject.rows(settings, **options)]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 Function = Callable[[Any], Any]
+COMPARED = ("dispatched", "int8", "int8-dynamic")  # columns whose speed-up over dense stands in a row
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 
 
@@ -64,7 +65,7 @@ def row(
         "dense_ms": dense,
         "sparse_ms": median["sparse"],
         "speedup": dense / median["sparse"],
-        **({"dispatched_speedup": dense / median["dispatched"]} if "dispatched" in median else {}),
+        **{f"{name}_speedup": dense / median[name] for name in COMPARED if name in median},
         "ideal": 1 / active,
         "ms": median,
         "quartiles_ms": quartiles,

@@ -8,12 +8,23 @@ import torch
 from torch import nn
 
 from ..config.record import Block
-from ..kernels import TENSORS, Backend, activation_name, down_product, fused_backend, hidden_activations, way_taken
+from ..kernels import (
+    TENSORS,
+    Backend,
+    activation_name,
+    down_product,
+    fused_backend,
+    hidden_activations,
+    rounded,
+    rounded_hidden,
+    rounded_rows,
+    way_taken,
+)
 from ..kernels.gates import straight_through
 from .dense_names import stand_for_dense
 from .gate import Gate, Gated, GateState
 from .padding import without_padding
-from .prepared import Prepared, settings
+from .prepared import Prepared, as_computed, settings
 from .router import Router, expert_norms
 
 
@@ -40,6 +51,7 @@ class DynamicFFN(Gated, nn.Module):
         merged: Does it hold one budget only (`merge`)?
         soft_gate: Do gradients reach the router through the gate (`trainable`)?
         keep_dense: Does it keep the dense layout beside the packed one (`keep_dense`)?
+        expert_dtype: In what the experts' weights are computed, of `kernels.EXPERT_DTYPES` (`set_expert_dtype`).
     """
 
     def __init__(
@@ -87,6 +99,7 @@ class DynamicFFN(Gated, nn.Module):
         self.register_buffer("order", torch.empty(block.width, dtype=torch.int32, device=device) if ordered else None)
         stand_for_dense(self, block)
         self.merged = self.keep_dense = self.soft_gate = False
+        self.expert_dtype: str | None = None
         self.observer: Callable | None = None
 
     @property
@@ -124,6 +137,8 @@ class DynamicFFN(Gated, nn.Module):
         watched = not compiling and torch._C._functorch.peek_interpreter_stack() is not None
         if watched or torch.jit.is_tracing():  # vmap and jit.trace have to see every step
             return False
+        if self.expert_dtype == "int8-dynamic" and (compiling or torch._C._len_torch_dispatch_stack()):
+            return False  # the operator rounds no tokens
         own = self._parameters  # looked up directly: `nn.Module` finds attributes slowly, and this is a hot path
         up, down = own.get("up_weight"), own.get("down_weight")
         if up is None or down is None:
@@ -146,27 +161,46 @@ class DynamicFFN(Gated, nn.Module):
     def _readable(self, x: torch.Tensor, state: GateState) -> torch.Tensor:
         """All experts computed, some masked; `(tokens, d_model)` to `(tokens, d_out)`."""
         stand_in = self.stand_in_of(state)
-        hidden = hidden_activations(x, self.up_weight, self.up_bias, self.gate_weight, self.gate_bias, self.act).to(
-            self.down_weight.dtype
-        )  # (experts, tokens, size); T5 keeps its down projection in fp32
+        up, gate, down = self._weights(state)
+        dynamic = self.expert_dtype == "int8-dynamic"
+        hidden = hidden_activations(
+            rounded_rows(x) if dynamic else x, up, self.up_bias, gate, self.gate_bias, self.act
+        ).to(down.dtype)  # (experts, tokens, size); T5 keeps its down projection in fp32
         hidden = without_padding(hidden, block=self.block)
         scores = run = None
         if state.tau > 0:
-            scores = self._true_scores(hidden, state.oracle) if state.oracle else self.router(x)
+            scores = self._true_scores(hidden, down, state.oracle) if state.oracle else self.router(x)
             run = state.select(scores)
             if (state.soft or self.soft_gate) and torch.is_grad_enabled():
                 run = straight_through(scores, run)
         if self.observer is not None:
             self.observer(self, x, hidden, scores, run)
+        if dynamic:
+            hidden, down = rounded_hidden(hidden, down)
         if stand_in is None:
-            return down_product(hidden, self.down_weight, self.down_bias, run, None)
-        y = down_product(hidden, self.down_weight, self.down_bias, run, state.faded(self.constants[stand_in]))
-        if self.delta_in is not None:  # the refitted down projection, in two thin steps
+            return down_product(hidden, down, self.down_bias, run, None)
+        y = down_product(hidden, down, self.down_bias, run, state.faded(self.constants[stand_in]))
+        if self.delta_in is not None and self.expert_dtype is None:  # the refitted down projection, in two thin steps
             thin = (hidden * run.T[..., None]).transpose(0, 1).flatten(1) @ self.delta_in[stand_in].flatten(0, 1)
             y = y + thin @ state.faded(self.delta_out[stand_in])
         if self.linear_in is not None:
             y = y + x @ self.linear_in[stand_in] @ state.faded(self.linear_out[stand_in])
         return y
+
+    def _weights(self, state: GateState) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Up, gate and down projections of the readable way; in int8 with the refitted down projection folded in.
+
+        Where tokens are rounded as well, the down projection is rounded later, with the hidden values.
+        """
+        stand_in, down = self.stand_in_of(state), self.down_weight
+        if self.expert_dtype is None:
+            return self.up_weight, self.gate_weight, down
+        if stand_in is not None and self.delta_in is not None:
+            down = down + self.delta_in[stand_in] @ state.faded(self.delta_out[stand_in])
+        gate = None if self.gate_weight is None else rounded(self.gate_weight, "gate_weight")
+        if self.expert_dtype == "int8":
+            down = rounded(down, "down_weight")
+        return rounded(self.up_weight, "up_weight"), gate, down
 
     def _fused(self, x: torch.Tensor, state: GateState) -> torch.Tensor:
         """The same by a backend, straight through it where nobody watches the dispatcher."""
@@ -176,7 +210,7 @@ class DynamicFFN(Gated, nn.Module):
             run = None if scores is None else state.select(scores)
             self.observer(self, x, None, scores, run)
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(x) is not torch.Tensor:
-            tensors = self.prepared.tensors(self, state, None)
+            tensors = as_computed(self, self.prepared.tensors(self, state, None))
             return torch.ops.d2dmoe.dynamic_ffn(
                 x, run, *(tensors[n] for n in TENSORS), self.activation, *settings(state)
             )
@@ -192,8 +226,13 @@ class DynamicFFN(Gated, nn.Module):
         width, slots = self.block.width, self.block.slots
         return sum(t.numel() // slots * width * t.element_size() for t in weights if t is not None)
 
-    def _true_scores(self, hidden: torch.Tensor, target: str) -> torch.Tensor:
-        norms = expert_norms(hidden, self.down_weight)
+    def int8_bytes(self) -> int:
+        """Memory of the weights in int8, with their scales."""
+        weights = [t for t in (self.up_weight, self.gate_weight, self.down_weight) if t is not None]
+        return sum(len(t) * -(-t.shape[1] // 4) * 4 * t.shape[2] + 4 * self.block.slots for t in weights)
+
+    def _true_scores(self, hidden: torch.Tensor, down_weight: torch.Tensor, target: str) -> torch.Tensor:
+        norms = expert_norms(hidden, down_weight)
         return norms.sqrt() if target == "root" else norms
 
     def stand_ins(self) -> dict[str, nn.Parameter]:

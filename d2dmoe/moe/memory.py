@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from .gating import stored_config
+from ..kernels import EXPERT_DTYPES
+from .gating import converted_model, stored_config
 from .layer import DynamicFFN, layers
 from .projection import projections
 
@@ -65,6 +67,49 @@ def keep_dense(model: nn.Module, keep: bool = True) -> int:
         layer.keep_dense = keep
         layer.prepared.invalidate()
     return sum(layer.dense_bytes() for layer in layers(model)) if keep else 0
+
+
+def set_expert_dtype(model: nn.Module, dtype: str | None) -> int:
+    """Compute the experts of a converted model with weights in int8, or again in the dtype of the parameters.
+
+    Every neuron of an expert has one scale for its weights in each matrix; the down projection is rounded with the
+    budget's change folded in. Routers, biases, constants and the linear term stay as they are, so the same experts run
+    up to what rounding in the layers before has changed. Parameters and checkpoints stay as they are as well: the
+    weights are rounded when a layer first runs, and again after a change. The native library then reads a quarter of
+    the bytes of fp32. Everywhere else (GPU, autocast, gradients, compiled code) PyTorch computes with the rounded
+    weights. Gradients pass the rounding as if it were not there, so a fine-tuning trains the parameters for int8.
+
+    `int8-dynamic` rounds what the experts multiply as well: every token, and every token's hidden values in an expert
+    times the scales of the down projection, on scales of their own. Processors with AVX-512 VNNI then compute many
+    tokens faster. It never takes the dense layout of `keep_dense`.
+
+    Args:
+        model: Converted model, changed in place. Its copies keep the setting, its checkpoints do not.
+        dtype: `"int8"`, `"int8-dynamic"`, or `None` for the parameters' own.
+
+    Returns:
+        The bytes that the native library's copy takes beside the parameters, for one budget; each further budget in
+        use with a refitted down projection adds its own.
+
+    Raises:
+        UserError: If the model is not converted, or the dtype is another one.
+    """
+    converted = converted_model(model)
+    if dtype not in EXPERT_DTYPES:
+        raise UserError(f'expert dtype {dtype!r}: give "int8", "int8-dynamic", or None for that of the parameters')
+    for layer in layers(converted):
+        layer.expert_dtype = dtype
+        layer.prepared.invalidate()
+    return sum(layer.int8_bytes() for layer in layers(converted)) if dtype else 0
+
+
+def twin_in(model: nn.Module, expert_dtype: str | None) -> nn.Module:
+    """A copy that shares the parameters and computes its experts in this dtype, to compare with."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    for layer in layers(twin):
+        layer.expert_dtype = expert_dtype
+    return twin
 
 
 def _merge(layer: DynamicFFN) -> None:

@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from ..kernels import StaleWeights, Tiles, Watch, automatic, choose_way, identity
+from ..kernels import INPUTS, StaleWeights, Tiles, Watch, automatic, choose_way, identity, rounded
 from .gate import GateState
 from .packing import unpack
 from .padding import padding, without_padding_rows
@@ -98,9 +98,9 @@ class Prepared:
         entry = self.entries.get(state)
         if entry is None or entry.versions != versions:
             entry = self._add(layer, state, versions)
-        if run is None and layer.keep_dense and automatic():
+        if run is None and layer.keep_dense and layer.expert_dtype != "int8-dynamic" and automatic():
             if entry.dense is None:
-                entry.dense = dense_way(layer, state, entry.tensors)
+                entry.dense = dense_way(layer, state, as_computed(layer, entry.tensors))
             if choose_way(self.place(layer, state), {"sparse": entry.sparse, "dense": entry.dense}, x) == "dense":
                 entry.sparse.check()
                 return entry.dense(x)
@@ -111,13 +111,15 @@ class Prepared:
         """What decides, besides the number of tokens, which way is faster: layers alike share the decision."""
         block = layer.block
         shape = (block.kind, block.d_model, block.width, block.experts, layer.down_weight.shape[-1])
-        return (*shape, layer.up_weight.dtype, state)
+        dtypes = (layer.up_weight.dtype, layer.expert_dtype) if layer.expert_dtype else (layer.up_weight.dtype,)
+        return (*shape, *dtypes, state)
 
     def _add(self, layer: Layer, state: GateState, versions: Versions) -> Entry:
         tensors = self.tensors(layer, state, versions)
         sparse = layer.backend.prepare(
-            tensors, layer.activation, *settings(state), sources=sources(layer, state), tiles=self.tiles
-        )
+            tensors, layer.activation, *settings(state), sources=sources(layer, state), tiles=self.tiles,
+            expert_dtype=layer.expert_dtype,
+        )  # fmt: skip
         entry = Entry(versions, sparse, tensors, self._folded.get((_fold_of(state), versions)))
         entries = {s: e for s, e in self.entries.items() if e.versions == versions and s != state}
         for oldest in list(entries)[: max(len(entries) - KEPT + 1, 0)]:
@@ -133,7 +135,8 @@ class Prepared:
         tensors = self.tensors(layer, state, None)
         if run is not None or state.tau <= 0:
             tensors["router_hidden"] = tensors["router_score"] = None
-        return layer.backend.prepare(tensors, layer.activation, *settings(state))(x, run)
+        options = {"expert_dtype": layer.expert_dtype}
+        return layer.backend.prepare(tensors, layer.activation, *settings(state), **options)(x, run)
 
     def _drop_tiles(self, layer: Layer) -> None:
         """Let go of tiles of weights that no entry uses."""
@@ -196,9 +199,17 @@ def sources(layer: Layer, state: GateState) -> list[torch.Tensor]:
             found += [layer.down_weight, layer.delta_in[stand_in], layer.delta_out[stand_in]]
     if padding(layer.block):  # the zero neurons' rows may have been cleared in a copy
         found.append(layer.down_weight)
-    if layer.keep_dense or layer.up_weight.dtype == torch.bfloat16:  # the latter may be kept a second time, in tiles
+    # bf16 may be kept a second time, in tiles
+    if layer.keep_dense or layer.expert_dtype or layer.up_weight.dtype == torch.bfloat16:
         found += [layer.up_weight, layer.gate_weight, layer.up_bias, layer.gate_bias, layer.down_weight]
     return [t.detach() for t in found if t is not None]
+
+
+def as_computed(layer: Layer, tensors: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+    """The operator's tensors with the experts' weights as they count, which are other ones where these are in int8."""
+    if layer.expert_dtype is None:
+        return tensors
+    return {n: rounded(t, n) if n in INPUTS and t is not None else t for n, t in tensors.items()}
 
 
 def dense_way(layer: Layer, state: GateState, tensors: dict[str, torch.Tensor | None]) -> Way:

@@ -92,7 +92,7 @@ def bench_table(rows: list[dict[str, Any]]) -> str:
     """Rows of `bench`: medians in ms with quartiles; `x` is the faster of dense eager and compiled over `sparse`."""
     names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
     quality = next((row["metric"]["name"] for row in rows if "metric" in row), None)
-    extra = {"dispatched_speedup": "dispatched x", "way": "way"}
+    extra = {f"{name}_speedup": f"{name} x" for name in ("dispatched", "int8", "int8-dynamic")} | {"way": "way"}
     extra = {key: title for key, title in extra.items() if any(row.get(key) for row in rows)}
     header = ["phase", "dtype", "tokens", "active", *(f"{n} ms" for n in names), "x", "ideal x", *extra.values()]
     body = []

@@ -23,6 +23,7 @@ extern "C" {
 // Mirrored in native.py. Null pointers stand for what a layer does not have.
 struct D2dmoeLayer {
     int32_t bf16, activation, gate, kernels;
+    int32_t rounds, reserved;  // are tokens and hidden values rounded to int8 as well?
     int64_t d, size, d_out, experts, router_width, linear_rank, top, min_experts, max_experts, shared;
     float tau;
     int32_t few;  // at most so many tokens are handled by sharing out the experts
@@ -32,6 +33,7 @@ struct D2dmoeLayer {
     const float* base;                                                  // (d_out,): what a token gets without any expert
     const void *linear_in, *linear_out;                                 // (d, rank), (rank, d_out)
     const void *up_tiles, *gate_tiles, *down_tiles;                     // as of in_tiles in native.py
+    const float *up_scale, *gate_scale, *down_scale;                    // (experts, size): weights are in int8, or null
     const D2dmoeSample* samples;
     int64_t sample_count;
     uint64_t fingerprint;                                               // of the samples when the layer was prepared
@@ -39,7 +41,7 @@ struct D2dmoeLayer {
 
 }
 
-EXPORT int d2dmoe_abi() { return 4; }
+EXPORT int d2dmoe_abi() { return 5; }
 
 namespace {
 
@@ -75,6 +77,17 @@ bool supported(int number) {
     return number == 0;
 }
 
+// The best function for rounded tokens. 32 bits hold the sums of so many products of bytes.
+constexpr int64_t DEEPEST = 65536;
+
+auto expert_rounded(const D2dmoeLayer& l, const Kernels& kernels) {
+#if defined(__x86_64__) && !defined(D2DMOE_NO_VNNI)
+    static const bool vnni = __builtin_cpu_supports("avx512vnni");
+    if (vnni && &kernels == &kernels_avx512 && std::max(l.d, l.size) <= DEEPEST) return expert_rounded_vnni;
+#endif
+    return kernels.expert_rounded;
+}
+
 thread_local Buffer shared_buffer, own_buffer;
 
 struct Call {
@@ -91,8 +104,16 @@ struct Call {
     bool everything() const { return !run && layer.tau <= 0; }
     bool widened() const { return layer.bf16 && !kernels.bf16_inputs; }
     int64_t element() const { return layer.bf16 ? 2 : 4; }
+    bool int8() const { return layer.up_scale; }
+    bool rounds() const { return layer.rounds; }
+    int64_t rounded_row() const { return rounds() ? rounded_bytes(layer.d) : 0; }
+    // Bytes of an expert's matrix, and of an element of its biases and constants.
+    int64_t matrix(int64_t depth, int64_t width) const {
+        return int8() ? round_up(depth, 4) * width : depth * width * element();
+    }
+    int64_t beside() const { return int8() ? 4 : element(); }
     // All experts of a tile of tokens in one go; that keeps its own order of things in the caches.
-    bool by_experts() const { return layer.bf16 && kernels.experts_bf16; }
+    bool by_experts() const { return layer.bf16 && !int8() && kernels.experts_bf16; }
     int64_t padded_out() const { return round_up(layer.d_out, kernels.lanes); }
     // Tokens can be added up where they belong if they are fp32 and whole vectors.
     bool in_place() const { return !layer.bf16 && layer.d_out % kernels.lanes == 0; }
@@ -102,18 +123,24 @@ const char* offset(const void* base, int64_t elements, int64_t element) {
     return base ? static_cast<const char*>(base) + elements * element : nullptr;
 }
 
-// Where the kernels read token `t`: as it came, or widened to fp32 in `wide`.
+// Where the kernels read token `t`: as it came, or widened to fp32 in `wide`; and once more, rounded, if the layer rounds.
 struct Inputs {
     const char* start;
     int64_t stride;
+    const char* rounded;
     const void* row(int64_t t) const { return start + t * stride; }
 };
 
-Inputs inputs_of(const Call& c, int64_t first, int64_t count, float* wide) {
-    if (!c.widened()) return {c.x + first * c.ld_x, c.ld_x};
-    for (int64_t t = 0; t < count; t++)
-        c.kernels.widen(reinterpret_cast<const bf16*>(c.x + (first + t) * c.ld_x), c.layer.d, wide + t * c.layer.d);
-    return {reinterpret_cast<const char*>(wide), c.layer.d * 4};
+Inputs inputs_of(const Call& c, int64_t first, int64_t count, float* wide, char* rounded) {
+    Inputs x{c.x + first * c.ld_x, c.ld_x, rounded};
+    if (c.widened()) {
+        for (int64_t t = 0; t < count; t++)
+            c.kernels.widen(reinterpret_cast<const bf16*>(c.x + (first + t) * c.ld_x), c.layer.d, wide + t * c.layer.d);
+        x = {reinterpret_cast<const char*>(wide), c.layer.d * 4, rounded};
+    }
+    for (int64_t t = 0; c.rounds() && t < count; t++)
+        c.kernels.round_row(static_cast<const float*>(x.row(t)), c.layer.d, rounded + t * c.rounded_row());
+    return x;
 }
 
 void router_rows(const Call& c, const Inputs& x, int64_t tokens, int64_t first, int64_t last, float* hidden) {
@@ -167,22 +194,27 @@ int64_t widest(const D2dmoeLayer& l) { return std::max(l.size, l.linear_rank); }
 
 ExpertCall expert_call(const Call& c, int64_t e, const Rows& rows, const int32_t* list, int64_t count, char* scratch) {
     const auto& l = c.layer;
-    int64_t element = c.element(), up = l.d * l.size, down = l.size * l.d_out;
+    int64_t beside = c.beside(), up = c.matrix(l.d, l.size), down = c.matrix(l.size, l.d_out);
     ExpertCall call{};
     call.d = l.d, call.d_out = l.d_out, call.list = list, call.count = count, call.scratch = scratch;
     call.widest = widest(l);
+    call.rounded = rows.x.rounded, call.ld_rounded = c.rounded_row();
     call.x = rows.x.start, call.ld_x = rows.x.stride, call.y = rows.y, call.ld_y = rows.ld_y;
     if (e == l.experts) {  // the linear term is one more expert that every token runs
         call.up = l.linear_in, call.down = l.linear_out, call.size = l.linear_rank, call.activation = IDENTITY;
     } else {
-        call.up = offset(l.up, e * up, element), call.up_bias = offset(l.up_bias, e * l.size, element);
-        call.gate = offset(l.gate_weight, e * up, element), call.gate_bias = offset(l.gate_bias, e * l.size, element);
-        call.down = offset(l.down, e * down, element);
+        call.up = offset(l.up, e * up, 1), call.up_bias = offset(l.up_bias, e * l.size, beside);
+        call.gate = offset(l.gate_weight, e * up, 1), call.gate_bias = offset(l.gate_bias, e * l.size, beside);
+        call.down = offset(l.down, e * down, 1);
+        if (c.int8()) {
+            call.up_scale = l.up_scale + e * l.size, call.down_scale = l.down_scale + e * l.size;
+            call.gate_scale = l.gate_scale ? l.gate_scale + e * l.size : nullptr;
+        }
         int64_t tiles = round_up(l.size, 32);
         call.up_tiles = offset(l.up_tiles, e * tiles * round_up(l.d, 32), 2);
         call.gate_tiles = offset(l.gate_tiles, e * tiles * round_up(l.d, 32), 2);
         call.down_tiles = offset(l.down_tiles, e * tiles * round_up(l.d_out, 32), 2);
-        call.constant = offset(l.constants, e * l.d_out, element);
+        call.constant = offset(l.constants, e * l.d_out, beside);
         call.size = l.size, call.activation = l.activation;
     }
     return call;
@@ -199,7 +231,9 @@ void run_experts(const Call& c, int64_t first, int64_t last, const Rows& rows, i
     }
     if (c.by_experts()) return c.kernels.experts_bf16(calls, n, tokens);
     for (int64_t i = 0; i + 1 < n; i++) calls[i].next = calls[i + 1].up;
-    for (int64_t i = 0; i < n; i++) (c.layer.bf16 ? c.kernels.expert_bf16 : c.kernels.expert_f32)(calls[i]);
+    const auto plain = c.layer.bf16 ? c.kernels.expert_bf16 : c.kernels.expert_f32;  // also of the linear term
+    const auto int8 = c.rounds() ? expert_rounded(c.layer, c.kernels) : c.kernels.expert_int8;
+    for (int64_t i = 0; i < n; i++) (calls[i].up_scale ? int8 : plain)(calls[i]);
 }
 
 void start_row(const Call& c, float* y) {
@@ -230,11 +264,12 @@ int64_t scratch_for(const Call& c, int64_t tokens) {
 struct FewShared {
     const Call* call;
     float *hidden, *scores, *partial, *wide;
+    char* rounded;
     uint8_t* run;
     Barrier* barrier;
     std::atomic<bool>* failed;
     // Of the barrier, in few_body.
-    int waits() const { return int(call->widened()) + 2 * int(call->routed()) + 1; }
+    int waits() const { return int(call->widened() || call->rounds()) + 2 * int(call->routed()) + 1; }
     void take(Pieces& p) {
         const auto& l = call->layer;
         int64_t n = call->tokens;
@@ -242,6 +277,7 @@ struct FewShared {
         scores = p.take<float>(call->routed() ? n * l.experts : 0);
         run = p.take<uint8_t>(call->routed() ? n * l.experts : 0);
         wide = p.take<float>(call->widened() ? n * l.d : 0);
+        rounded = p.take<char>(n * call->rounded_row());
         partial = p.take<float>(n * call->padded_out() * call->team);
     }
 };
@@ -287,12 +323,13 @@ void few_body(FewShared& s, FewOwn& own, int id, int team) {
     const Call& c = *s.call;
     const auto& l = c.layer;
     int64_t n = c.tokens, ld_y = c.padded_out();
-    if (c.widened()) {
+    Inputs x{c.x, c.ld_x, s.rounded};
+    if (c.widened()) x = {reinterpret_cast<const char*>(s.wide), l.d * 4, s.rounded};
+    if (c.widened() || c.rounds()) {
         auto [first, last] = share(n, id, team);
-        inputs_of(c, first, last - first, s.wide + first * l.d);
+        inputs_of(c, first, last - first, s.wide + first * l.d, s.rounded + first * c.rounded_row());
         s.barrier->wait();
     }
-    Inputs x = c.widened() ? Inputs{reinterpret_cast<const char*>(s.wide), l.d * 4} : Inputs{c.x, c.ld_x};
     const uint8_t* run = c.run;
     if (c.routed()) {
         auto [first_row, last_row] = share(l.router_width, id, team);
@@ -363,6 +400,7 @@ struct ManyOwn {
     const Call* call;
     int64_t tile;
     float *hidden, *scores, *wide, *sums;
+    char* rounded;
     uint8_t* run;
     int32_t *lists, *counts;
     ExpertCall* calls;
@@ -373,6 +411,7 @@ struct ManyOwn {
         scores = p.take<float>(call->routed() ? tile * l.experts : 0);
         run = p.take<uint8_t>(call->routed() ? tile * l.experts : 0);
         wide = p.take<float>(call->widened() ? tile * l.d : 0);
+        rounded = p.take<char>(tile * call->rounded_row());
         sums = p.take<float>(call->in_place() ? 0 : tile * call->padded_out());
         lists = p.take<int32_t>(l.experts * list_stride(tile));
         counts = p.take<int32_t>(l.experts);
@@ -391,7 +430,7 @@ struct ManyShared {
 
 void run_tile(const Call& c, int64_t first, int64_t n, ManyOwn& own) {
     const auto& l = c.layer;
-    Inputs x = inputs_of(c, first, n, own.wide);
+    Inputs x = inputs_of(c, first, n, own.wide, own.rounded);
     const uint8_t* run = c.run ? c.run + first * l.experts : nullptr;
     if (c.routed()) {
         router_rows(c, x, n, 0, l.router_width, own.hidden);
@@ -409,7 +448,7 @@ void run_tile(const Call& c, int64_t first, int64_t n, ManyOwn& own) {
 
 void many_body(void* context, int, int) {
     auto& s = *static_cast<ManyShared*>(context);
-    ManyOwn own{s.call, s.tile, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+    ManyOwn own{s.call, s.tile, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
     try {
         own = lay_out(own_buffer, own);
     } catch (const std::bad_alloc&) {
@@ -431,8 +470,9 @@ constexpr int64_t LAST_CACHE = int64_t(32) << 20, SECOND_CACHE = 800 * 1024;
 int64_t tile_size(const Call& c) {
     const char* forced = std::getenv("D2DMOE_TILE");
     int64_t bytes = c.layer.d * (c.widened() ? 4 : c.element()) + c.layer.d_out * 4;
-    int64_t weights = c.layer.experts * c.layer.size * (c.layer.d * (c.layer.gate_weight ? 2 : 1) + c.layer.d_out);
-    bool fit = weights * c.element() <= LAST_CACHE && !c.by_experts();
+    int64_t matrices = c.matrix(c.layer.d, c.layer.size) * (c.layer.gate_weight ? 2 : 1);
+    matrices += c.matrix(c.layer.size, c.layer.d_out);
+    bool fit = c.layer.experts * matrices <= LAST_CACHE && !c.by_experts();
     int64_t most = forced ? std::atoll(forced) : fit ? std::clamp<int64_t>(SECOND_CACHE / bytes, 128, 256) : 512;
     int64_t rounds = (c.tokens + most * c.team - 1) / (most * c.team);
     return (c.tokens + rounds * c.team - 1) / (rounds * c.team);
@@ -493,7 +533,7 @@ EXPORT int d2dmoe_forward(const D2dmoeLayer* layer, const void* x, int64_t ld_x,
               static_cast<char*>(y), std::max(threads, 1)};
     try {
         if (tokens <= layer->few) {
-            FewShared shared = lay_out(shared_buffer, FewShared{&call, {}, {}, {}, {}, {}, nullptr, nullptr});
+            FewShared shared = lay_out(shared_buffer, FewShared{&call, {}, {}, {}, {}, {}, {}, nullptr, nullptr});
             FewStart start{&shared, {}, {false}};
             run_team(call.team, few_enter, &start);
             return start.failed.load() ? 1 : 0;

@@ -16,6 +16,7 @@ enum Gate : int32_t { GATE_MAX, GATE_SHARE, GATE_TOPK, GATE_TOPP, GATE_ABSOLUTE 
 struct ExpertCall {
     const void *up, *up_bias, *gate, *gate_bias, *down;
     const void *up_tiles, *gate_tiles, *down_tiles;  // the same weights once more for experts_bf16, or null
+    const float *up_scale, *gate_scale, *down_scale;  // (size,), of weights in int8, or null
     const void* constant;  // (d_out,), taken off the output, or null
     const void* next;      // `up` of the expert that comes after this one, or null
     int64_t d, size, d_out;
@@ -23,6 +24,8 @@ struct ExpertCall {
     int32_t activation;
     const char* x;         // rows of d values, ld_x bytes apart
     int64_t ld_x;
+    const char* rounded;   // the same rows, rounded for `expert_rounded`, or null
+    int64_t ld_rounded;
     float* y;              // rows of d_out values, padded to whole vectors, ld_y floats apart; added to
     int64_t ld_y;
     const int32_t* list;   // which rows of x and y, or null for the first `count`
@@ -45,6 +48,10 @@ struct Kernels {
     // Null where another table does fp32 as well.
     void (*expert_f32)(const ExpertCall&);
     void (*expert_bf16)(const ExpertCall&);
+    // Weights as int8.h has them; x, biases and constant in fp32. The second one reads `rounded`, as `round_row` makes it.
+    void (*expert_int8)(const ExpertCall&);
+    void (*expert_rounded)(const ExpertCall&);
+    void (*round_row)(const float* x, int64_t n, char* out);
     // Several experts on rows of the same `tokens`, for a table that gains by seeing them all; null elsewhere.
     void (*experts_bf16)(const ExpertCall* calls, int64_t n, int64_t tokens);
     int64_t (*experts_scratch)(int64_t tokens, int64_t d, int64_t size, int64_t d_out);
@@ -76,9 +83,13 @@ inline int64_t expert_scratch(int64_t count, int64_t size) {
     return count * (round_up(size, 2 * MAX_LANES) * 10 + 64) + 512;
 }
 
+// Bytes from one rounded row of n values to the next.
+inline int64_t rounded_bytes(int64_t n) { return round_up(8 + round_up(n, 4), 64); }
+
 extern const Kernels kernels_portable;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16, kernels_amx;
+void expert_rounded_vnni(const ExpertCall&);  // expert_rounded of kernels_avx512, with the VNNI instructions
 bool amx_usable();  // asks the system for the tiles, once
 #endif
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 #if defined(__AVX512F__)
@@ -132,7 +133,7 @@ __attribute__((always_inline)) inline void write_sums(vf (&sum)[KU][ROWS][COLS],
 }
 
 // With few tokens the weights come from memory as fast as they can; that takes asking for them AHEAD vectors before.
-constexpr int FEW_ROWS = 4, AHEAD = 96;
+constexpr int FEW_ROWS = 4, AHEAD = 96, QUADS_AHEAD = 2;
 
 inline void fetch(const void* start, int64_t bytes) {
     for (int64_t i = 0; start && i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(start) + i, 0, 2);
@@ -450,6 +451,10 @@ void expert(const ExpertCall& c) {
                      outputs);
 }
 
+// ---- the same with weights in int8
+
+#include "int8.h"
+
 // ---- router: many dot products along contiguous rows
 
 inline void pair_product(vf& sum, const float* x, const float* w) { sum += load(x) * load(w); }
@@ -626,6 +631,9 @@ const Kernels D2DMOE_TABLE_NAME(D2DMOE_ISA) = {
     sizeof(Wide) == 2,
     D2DMOE_FP32((isa::expert<float, float>)),
     isa::expert<Wide, bf16>,
+    D2DMOE_FP32(isa::expert_int8<float>),
+    D2DMOE_FP32(isa::expert_int8<isa::Rounded>),
+    D2DMOE_FP32(isa::round_row),
     nullptr,
     nullptr,
     D2DMOE_FP32((isa::dots<float, float>)),

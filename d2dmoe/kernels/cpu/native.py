@@ -6,14 +6,16 @@ import ctypes
 import os
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..gates import topk_priority
+from ..quads import INPUTS, in_quads
 
-ABI = 4
+ABI = 5
 LIBRARY = Path(os.environ.get("D2DMOE_LIBRARY") or Path(__file__).with_name("libd2dmoe.so"))
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "silu": 4}
 GATES = {"max": 0, "share": 1, "topk": 2, "topp": 3, "absolute": 4}
@@ -22,13 +24,15 @@ TILES_FROM = 32  # tokens of a call for which weights are put into tiles: with f
 STALE = 2  # what the library returns when a source of a plan has changed
 SAMPLES = 32  # of a tensor, at most
 FEW = 64  # up to so many tokens the experts are shared out over the threads, above it the tokens
-_NUMBERS = ("bf16", "activation", "gate", "kernels")
+_NUMBERS = ("bf16", "activation", "gate", "kernels", "rounds", "reserved")
 _SIZES = ("d", "size", "d_out", "experts", "router_width", "linear_rank", "top", "min_experts", "max_experts", "shared")
 _TENSORS = {  # field of the struct -> argument of the operator
     "router_hidden": "router_hidden", "router_score": "router_score", "up": "up_weight", "up_bias": "up_bias",
     "gate_weight": "gate_weight", "gate_bias": "gate_bias", "down": "down_weight", "constants": "constants",
     "base": "base", "linear_in": "linear_in", "linear_out": "linear_out",
 }  # fmt: skip
+_SCALES = {"up_weight": "up_scale", "gate_weight": "gate_scale", "down_weight": "down_scale"}
+_BESIDE = frozenset(("up_bias", "gate_bias", "down_bias", "constants"))  # of experts in int8: fp32
 _TILED = {"up_tiles": "up_weight", "gate_tiles": "gate_weight", "down_tiles": "down_weight"}
 
 
@@ -46,7 +50,7 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _SIZES),
         ("tau", ctypes.c_float),
         ("few", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in (*_TENSORS, *_TILED)),
+        *((name, ctypes.c_void_p) for name in (*_TENSORS, *_TILED, *_SCALES.values())),
         ("samples", ctypes.c_void_p),
         ("sample_count", ctypes.c_int64),
         ("fingerprint", ctypes.c_uint64),
@@ -82,10 +86,11 @@ def kernel_numbers(lib: ctypes.CDLL) -> list[int]:
 
 
 @cache
-def kernel_for(dtype: torch.dtype) -> int:
-    """The number of the kernels used for a dtype; `D2DMOE_ISA` names others."""
+def kernel_for(dtype: torch.dtype, int8: bool = False) -> int:
+    """The number of the kernels used for a dtype, or for experts in int8 beside it; `D2DMOE_ISA` names others."""
     lib, _ = library()
-    numbers = [n for n in kernel_numbers(lib) if dtype == torch.bfloat16 or not lib.d2dmoe_kernels_bf16(n)]
+    narrow = dtype == torch.bfloat16 and not int8
+    numbers = [n for n in kernel_numbers(lib) if narrow or not lib.d2dmoe_kernels_bf16(n)]
     named = [n for n in numbers if lib.d2dmoe_kernels_name(n).decode() == os.environ.get("D2DMOE_ISA")]
     return (named or numbers)[-1]
 
@@ -173,8 +178,8 @@ class Watch:
         struct.samples, struct.sample_count, struct.fingerprint = self.start, self.count, self.fingerprint
 
 
-# Identity of a weight -> the weight, its tiles, and a watch on it.
-Tiles = dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, Watch]]
+# Identity of a weight -> the weight, what was made of it (tiles, or quads and their scales), and a watch on it.
+Tiles = dict[tuple[int, int], tuple[torch.Tensor, Any, Watch]]
 
 
 def identity(weight: torch.Tensor) -> tuple[int, int]:
@@ -182,9 +187,35 @@ def identity(weight: torch.Tensor) -> tuple[int, int]:
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
+def made_of(weight: torch.Tensor, make: Callable[[torch.Tensor], Any], known: Tiles | None) -> Any:
+    """`make(weight)`, or that of an earlier call with a weight that has not changed since."""
+    if known is None:
+        return make(weight)
+    found = known.get(identity(weight))  # another thread may be here as well
+    if found is None or found[2].changed():
+        found = known[identity(weight)] = (weight, make(weight), Watch([weight]))
+    return found[1]
+
+
 def _top(experts: int, tau: float) -> int:
     """How many experts `topk` runs."""
     return int((topk_priority(torch.arange(experts, 0.0, -1, device="cpu")) >= tau).sum())
+
+
+def _as_read(
+    given: dict[str, torch.Tensor | None], int8: bool, known: Tiles | None
+) -> tuple[dict[str, torch.Tensor | None], dict[str, torch.Tensor]]:
+    """The operator's tensors as the library reads them, and the scales of weights in int8 by field of the struct."""
+    dtype, scales = given["up_weight"].dtype, {}
+    tensors = {
+        name: None if t is None else t.to(torch.float32 if int8 and name in _BESIDE else dtype).contiguous()
+        for name, t in given.items()
+    }
+    for name in INPUTS if int8 else ():
+        weight = tensors[name]
+        if weight is not None:
+            tensors[name], scales[_SCALES[name]] = made_of(weight, partial(in_quads, name=name), known)
+    return tensors, scales
 
 
 class Plan:
@@ -208,35 +239,39 @@ class Plan:
         kernels: int | None = None,
         tiles: Tiles | None = None,
         sources: Sequence[torch.Tensor] = (),
+        expert_dtype: str | None = None,
     ):
         """See `operator.reference`; `kernels` forces an instruction set.
+
+        With an `expert_dtype` the experts' weights are rounded as `quads.rounded` has it, and kept in that form; with
+        `int8-dynamic` tokens and hidden values are as well.
 
         At each call, `sources` are compared with what they are now, see `Watch`.
 
         With `tiles` the plan may keep bf16 weights a second time, in tiles, where the instruction set gains by that;
-        plans of one layer share them through it. It pays for a plan that is used again.
+        plans of one layer share them through it, and weights in int8. It pays for a plan that is used again.
         """
-        up = tensors["up_weight"]
+        up, int8 = tensors["up_weight"], expert_dtype is not None
         for name, tensor in tensors.items():
             if tensor is not None and (tensor.device.type != "cpu" or (tensor.numel() and not tensor.data_ptr())):
                 raise RuntimeError(f"{name} is on the device {tensor.device}; the CPU kernels need it in memory")
         given = tensors
-        tensors = {name: None if t is None else t.to(up.dtype).contiguous() for name, t in given.items()}
-        copied = [t for n, t in given.items() if t is not None and t.data_ptr() != tensors[n].data_ptr()]
-        up = tensors["up_weight"]
+        tensors, scales = _as_read(given, int8, tiles)
+        copied = {t.data_ptr(): t for n, t in given.items() if t is not None and t.data_ptr() != tensors[n].data_ptr()}
         experts, d, size = up.shape
-        self.dtype, self.d_out = up.dtype, tensors["down_weight"].shape[-1]
+        self.dtype, self.d_out = up.dtype, given["down_weight"].shape[-1]
         base, constants = tensors["down_bias"], tensors["constants"]
         if constants is not None:
             total = constants.float().sum(0)
             base = total if base is None else total + base.float()
         elif base is not None:
             base = base.float()
-        self.keep = {**tensors, "base": base}
+        self.keep = {**tensors, **scales, "base": base}
         layer = _Layer(
             bf16=up.dtype == torch.bfloat16, activation=ACTIVATIONS[activation], gate=GATES[gate],
-            kernels=kernel_for(up.dtype) if kernels is None else kernels, d=d, size=size, d_out=self.d_out,
+            kernels=kernel_for(up.dtype, int8) if kernels is None else kernels, d=d, size=size, d_out=self.d_out,
             experts=experts, min_experts=max(min_experts - shared, 0), shared=shared, tau=tau, few=FEW,
+            rounds=expert_dtype == "int8-dynamic",
             max_experts=max(max_experts - shared, 1) if max_experts else 0,  # among those that the gate chooses from
             top=_top(experts - shared, tau) if gate == "topk" else 0,
         )  # fmt: skip
@@ -247,12 +282,15 @@ class Plan:
         for field, name in _TENSORS.items():
             tensor = self.keep[name]
             setattr(layer, field, None if tensor is None else tensor.data_ptr())
+        for field, scale in scales.items():
+            setattr(layer, field, scale.data_ptr())
         self.layer, self.extra_bytes = layer, 0
-        wanted = tiles is not None and layer.bf16 and library()[0].d2dmoe_kernels_tiles(layer.kernels)
+        wanted = tiles is not None and layer.bf16 and not int8 and library()[0].d2dmoe_kernels_tiles(layer.kernels)
         self.tiles = tiles if wanted else None
         self.call = ctypes.byref(layer)
         self.forward: Callable = library()[0].d2dmoe_forward
-        self.watch = Watch([*sources, *copied])
+        watched = {t.data_ptr(): t for t in sources} | copied
+        self.watch = Watch([*watched.values()])
         self.watch.enter(layer)
 
     def __call__(self, x: torch.Tensor, run: torch.Tensor | None = None) -> torch.Tensor:
@@ -282,12 +320,9 @@ class Plan:
         tiles = self.tiles
         for field, name in _TILED.items():
             weight = self.keep[name]
-            if weight is not None and tiles is not None:  # another thread may be here as well, or have been
-                tiled = tiles.get(identity(weight))
-                if tiled is None or tiled[2].changed():
-                    tiled = tiles[identity(weight)] = (weight, in_tiles(weight), Watch([weight]))
-                self.keep[field] = tiled[1]
-                setattr(self.layer, field, tiled[1].data_ptr())
+            if weight is not None and tiles is not None:  # another thread may have been here
+                self.keep[field] = tiled = made_of(weight, in_tiles, tiles)
+                setattr(self.layer, field, tiled.data_ptr())
         self.extra_bytes = sum(self.keep[field].nbytes for field in _TILED if field in self.keep)
         self.tiles = None
 

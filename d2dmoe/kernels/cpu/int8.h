@@ -1,0 +1,288 @@
+// Experts in int8, part of microkernels.h. Tokens stay in fp32, and a weight is widened in a register; or tokens and hidden
+// values are rounded as well, row by row, and D2DMOE_VNNI has an instruction for four such products.
+//
+// Weights lie in quads of rows, (ceil(depth / 4), width, 4) bytes, each of them 128 + weight; quads.py makes them. So a
+// vector holds 4 rows of LANES columns. A whole vector may be read beyond the last column: there is room for it.
+
+inline vu quad(const uint8_t* p) { return *reinterpret_cast<const vu*>(p) ^ 0x80808080u; }
+
+// One of the four rows, as integers in fp32.
+template <int ROW>
+inline vf row_of(vu quad) {
+    return __builtin_convertvector((vi)(quad << (24 - 8 * ROW)) >> 24, vf);
+}
+
+// A rounded row: its scale, 128 times its sum, and its bytes, with zeros up to a whole quad.
+struct Rounded {
+    float scale;
+    int32_t offset;
+    int8_t bytes[];
+};
+
+// To the largest value 127; a row with a value that is not finite gets the scale NaN and zeros.
+inline void round_row(const float* x, int64_t n, char* out) {
+    auto* row = reinterpret_cast<Rounded*>(out);
+    vf largest = {}, bad = {};
+    for (int64_t i = 0; i < n; i += LANES) {
+        vf v = load_some(x + i, n - i), size = (vf)((vi)v & 0x7fffffff);
+        largest = select(size > largest, size, largest), bad += v * 0.0f;
+    }
+    float most = 0;
+    for (int64_t i = 0; i < LANES; i++) most = std::max(most, largest[i]);
+    bool finite = total(bad) == 0;
+    row->scale = finite ? most / 127.0f : __builtin_nanf("");
+    bool some = finite && row->scale > 0;
+    vf scale = vf{} + (some ? row->scale : 1.0f);
+    vi sum = {};
+    int64_t i = 0;
+    for (; some && i < n; i += LANES) {
+        vf v = load_some(x + i, n - i) / scale;
+        v = select(v > 127.0f, vf{} + 127.0f, select(v < -127.0f, vf{} - 127.0f, v));
+        vi whole = (vi)(v + 12582912.0f) - 0x4b400000;  // rounds to an integer in the low bits
+        sum += whole;
+        for (int64_t j = 0; j < std::min(LANES, n - i); j++) row->bytes[i + j] = int8_t(whole[j]);
+    }
+    if (!some) std::memset(row->bytes, 0, size_t(n));
+    std::memset(row->bytes + n, 0, size_t(-n & 3));
+    int32_t all = 0;
+    for (int64_t j = 0; j < LANES; j++) all += sum[j];
+    row->offset = 128 * all;
+}
+
+inline float value_at(const float* x, int64_t k) { return x[k]; }
+inline float value_at(const Rounded* x, int64_t k) { return x->bytes[k]; }
+
+template <int ROW, class X, int KU, int ROWS, int COLS>
+__attribute__((always_inline)) inline void add_row(vf (&sum)[KU][ROWS][COLS], const vu (&quads)[COLS],
+                                                   const X* const* x, int64_t k) {
+    vf weights[COLS];
+#pragma GCC unroll 8
+    for (int v = 0; v < COLS; v++) weights[v] = row_of<ROW>(quads[v]);
+#pragma GCC unroll 16
+    for (int t = 0; t < ROWS; t++) {
+        float value = value_at(x[t], k + ROW);
+#pragma GCC unroll 8
+        for (int v = 0; v < COLS; v++) sum[ROW % KU][t][v] += value * weights[v];
+    }
+}
+
+// Sums over the whole depth of one tile, fp32.
+template <class X, int KU, int ROWS, int COLS>
+__attribute__((always_inline)) inline void sum_quads(vf (&sum)[KU][ROWS][COLS], const X* const* x, const uint8_t* w,
+                                                     int64_t width, int64_t depth) {
+    const X* row[ROWS];
+#pragma GCC unroll 16
+    for (int t = 0; t < ROWS; t++) row[t] = x[t];
+    int64_t k = 0;
+    vu quads[COLS];
+    for (; k + 4 <= depth; k += 4) {
+        const uint8_t* here = w + k * width;
+#pragma GCC unroll 8
+        for (int v = 0; v < COLS; v++) {
+            quads[v] = quad(here + v * LANES * 4);
+            if (ROWS <= FEW_ROWS) __builtin_prefetch(here + AHEAD / COLS * 4 * width + v * LANES * 4, 0, 2);
+        }
+        add_row<0>(sum, quads, row, k);
+        add_row<1>(sum, quads, row, k);
+        add_row<2>(sum, quads, row, k);
+        add_row<3>(sum, quads, row, k);
+    }
+    if (k < depth) {
+#pragma GCC unroll 8
+        for (int v = 0; v < COLS; v++) quads[v] = quad(w + k * width + v * LANES * 4);
+        add_row<0>(sum, quads, row, k);
+        if (k + 1 < depth) add_row<1>(sum, quads, row, k);
+        if (k + 2 < depth) add_row<2>(sum, quads, row, k);
+    }
+}
+
+#if defined(D2DMOE_VNNI)
+// Unsigned bytes times signed ones: the weights as they lie there, 128 too large, which `offset` takes back.
+template <int KU, int ROWS, int COLS>
+__attribute__((always_inline)) inline void sum_quads(vf (&sum)[KU][ROWS][COLS], const Rounded* const* x, const uint8_t* w,
+                                                     int64_t width, int64_t depth) {
+    typedef int32_t four __attribute__((aligned(1), may_alias));
+    __m512i whole[KU][ROWS][COLS];
+#pragma GCC unroll 4
+    for (int u = 0; u < KU; u++)
+#pragma GCC unroll 16
+        for (int t = 0; t < ROWS; t++)
+#pragma GCC unroll 8
+            for (int v = 0; v < COLS; v++) whole[u][t][v] = _mm512_setzero_si512();
+    const int8_t* row[ROWS];
+#pragma GCC unroll 16
+    for (int t = 0; t < ROWS; t++) row[t] = x[t]->bytes;
+    auto step = [&](int64_t k, int u) __attribute__((always_inline)) {
+        __m512i weights[COLS];
+        const uint8_t* here = w + k * width;
+#pragma GCC unroll 8
+        for (int v = 0; v < COLS; v++) {
+            weights[v] = _mm512_loadu_si512(here + v * 64);
+            if (ROWS <= FEW_ROWS) __builtin_prefetch(here + AHEAD / COLS * 4 * width + v * 64, 0, 2);
+        }
+#pragma GCC unroll 16
+        for (int t = 0; t < ROWS; t++) {
+            __m512i value = _mm512_set1_epi32(*reinterpret_cast<const four*>(row[t] + k));
+#pragma GCC unroll 8
+            for (int v = 0; v < COLS; v++) whole[u][t][v] = _mm512_dpbusd_epi32(whole[u][t][v], weights[v], value);
+        }
+    };
+    int64_t k = 0;
+    for (; k + 4 * KU <= depth; k += 4 * KU) {
+#pragma GCC unroll 4
+        for (int u = 0; u < KU; u++) step(k + 4 * u, u);
+    }
+    for (; k < depth; k += 4) step(k, 0);
+#pragma GCC unroll 16
+    for (int t = 0; t < ROWS; t++) {
+        __m512i offset = _mm512_set1_epi32(x[t]->offset);
+#pragma GCC unroll 8
+        for (int v = 0; v < COLS; v++) {
+            __m512i all = whole[0][t][v];
+#pragma GCC unroll 4
+            for (int u = 1; u < KU; u++) all = _mm512_add_epi32(all, whole[u][t][v]);
+            sum[0][t][v] = (vf)_mm512_cvtepi32_ps(_mm512_sub_epi32(all, offset));
+        }
+    }
+}
+#endif
+
+inline void scale_sums(vf&, const float*) {}
+inline void scale_sums(vf& sum, const Rounded* x) { sum *= x->scale; }
+
+// As `tile` in microkernels.h. `width` is that of the whole matrix, `valid` what is left of it from this column on.
+template <class X, int ROWS, int COLS, bool ADD>
+void tile_quads(const X* const* x, const uint8_t* w, int64_t width, int64_t depth, int64_t valid, const float* minus,
+                float* const* out, int64_t at) {
+    constexpr int KU = ROWS * COLS >= 6 ? 1 : ROWS * COLS >= 3 ? 2 : 4;
+    vf sum[KU][ROWS][COLS] = {};
+    sum_quads(sum, x, w, width, depth);
+#pragma GCC unroll 4
+    for (int u = 0; u < KU; u++)
+#pragma GCC unroll 16
+        for (int t = 0; t < ROWS; t++)
+#pragma GCC unroll 8
+            for (int v = 0; v < COLS; v++) scale_sums(sum[u][t][v], x[t]);
+    write_sums<float, KU, ROWS, COLS, ADD>(sum, valid, minus, out, at);
+}
+
+template <class X>
+using TileQuads = void (*)(const X* const*, const uint8_t*, int64_t, int64_t, int64_t, const float*, float* const*,
+                           int64_t);
+
+template <class X, int COLS, bool ADD, int ROWS = most_rows(COLS)>
+TileQuads<X> pick_quads(int64_t rows) {
+    if constexpr (ROWS > 1)
+        if (rows < ROWS) return pick_quads<X, COLS, ADD, ROWS - 1>(rows);
+    return tile_quads<X, ROWS, COLS, ADD>;
+}
+
+// As `product` in microkernels.h.
+template <bool ADD, class X>
+void product_quads(const X* const* x, int64_t count, const uint8_t* w, int64_t depth, int64_t width, const float* minus,
+                   float* const* out) {
+    int64_t vectors = (width + LANES - 1) / LANES, blocks = (vectors + MOST_COLS - 1) / MOST_COLS;
+    for (int64_t b = 0, at = 0; b < blocks; b++) {
+        int cols = int(vectors / blocks + (b < vectors % blocks));
+        auto pick = cols == 1 ? pick_quads<X, 1, ADD> : cols == 2 ? pick_quads<X, 2, ADD>
+                    : cols == 3 ? pick_quads<X, 3, ADD> : pick_quads<X, MOST_COLS, ADD>;
+        int64_t most = most_rows(cols), parts = (count + most - 1) / most;
+        for (int64_t p = 0, t = 0; p < parts; p++) {
+            int64_t rows = count / parts + (p < count % parts);
+            pick(rows)(x + t, w + at * 4, width, depth, width - at, minus ? minus + at : nullptr, out + t, at);
+            t += rows;
+        }
+        at += cols * LANES;
+    }
+}
+
+// y[t][i] += sum over c of x[t][c] w[c][i] on few tokens, one quad after the other from beginning to end.
+template <int TOKENS>
+void add_quads(const float* x, int64_t ld_x, const uint8_t* w, int64_t depth, int64_t width, float* const* y) {
+    for (int64_t c = 0; c < depth; c += 4, w += 4 * width) {
+        vf value[TOKENS][4] = {};
+        for (int t = 0; t < TOKENS; t++)
+            for (int g = 0; g < 4; g++) value[t][g] += c + g < depth ? x[t * ld_x + c + g] : 0;
+        for (int64_t i = 0; i < width; i += LANES) {
+            vu rows = quad(w + 4 * i);
+            __builtin_prefetch(w + 4 * (QUADS_AHEAD * width + i), 0, 2);
+            vf first = row_of<0>(rows), second = row_of<1>(rows), third = row_of<2>(rows), fourth = row_of<3>(rows);
+#pragma GCC unroll 8
+            for (int t = 0; t < TOKENS; t++) {
+                vf sum = load(y[t] + i) + value[t][0] * first + value[t][1] * second;
+                store(y[t] + i, sum + (value[t][2] * third + value[t][3] * fourth));
+            }
+        }
+    }
+}
+
+inline void add_down_quads(const ExpertCall& c, const float* hidden, int64_t ld_hidden, float* const* y) {
+    const float* constant = static_cast<const float*>(c.constant);
+    for (int64_t t = 0; t < c.count; t++)
+        for (int64_t i = 0; constant && i < c.d_out; i += LANES)
+            store(y[t] + i, load(y[t] + i) - load_some(constant + i, c.d_out - i));
+    auto add = c.count == 4 ? add_quads<4> : c.count == 3 ? add_quads<3> : c.count == 2 ? add_quads<2> : add_quads<1>;
+    add(hidden, ld_hidden, static_cast<const uint8_t*>(c.down), c.size, c.d_out, y);
+}
+
+// Bytes of a rounded row.
+inline int64_t rounded_row(int64_t n) { return round_up(int64_t(sizeof(Rounded)) + round_up(n, 4), 8); }
+
+// As `expert` in microkernels.h. A neuron has one scale for each of its weight vectors, by which its sums and then its
+// hidden value are multiplied; biases and constant are fp32. X is float, or Rounded for rounded tokens and hidden values.
+template <class X>
+void expert_int8(const ExpertCall& c) {
+    constexpr bool rounds = !std::is_same_v<X, float>;
+    int64_t padded = round_up(c.size, 2 * LANES), n = c.count, stride = rounded_row(c.size);
+    char* scratch = c.scratch;
+    float* hidden = take<float>(scratch, n * padded);
+    float* gates = c.gate ? take<float>(scratch, n * padded) : nullptr;
+    char* again = rounds ? take<char>(scratch, n * stride) : nullptr;
+    float** rows = take<float*>(scratch, n);
+    float** outputs = take<float*>(scratch, n);
+    const X** x = take<const X*>(scratch, n);
+    const char* start = rounds ? c.rounded : c.x;
+    for (int64_t t = 0; t < n; t++) {
+        x[t] = reinterpret_cast<const X*>(start + c.token(t) * (rounds ? c.ld_rounded : c.ld_x));
+        outputs[t] = c.y + c.token(t) * c.ld_y;
+        rows[t] = hidden + t * padded;
+    }
+    const auto *up = static_cast<const uint8_t*>(c.up), *gate = static_cast<const uint8_t*>(c.gate);
+    const bool few = n <= FEW_ROWS;
+    if (few) {
+        fetch(gate, AHEAD * LANES * 4);
+        fetch(c.down, QUADS_AHEAD * 4 * c.d_out);
+    }
+    product_quads<false>(x, n, up, c.d, c.size, nullptr, rows);
+    if (gate) {
+        for (int64_t t = 0; t < n; t++) rows[t] = gates + t * padded;
+        product_quads<false>(x, n, gate, c.d, c.size, nullptr, rows);
+    }
+    const float *up_bias = static_cast<const float*>(c.up_bias), *gate_bias = static_cast<const float*>(c.gate_bias);
+    for (int64_t v = 0; v < c.size; v += LANES) {
+        int64_t left = c.size - v;
+        vf add = up_bias ? load_some(up_bias + v, left) : vf{}, add_gate = gate_bias ? load_some(gate_bias + v, left) : vf{};
+        vf scale = load_some(c.up_scale + v, left), after = load_some(c.down_scale + v, left);
+        vf gate_scale = gate ? load_some(c.gate_scale + v, left) : vf{};
+        for (int64_t t = 0; t < n; t++) {
+            vf h = load(hidden + t * padded + v) * scale + add;
+            h = gate ? activate(load(gates + t * padded + v) * gate_scale + add_gate, c.activation) * h
+                     : activate(h, c.activation);
+            store(hidden + t * padded + v, h * after);
+        }
+    }
+    if (few) fetch(c.next, AHEAD * LANES * 4);
+    for (int64_t t = 0; t < n; t++) {
+        if constexpr (rounds) {
+            auto* row = reinterpret_cast<Rounded*>(again + t * stride);
+            round_row(hidden + t * padded, c.size, again + t * stride);
+            x[t] = row;
+            for (int64_t i = 0; few && i < c.size; i++) hidden[t * padded + i] = row->bytes[i] * row->scale;
+        } else {
+            x[t] = hidden + t * padded;
+        }
+    }
+    if (few) return add_down_quads(c, hidden, padded, outputs);
+    product_quads<true>(x, n, static_cast<const uint8_t*>(c.down), c.size, c.d_out, static_cast<const float*>(c.constant),
+                        outputs);
+}

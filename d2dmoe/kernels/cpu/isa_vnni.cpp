@@ -1,0 +1,11 @@
+// As isa_avx512.cpp, and the product of four pairs of bytes; of all this only the experts in int8 that gain by it.
+#define D2DMOE_ISA vnni
+#define D2DMOE_LANES 16
+#define D2DMOE_32_REGISTERS
+#define D2DMOE_VNNI
+#define D2DMOE_OWN_TABLE
+#include "microkernels.h"
+
+namespace d2dmoe {
+void expert_rounded_vnni(const ExpertCall& call) { vnni::expert_int8<vnni::Rounded>(call); }
+}  // namespace d2dmoe

@@ -1,0 +1,183 @@
+"""Experts in int8 through the library, against the definition in fp64 on the weights that int8 stands for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_operator import BF16_ERROR, DTYPES, LIBRARY, check, kernels, needs_native, problem
+from torch.testing import assert_close
+
+from d2dmoe.kernels import down_product, hidden_activations, native, rounded
+from d2dmoe.kernels.operator import ACTIVATIONS, ARGUMENTS, TENSORS
+from d2dmoe.kernels.quads import in_quads
+
+INPUTS = {"up_weight": 1, "gate_weight": 1, "down_weight": 2}
+FP32 = [(number, name) for number, name in kernels() if not LIBRARY.d2dmoe_kernels_bf16(number)]
+ISAS = pytest.mark.parametrize("isa", [n for n, _ in FP32], ids=[name for _, name in FP32])
+
+
+def modelled(arguments: dict) -> dict:
+    """With weights in fp64 that are whole multiples, up to 127, of the scale of their neuron."""
+    found = dict(arguments)
+    for name, dim in INPUTS.items():
+        weight = arguments[name]
+        if weight is not None:
+            scale = weight.float().abs().amax(dim, keepdim=True) / 127
+            whole = (weight.float() / scale.masked_fill(scale == 0, 1)).round()
+            assert whole.abs().max() <= 127
+            found[name] = whole.double() * scale.double()
+    return found
+
+
+def by_native(arguments: dict, isa: int | None = None, expert_dtype: str = "int8") -> torch.Tensor:
+    tensors = {name: arguments[name] for name in TENSORS}
+    plan = native.Plan(tensors, *(arguments[name] for name in ARGUMENTS[13:]), kernels=isa, expert_dtype=expert_dtype)
+    return plan(arguments["x"], arguments["run"])
+
+
+def whole_rows(x: torch.Tensor) -> torch.Tensor:
+    """Every row in whole multiples, up to 127, of a scale of its own."""
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return (x / scale.masked_fill(scale == 0, 1)).round() * scale
+
+
+def check_rounded(arguments: dict, isa: int | None = None, name: str = "y") -> None:
+    """With rounded tokens and hidden values. Sums in another order can round a hidden value to the next step."""
+    y, weights = by_native(arguments, isa, "int8-dynamic"), modelled(arguments)
+    act, wide = ACTIVATIONS[arguments["activation"]], {n: None if t is None else t.double() for n, t in weights.items()
+                                                       if isinstance(t, torch.Tensor) or t is None}  # fmt: skip
+    x = wide["x"]
+    names = ("up_weight", "up_bias", "gate_weight", "gate_bias")
+    hidden = hidden_activations(whole_rows(x.float()).double(), *(wide[n] for n in names), act)
+    scale = arguments["down_weight"].float().abs().amax(2)[:, None] / 127
+    hidden = whole_rows(hidden * scale.double())
+    whole = (wide["down_weight"] / scale.transpose(1, 2).masked_fill(scale.transpose(1, 2) == 0, 1)).round()
+    expected = down_product(hidden, whole, wide["down_bias"], arguments["run"], wide["constants"])
+    if wide["linear_in"] is not None:
+        expected = expected + x @ wide["linear_in"] @ wide["linear_out"]
+    assert not y.isnan().any(), name
+    error = (y.double() - expected).norm() / expected.norm().clamp_min(1e-9)
+    assert error < (BF16_ERROR if y.dtype == torch.bfloat16 else 1e-3), f"{name}: {error:.1e}"
+
+
+@needs_native
+@ISAS
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_odd_shapes(isa, dtype, data):
+    shape = [data.draw(st.integers(low, high)) for low, high in ((0, 90), (1, 70), (1, 70), (1, 9), (1, 70))]
+    arguments = problem(
+        *shape, glu=data.draw(st.booleans()), bias=data.draw(st.booleans()), constants=data.draw(st.booleans()),
+        rank=data.draw(st.integers(0, 5)), activation=data.draw(st.sampled_from(sorted(ACTIVATIONS))),
+        dtype=DTYPES[dtype], seed=data.draw(st.integers(0, 9)),
+    )  # fmt: skip
+    if data.draw(st.booleans()):  # zero neurons fill up the last expert
+        for name, dim in INPUTS.items():
+            if arguments[name] is not None:
+                arguments[name][-1].narrow(3 - dim - 1, shape[2] // 2, shape[2] - shape[2] // 2).zero_()
+    check(by_native(arguments, isa), modelled(arguments), f"{shape}")
+    if shape[0]:
+        check_rounded(arguments, isa, f"{shape}")
+
+
+@needs_native
+@ISAS
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("glu", [False, True], ids=["ffn", "glu"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 16, 64, 131])
+def test_fast_shapes(isa, threads, glu, tokens):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for dtype in DTYPES.values():
+            arguments = problem(tokens, 64, 32, 6, 128, glu=glu, dtype=dtype)
+            check(by_native(arguments, isa), modelled(arguments), f"{dtype}")
+            check_rounded(arguments, isa, f"{dtype}")
+            everything = {"run": None, "tau": 0.0, "constants": None, "linear_in": None, "linear_out": None}
+            check(by_native(arguments | everything, isa), modelled(arguments | everything), f"{dtype}, everything")
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 40, 90])
+def test_the_same_experts_run(dtype, tokens):
+    """The router is not rounded: its scores, and what is chosen by them, are those of the layer without int8."""
+    arguments = problem(tokens, 37, 8, 12, 16, glu=False, dtype=DTYPES[dtype]) | {"gate": "topk", "tau": 0.6}
+    hidden = torch.relu(arguments["x"].double() @ arguments["router_hidden"].double().T)
+    scores = (hidden @ arguments["router_score"].double().T).abs()
+    clear = (scores.sort().values.diff() > 1e-5 * scores.amax(1, True)).all(1)
+    kept = scores >= scores.sort(descending=True).values[:, 4:5]
+    y = by_native(arguments | {"run": None})
+    check(y[clear], modelled(arguments) | {"x": arguments["x"][clear], "run": kept[clear]})
+
+
+@needs_native
+@pytest.mark.parametrize("tokens", [2, 6, 70])
+@pytest.mark.parametrize("name", ["x", *INPUTS])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows(tokens, name, value):
+    """In all outputs of the tokens that it reaches, and in no others."""
+    arguments = problem(tokens, 20, 12, 4, 24, glu=True, rank=0)
+    arguments["run"][0], arguments["run"][1] = False, True
+    place = (1, 3) if name == "x" else (0, 3, 2)
+    arguments[name][place] = value
+    reached = torch.arange(tokens) == 1 if name == "x" else arguments["run"][:, 0]
+    y = by_native(arguments)
+    assert y[reached].isnan().all()
+    dynamic = by_native(arguments, None, "int8-dynamic")
+    assert dynamic[reached].isnan().all()
+    assert not dynamic[~reached].isnan().any()
+    rest = {n: arguments[n][~reached] for n in ("x", "run")}
+    check(y[~reached], modelled({n: v.nan_to_num(0, 0, 0) if n in INPUTS else v for n, v in arguments.items()}) | rest)
+
+
+@needs_native
+@pytest.mark.parametrize("tokens", [1, 6, 70])
+def test_rows_without_a_scale(tokens):
+    """Tokens of zeros, experts whose hidden values are all zero, and values of every size at once."""
+    arguments = problem(tokens, 20, 12, 4, 24, glu=False, bias=False, activation="relu", rank=0)
+    arguments["run"][:] = True
+    arguments["up_weight"][1] = 0
+    arguments["x"][0] = 0
+    check_rounded(arguments)
+    arguments["x"] *= torch.logspace(-30, 20, tokens)[:, None]
+    assert by_native(arguments, None, "int8-dynamic").isfinite().all()
+
+
+def test_rounding():
+    """The largest weight of a neuron is kept, zeros stay zero, an error is at most half a step, gradients pass."""
+    weight = torch.randn(3, 5, 4)
+    weight[1, :, 2] = 0
+    weight[2, 1, 1] = float("nan")
+    for name, dim in INPUTS.items():
+        given = weight.clone().requires_grad_()
+        y = rounded(given, name)
+        y.nan_to_num().sum().backward()
+        assert given.grad[:2].eq(1).all()
+        y, largest = y.detach(), weight.abs().amax(dim, keepdim=True).expand_as(weight)
+        whole = ~largest.isnan()
+        assert y[~whole].isnan().all()
+        assert ((y - weight)[whole].abs() <= largest[whole] / 254 * 1.0001).all()
+        top = whole & (weight.abs() == largest)
+        assert_close(y[top], weight[top])
+        assert (y[1, :, 2] == 0).all()
+    assert rounded(weight.bfloat16(), "up_weight").dtype == torch.bfloat16
+
+
+def test_quads():
+    weight = torch.arange(1.0, 6)[None, :, None] * torch.tensor([1.0, -10])  # (1, 5, 2)
+    quads, scale = in_quads(weight, "up_weight")
+    assert_close(scale, torch.tensor([[5 / 127, 50 / 127]]))
+    whole = (torch.arange(1.0, 6) * 127 / 5).round().int().tolist()
+    assert quads.shape == (1, 2, 2, 4)
+    assert (quads.int() - 128).tolist() == [
+        [[whole[:4], [-n for n in whole[:4]]], [[whole[4], 0, 0, 0], [-whole[4], 0, 0, 0]]]
+    ]
+    quads, scale = in_quads(weight, "down_weight")
+    assert_close(scale, torch.arange(1.0, 6)[None] * 10 / 127)
+    assert (quads[0, 0, 0].int() - 128).tolist() == [13] * 4
