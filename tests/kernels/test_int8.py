@@ -149,6 +149,25 @@ def test_rows_without_a_scale(tokens):
     assert by_native(arguments, None, "int8-dynamic").isfinite().all()
 
 
+@needs_native
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_no_memory_in_any_thread_is_an_error_of_the_caller(tokens):
+    """Also where threads wait for each other's rounded tokens."""
+    arguments = problem(tokens, 3000, 24, 5, 50, glu=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for left in range(2 + (tokens == 3)):
+            LIBRARY.d2dmoe_limit_allocations(left)
+            with pytest.raises(MemoryError, match=f"no memory for {tokens} tokens"):
+                by_native(arguments, None, "int8-dynamic")
+            LIBRARY.d2dmoe_limit_allocations(-1)
+            check_rounded(arguments)
+    finally:
+        LIBRARY.d2dmoe_limit_allocations(-1)
+        torch.set_num_threads(before)
+
+
 def test_rounding():
     """The largest weight of a neuron is kept, zeros stay zero, an error is at most half a step, gradients pass."""
     weight = torch.randn(3, 5, 4)
