@@ -269,7 +269,8 @@ def load_dense(name: str, config: Any, dtype: torch.dtype = torch.float32) -> Pr
     A folder with networks in the places of projections has none: then a model of its shapes with random weights, which
     takes the same time.
     """
-    if conversion_record(config).networks:
+    record = conversion_record(config)  # none where a program without d2dmoe saved the folder
+    if record is not None and record.networks:
         return model_class(config, name)(without_record(config)).to(dtype).eval()
     return model_class(config, name).from_pretrained(name, config=without_record(config), dtype=dtype).eval()
 

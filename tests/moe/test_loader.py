@@ -105,7 +105,17 @@ WHOLE, SHARDED = [(name, "5GB") for name in AUTO], [(name, "20KB") for name in (
 PADDED = [("gpt2", "5GB", 7), ("bert", "5GB", 10), ("phi3", "20KB", 7), ("t5-gated", "5GB", 6)]  # width 64
 
 
-@pytest.mark.parametrize(("name", "shard", "experts"), [*((*pair, 8) for pair in WHOLE + SHARDED), *PADDED])
+SOME = ("gpt2", "llama", "bert", "vit", "t5-gated")  # the others take minutes together
+
+
+@pytest.mark.parametrize(
+    ("name", "shard", "experts"),
+    [
+        *(pytest.param(*pair, 8, marks=() if pair[0] in SOME else pytest.mark.slow) for pair in WHOLE),
+        *((*pair, 8) for pair in SHARDED),
+        *PADDED,
+    ],
+)
 def test_opens_with_and_without_d2dmoe(name, shard, experts, tmp_path):
     model, dense, orders = converted(name, experts=experts)
     assert all(layer.up_weight.shape[0] == experts for layer in layers(model))

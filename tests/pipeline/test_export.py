@@ -191,7 +191,7 @@ transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(output)
 """
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-padded"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama-padded", marks=pytest.mark.slow)])
 def test_a_folder_saved_without_d2dmoe(name, capsys, tmp_path):
     root, kind, _ = made(name, tmp_path)
     command = [sys.executable, "-c", PLAIN, str(root / "moe"), kind.__name__, str(root / "plain")]
@@ -230,6 +230,7 @@ for argv in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_a_folder_saved_without_d2dmoe_on_the_hub(tmp_path):
     """Told by the headers of its files alone; with the hub gone, by an earlier download."""
     root, kind, _ = made("gpt2", tmp_path)

@@ -60,6 +60,7 @@ def test_one_command_is_the_two_after_each_other(place, capsys):
     assert weights(place / "again") == weights(place / "one")
 
 
+@pytest.mark.slow  # kills of each half by itself are in test_resume.py and in pipeline/
 def test_killed_in_either_half_it_goes_on_to_the_same_bytes(place, capsys):
     assert run_in_process(capsys, *argv(place, "whole")).code == 0
     for ending, output in (("before.json", "early"), ("sparsified", "between"), ("routers.safetensors", "late")):
