@@ -35,6 +35,7 @@ from d2dmoe.report import machine, portable, table
 HERE = Path(__file__).resolve().parent
 FORMS = ("full", "quick", "paper")
 SECTIONS = ("sparsify", "convert", "ours", "theirs", "eval", "bench")
+BEGIN, END = "<!-- outcomes -->", "<!-- end of outcomes -->"  # in recipes/README.md
 PYTHON, D2DMOE = [sys.executable], [sys.executable, "-m", "d2dmoe"]
 
 
@@ -260,6 +261,15 @@ def recorded_table() -> str:
     return "\n\n".join(parts)
 
 
+def record(name: str, form: str, found: dict[str, Any]) -> None:
+    """Keep an outcome beside its recipe, and show it in `recipes/README.md`."""
+    file, readme = HERE / name / "outcome.json", HERE / "README.md"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    write_text(file, json.dumps({**known, form: found}, indent=1) + "\n")
+    head, _, rest = readme.read_text().partition(BEGIN)
+    write_text(readme, f"{head}{BEGIN}\n\n{recorded_table()}\n\n{END}{rest.partition(END)[2]}")
+
+
 def plan(recipe: Recipe, tflops: float) -> str:
     """What `--dry-run` prints: the commands, and for the training steps memory and hours."""
     lines = [f"$ {step.shown}" for step in recipe.steps]
@@ -310,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and what they would take")
     parser.add_argument("--tflops", type=float, default=100.0, help="for --dry-run: what the machine sustains")
-    parser.add_argument("--record", action="store_true", help="keep the outcome beside the recipe")
+    parser.add_argument("--record", action="store_true", help="keep the outcome beside the recipe, and in README.md")
     parser.add_argument("--table", action="store_true", help="print all recorded outcomes and stop")
     arguments = parser.parse_args(argv)
     if arguments.table:
@@ -332,9 +342,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print("\n" + outcome_table(found))
     if arguments.record:
-        file = HERE / recipe.name / "outcome.json"
-        known = json.loads(file.read_text()) if file.exists() else {}
-        write_text(file, json.dumps({**known, recipe.form: found}, indent=1) + "\n")
+        record(recipe.name, recipe.form, found)
     return 0
 
 

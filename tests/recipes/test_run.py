@@ -64,6 +64,22 @@ def test_the_readme_shows_what_is_recorded():
     assert recipes.recorded_table() in (ROOT / "recipes" / "README.md").read_text()
 
 
+def test_an_outcome_is_kept_and_shown(tmp_path, monkeypatch):
+    recorded = json.loads((ROOT / "recipes" / "bert_emotion" / "outcome.json").read_text())["full"]
+    (tmp_path / "bert_emotion").mkdir()
+    for name in ("README.md", "bert_emotion/recipe.yaml"):
+        (tmp_path / name).write_text((ROOT / "recipes" / name).read_text())
+    monkeypatch.setattr(recipes, "HERE", tmp_path)
+    for points in (recorded["points"][:1], recorded["points"][:2]):
+        recipes.record("bert_emotion", "quick", {**recorded, "points": points})
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("### bert_emotion --quick") == text.count(recipes.BEGIN) == text.count(recipes.END) == 1
+    assert recipes.recorded_table() in text
+    assert text.partition(recipes.END)[2] == (ROOT / "recipes" / "README.md").read_text().partition(recipes.END)[2]
+    lines = [line for line in text.splitlines() if line.startswith(("| 0.1 |", "| 0.25 |", "| 0.5 |"))]
+    assert len([line for line in lines if line.startswith("| 0.1 |")]) == 1
+
+
 @pytest.mark.parametrize("form", ["full", "quick"])
 def test_base_data_and_seed_are_the_users(form, tmp_path):
     recipe = recipes.open_recipe("bert_emotion", form, base="my/model", data="my.txt", seed=3)
