@@ -30,17 +30,21 @@ def file() -> Path | None:
     return Path(folder) / "ways.json" if folder else None
 
 
+def processor() -> str:
+    """The processor's name, or what kind it is where it has none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 @cache
 def machine() -> str:
     """What a decision holds for: processor, PyTorch, our library and the kernels chosen by the environment."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        processor = platform.processor() or platform.machine()
     library = f"{zlib.crc32(native.LIBRARY.read_bytes()):08x}" if native.LIVE else "none"
     isa = os.environ.get("D2DMOE_ISA", "")
-    return f"{processor}, {os.cpu_count()} cores, torch {torch.__version__}, library {library}{isa and ', ' + isa}"
+    return f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, library {library}{isa and ', ' + isa}"
 
 
 class Decisions:

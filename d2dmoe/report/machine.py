@@ -12,13 +12,14 @@ import torch
 import transformers
 
 from ..files import write_text
+from ..kernels.decisions import processor
 from ..version import __version__
 
 
 def machine() -> dict[str, Any]:
     """The machine and versions that made the figures, without names or paths."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -26,14 +27,6 @@ def machine() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def portable(text: Any) -> Any:
