@@ -291,3 +291,17 @@ def tiny(name: str) -> PreTrainedModel:
         raise KeyError(name)
     torch.manual_seed(0)
     return case.build().eval()
+
+
+def check_generation(model: PreTrainedModel, beams: int, *, static: bool) -> None:
+    """A batch padded on the left gives the same tokens with and without a cache, and with a static one."""
+    import torch
+
+    ids = torch.randint(5, 30, (2, 6), generator=torch.Generator().manual_seed(0))
+    ids[0, :2], mask = 0, torch.ones_like(ids)
+    mask[0, :2] = 0
+    run = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
+    tokens = [model.generate(ids, use_cache=cache, **run) for cache in (True, False)]
+    assert torch.equal(*tokens)
+    if static:
+        assert torch.equal(model.generate(ids, cache_implementation="static", **run), tokens[0])

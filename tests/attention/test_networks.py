@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import randomise_routers, randomise_vectors
 from torch.testing import assert_close
-from zoo import tiny
+from zoo import check_generation, tiny
 
 from d2dmoe import ConvertConfig, UserError
 from d2dmoe.attention.networks import Bank, distil_networks, in_running_order, install_networks, make_bank
@@ -274,14 +274,7 @@ def test_generation_with_and_without_cache(name, beams):
     model = converted(name, torch.float32)
     for layer in layers(model):
         layer.gate_state = replace(layer.gate_state, name="topk", tau=0.5)
-    ids = torch.randint(5, 30, (2, 6), generator=torch.Generator().manual_seed(0))
-    ids[0, :2], mask = 0, torch.ones_like(ids)
-    mask[0, :2] = 0
-    run = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
-    tokens = [model.generate(ids, use_cache=cache, **run) for cache in (True, False)]
-    assert torch.equal(*tokens)
-    if beams == 1:
-        assert torch.equal(model.generate(ids, cache_implementation="static", **run), tokens[0])
+    check_generation(model, beams, static=beams == 1)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "t5"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import randomise_routers
 from torch.testing import assert_close
-from zoo import tiny
+from zoo import check_generation, tiny
 
 import d2dmoe
 from d2dmoe.config import D2DMoEConfig
@@ -114,14 +114,7 @@ def test_all_on_is_dense_and_a_budget_survives_saving(name, tmp_path):
 def test_generation_with_and_without_cache(name, beams):
     model = converted(name, torch.float32)
     set_gate(model, active=0.5)
-    ids = torch.randint(5, 30, (2, 6), generator=torch.Generator().manual_seed(0))
-    ids[0, :2], mask = 0, torch.ones_like(ids)
-    mask[0, :2] = 0
-    run = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
-    tokens = [model.generate(ids, use_cache=cache, **run) for cache in (True, False)]
-    assert torch.equal(*tokens)
-    if beams == 1 and name == "llama":
-        assert torch.equal(model.generate(ids, cache_implementation="static", **run), tokens[0])
+    check_generation(model, beams, static=beams == 1 and name == "llama")
 
 
 def test_rows_have_their_own_budgets():
