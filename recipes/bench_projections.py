@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from d2dmoe.config.projections import Projection, ProjectionState
 from d2dmoe.measure.timing import CLOCKS
-from d2dmoe.moe.projection import DynamicProjection, make_projection
+from d2dmoe.moe.projected import make_projection
+from d2dmoe.moe.projection import DynamicProjection
 
 SHAPES = ("linear:768:768", "conv:768:2304:3", "linear:768:2304", "linear:2048:2048")
 CACHES = 300 << 20  # bytes of weights to go through in turn: more than caches hold, as in a model

@@ -1,6 +1,6 @@
 """Time whole models of known shapes with random weights, converted in memory, a fixed share of the experts on.
 
-python recipes/bench_shapes.py --shapes gpt2,llama,minilm --active 0.25 --attention 0.5 --threads 2
+python recipes/bench_shapes.py --shapes gpt2,llama,minilm --active 0.25 --attention 0.5 --head 0.4 --threads 2
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 
 from d2dmoe.config import D2DMoEConfig
 from d2dmoe.config.budgets import Budget
+from d2dmoe.config.options import HeadConfig
 from d2dmoe.config.projections import Projection, ProjectionState
+from d2dmoe.config.sizes import head_projection
 from d2dmoe.discovery import discover, find_projections
+from d2dmoe.discovery.head import find_head
 from d2dmoe.measure.bench import COLUMNS, bench_model
 from d2dmoe.moe.layer import layers
 from d2dmoe.moe.loader import attach
+from d2dmoe.moe.projection import projections as dynamic_projections
 from d2dmoe.report import bench_table, envelope, write_json
 
 SHAPES = {  # class, config, neurons per expert, (sequences, tokens of each) to measure
@@ -42,7 +46,15 @@ def low_rank(projection: Projection, share: float) -> ProjectionState:
     return ProjectionState("low-rank", ranks)
 
 
-def build(name: str, active: float, attention: float) -> tuple[torch.nn.Module, torch.nn.Module]:
+def head_record(model: torch.nn.Module, share: float, group: int) -> tuple[Projection, ProjectionState]:
+    """The head with one token in a hundred exact and factors for the rest of this share."""
+    head = head_projection(HeadConfig(head_active=share), *find_head(model), group)
+    candidates = head.outputs // 100
+    rank = int((share * head.macs - candidates * head.inputs) / (head.inputs + head.outputs))
+    return head, ProjectionState("svd-softmax", (rank,), candidates=candidates)
+
+
+def build(name: str, active: float, attention: float, head: float = 0.0) -> tuple[torch.nn.Module, torch.nn.Module]:
     """`(converted, dense)` of the same random weights, routers random as well; one stored budget."""
     kind, config, size, _ = SHAPES[name]
     torch.manual_seed(0)
@@ -54,11 +66,18 @@ def build(name: str, active: float, attention: float) -> tuple[torch.nn.Module, 
     projections = find_projections(model).found if attention else []
     for projection in projections:
         projection.rank = max(projection.full_ranks)
+    states = [low_rank(projection, attention) for projection in projections]
+    if head:
+        found, state = head_record(model, head, 1 + max((p.group for p in projections), default=-1))
+        projections, states = [*projections, found], [*states, state]
     record = D2DMoEConfig(blocks=blocks, router_width=128, projections=projections)
     budget = Budget(active, record.equal_thresholds(active))
-    budget.projection_states = [low_rank(projection, attention) for projection in projections]
+    budget.projection_states = states
     record.budgets.replace([budget])
     attach(model, record, [torch.arange(b.width) for b in blocks])
+    for layer in dynamic_projections(model):
+        for name in layer.ADDED:
+            getattr(layer, name).data.normal_()
     for seed, layer in enumerate(layers(model)):
         layer.router.reset(seed)
     return model, dense
@@ -72,6 +91,7 @@ def main() -> None:
     parser.add_argument(
         "--attention", type=float, default=0.0, help="share of the projections' work, at low rank; 0: dense"
     )
+    parser.add_argument("--head", type=float, default=0.0, help="share of the head's work, SVD-softmax; 0: dense")
     parser.add_argument("--length", type=int, help="tokens of a sequence, and before a decoded one")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3.0)
@@ -85,7 +105,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     rows = []
     for name in arguments.shapes.split(","):
-        model, dense = build(name, arguments.active, arguments.attention)
+        model, dense = build(name, arguments.active, arguments.attention, arguments.head)
         for batch, usual in SHAPES[name][3]:
             length = arguments.length or usual
             found = bench_model(

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..config.projections import rows_of
 from ..data.batches import Batches
-from ..moe.projection import DynamicProjection, projections
+from ..moe.projection import DynamicProjection, around_attention
 from .moments import InputMoments, gradient_moments, input_moments
 
 DAMPING = 0.1  # of the gradients' moments towards equal weights of all outputs
@@ -53,7 +53,7 @@ def find_basis(
     into, back = weight.new_zeros(len(weight), rank), weight.new_zeros(rank, len(weight))
     spectra, costs = [], weight.new_zeros(weight.shape[1])
     for width, rows in zip(sections, rows_of(sections), strict=True):
-        half, inverse = _roots(gradients[rows, rows], damping)
+        half, inverse = roots(gradients[rows, rows], damping)
         weighted = half @ weight[rows]
         outputs = weighted @ inputs.covariance @ weighted.T
         values, directions = torch.linalg.eigh((outputs + outputs.T) / 2)
@@ -64,8 +64,8 @@ def find_basis(
     return Basis(into, back, weight @ inputs.mean, spectra, costs)
 
 
-def _roots(gradients: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The symmetric root of damped moments and its inverse."""
+def roots(gradients: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The symmetric root of damped moments ``(width, width)``, and its inverse."""
     width = len(gradients)
     scale = float(gradients.trace()) / width or 1.0
     values, vectors = torch.linalg.eigh((1 - damping) * gradients + damping * scale * torch.eye(width).double())
@@ -78,13 +78,13 @@ def fit_bases(model: nn.Module, batches: Batches, seed: int = 0) -> list[Basis]:
     moments, gradients = input_moments(model, batches), gradient_moments(model, batches, seed=seed)
     bases = [
         find_basis(x.matrix(), moments[x.projection.group], each, x.projection.rank, x.projection.sections)
-        for x, each in zip(projections(model), gradients, strict=True)
+        for x, each in zip(around_attention(model), gradients, strict=True)
     ]
     costs: dict[int, torch.Tensor] = {}  # of the channels, by group
-    for layer, basis in zip(projections(model), bases, strict=True):
+    for layer, basis in zip(around_attention(model), bases, strict=True):
         group = layer.projection.group
         costs[group] = costs.get(group, 0) + basis.channel_costs
-    for layer, basis in zip(projections(model), bases, strict=True):
+    for layer, basis in zip(around_attention(model), bases, strict=True):
         store_basis(layer, basis, costs[layer.projection.group].sqrt())
     return bases
 

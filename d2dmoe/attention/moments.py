@@ -13,7 +13,7 @@ from torch import nn
 from ..data.batches import Batches
 from ..measure.observe import model_inputs, pieces, run_groups
 from ..moe.gating import set_gate
-from ..moe.projection import DynamicProjection, projections
+from ..moe.projection import DynamicProjection, around_attention
 from ..progress import progress
 
 GRADIENT_TOKENS = 4096
@@ -66,7 +66,7 @@ def gradient_moments(model: nn.Module, batches: Batches, *, seed: int = 0) -> li
     the model's own distribution where it has logits (the Fisher matrix), else random directions of the hidden states.
     An error `e` of the output then costs about half of `e F e` of that divergence.
     """
-    layers = projections(model)
+    layers = around_attention(model)
     sums = [torch.zeros(x.projection.outputs, x.projection.outputs, device=model.device) for x in layers]
     generator, rows = torch.Generator().manual_seed(seed), 0
     with set_gate(model, active=1), _only_outputs_learn(model, layers, sums) as current:

@@ -29,7 +29,8 @@ class Budget:
         achieved: Figure of the objective at this budget.
         ffn_active: Active fraction of the feed-forward blocks where the projections around attention have a share of
             the budget of their own; 0 where it is `active`.
-        methods, ranks, channel_thresholds: What each of those projections does, see `ProjectionState`.
+        methods, ranks, channel_thresholds, candidates: What each of those projections and the head do, see
+            `ProjectionState`; no candidates where there is no head.
     """
 
     active: float
@@ -43,17 +44,20 @@ class Budget:
     methods: list[str] = field(default_factory=list)
     ranks: list[list[int]] = field(default_factory=list)
     channel_thresholds: list[float] = field(default_factory=list)
+    candidates: list[int] = field(default_factory=list)
 
     @property
     def projection_states(self) -> list[ProjectionState]:
         """What each projection does at this budget."""
-        settings = zip(self.methods, self.ranks, self.channel_thresholds, strict=True)
-        return [ProjectionState(method, tuple(ranks), threshold) for method, ranks, threshold in settings]
+        candidates = self.candidates or [0] * len(self.methods)
+        settings = zip(self.methods, self.ranks, self.channel_thresholds, candidates, strict=True)
+        return [ProjectionState(method, tuple(ranks), *others) for method, ranks, *others in settings]
 
     @projection_states.setter
     def projection_states(self, states: Sequence[ProjectionState]) -> None:
         self.methods, self.ranks = [s.method for s in states], [list(s.ranks) for s in states]
         self.channel_thresholds = [s.threshold for s in states]
+        self.candidates = [s.candidates for s in states] if any(s.candidates for s in states) else []
 
     def keep_projections(self, keep: Sequence[bool]) -> None:
         """Drop the settings of the projections for which `keep` is false."""

@@ -49,6 +49,8 @@ def check(config: Any) -> None:
             )
         if not 0 < config.attention_factor < 100:
             raise UserError(f"--attention-factor {config.attention_factor:g}: must be above 0, for instance 1")
+    if hasattr(config, "head") and not 0 < config.head_active < 1:
+        raise UserError(f"--head-active {config.head_active:g}: a share of the head's work is above 0 and below 1")
     for active in getattr(config, "active", None) or []:
         check_active(active)
         if active < LEAST_ACTIVE and config.gate != "topk":

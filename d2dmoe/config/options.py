@@ -199,6 +199,19 @@ class AttentionConfig:
 
 
 @dataclass
+class HeadConfig:
+    """What becomes of the linear map from the last hidden states to the vocabulary."""
+
+    head: str = knob(
+        "none",
+        "what becomes of the head of a language model: dense as it is (none), or rough logits of all tokens by two "
+        "thin factors and then exact ones of the likeliest (svd-softmax), at every budget but 1",
+        choices=("none", "svd-softmax"),
+    )
+    head_active: float = knob(0.4, "share of the head's work that runs with --head svd-softmax")
+
+
+@dataclass
 class BudgetConfig:
     """Which operating points are stored, and how they are shared out among the layers."""
 
@@ -244,7 +257,7 @@ class HealConfig(CalibrationConfig):
 
 @dataclass
 class ConvertConfig(
-    HealConfig, BudgetConfig, AttentionConfig, StandInConfig, RouterConfig, GateConfig, SplitConfig,
+    HealConfig, BudgetConfig, HeadConfig, AttentionConfig, StandInConfig, RouterConfig, GateConfig, SplitConfig,
     SparsifyFirstConfig, SourceConfig, DataConfig,
 ):  # fmt: skip
     """Everything `d2dmoe convert` can be told; the keys of a recipe. Each stage takes the part that it inherits."""

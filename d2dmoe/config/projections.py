@@ -1,4 +1,7 @@
-"""The projections around attention in the record, and what each budget does with them. No torch here."""
+"""The projections around attention and the output head in the record, and what each budget does with them.
+
+No torch here.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,19 @@ from typing import Any
 
 from .validate import check_distinct, in_range, one_of, refuse
 
-METHODS = ("dense", "low-rank", "channels")
-ROLES = ("q", "k", "v", "o", "qk", "kv", "qv", "qkv")
+METHODS = ("dense", "low-rank", "channels", "svd-softmax")
+ROLES = ("q", "k", "v", "o", "qk", "kv", "qv", "qkv")  # around attention
+HEAD = "head"
 
 
 @dataclass
 class Projection:
-    """One linear map that feeds attention or takes its output, with its weights where the dense model has them.
+    """A linear map around attention, or the output head; its weights are where the dense model has them.
 
     Attributes:
         name: Path of the linear map.
         role: What it makes of its input: queries `q`, keys `k`, values `v`, several of them where it is fused, or `o`
-            for the one behind the heads.
+            for the one behind the heads; `head` for the one from the last hidden states to the vocabulary.
         group: Number of the tensor that it reads: projections of one group drop the same input channels.
         inputs, outputs: Its widths.
         sections: Widths of the parts of the output that have factors of their own: queries, keys and values where they
@@ -48,6 +52,13 @@ class Projection:
         return sum(rank * (self.inputs + width) for rank, width in zip(ranks, self.sections, strict=True))
 
     @property
+    def added(self) -> int:
+        """Parameters that are stored beside the dense ones."""
+        if self.role == HEAD:
+            return (2 * self.rank + 1) * self.inputs
+        return 2 * self.rank * self.outputs + self.inputs + self.outputs
+
+    @property
     def full_ranks(self) -> list[int]:
         """For each section the largest rank whose factors cost less than its dense map."""
         return [max((self.inputs * width - 1) // (self.inputs + width), 1) for width in self.sections]
@@ -70,15 +81,18 @@ class ProjectionState:
     """What a projection does.
 
     Attributes:
-        method: `dense`; `low-rank`, two factors; or `channels`, the input channels whose score reaches the threshold.
+        method: `dense`; `low-rank`, two factors; `channels`, the input channels whose score reaches the threshold; or,
+            for the head, `svd-softmax`: two factors for all outputs, then the exact values of the largest.
         ranks: Columns of the basis in use for each section: of the factors, or of what stands in for skipped channels
             (none: nothing does).
         threshold: For `channels`. A channel's score is ``|x_j| * ||W_j||``.
+        candidates: For `svd-softmax`: outputs of each row that get their exact values.
     """
 
     method: str = "dense"
     ranks: tuple[int, ...] = ()
     threshold: float = 0.0
+    candidates: int = 0
 
 
 def check_projections(projections: Sequence[Projection], budgets: Sequence[Any]) -> None:
@@ -93,7 +107,7 @@ def check_projections(projections: Sequence[Projection], budgets: Sequence[Any])
     """
     for number, projection in enumerate(projections):
         where = f"projections[{number}]"
-        one_of(f"{where}.role", projection.role, ROLES)
+        one_of(f"{where}.role", projection.role, (*ROLES, HEAD))
         if not projection.name:
             refuse(f"{where}.name", projection.name, "a name")
         if not projection.sections or min(projection.sections) < 1 or sum(projection.sections) != projection.outputs:
@@ -101,7 +115,8 @@ def check_projections(projections: Sequence[Projection], budgets: Sequence[Any])
         for name in ("inputs", "outputs", "calls"):
             in_range(f"{where}.{name}", getattr(projection, name), 1)
         in_range(f"{where}.group", projection.group, 0)
-        in_range(f"{where}.rank", projection.rank, 0, projection.outputs)
+        widest = projection.inputs if projection.role == HEAD else projection.outputs
+        in_range(f"{where}.rank", projection.rank, 0, widest)
     check_distinct(projections, "name", "projections")
     for number, budget in enumerate(budgets):
         _check_settings(projections, budget, f"budgets[{number}]")
@@ -124,14 +139,21 @@ def check_networks(blocks: Sequence[Any]) -> None:
 
 
 def _check_settings(projections: Sequence[Projection], budget: Any, where: str) -> None:
-    for name in ("methods", "ranks", "channel_thresholds"):
-        if len(getattr(budget, name)) != len(projections):
+    for name in ("methods", "ranks", "channel_thresholds", "candidates"):
+        if len(getattr(budget, name)) != len(projections) and (name != "candidates" or budget.candidates):
             refuse(f"{where}.{name}", getattr(budget, name), f"a list of {len(projections)}, one per projection")
     for n, projection in enumerate(projections):
-        one_of(f"{where}.methods[{n}]", budget.methods[n], METHODS)
-        count = {"dense": (0,), "low-rank": (len(projection.sections),), "channels": (0, len(projection.sections))}
+        one_of(
+            f"{where}.methods[{n}]",
+            budget.methods[n],
+            ("dense", METHODS[3]) if projection.role == HEAD else METHODS[:3],
+        )
+        count = {"dense": (0,), "low-rank": (len(projection.sections),), "channels": (0, len(projection.sections)),
+                 "svd-softmax": (1,)}  # fmt: skip
         if len(budget.ranks[n]) not in count[budget.methods[n]]:
             refuse(f"{where}.ranks[{n}]", budget.ranks[n], f"a list of {len(projection.sections)}, one per section")
         for place, rank in enumerate(budget.ranks[n]):
             in_range(f"{where}.ranks[{n}][{place}]", rank, 0, projection.rank)
         in_range(f"{where}.channel_thresholds[{n}]", budget.channel_thresholds[n], 0)
+        if budget.candidates:
+            in_range(f"{where}.candidates[{n}]", budget.candidates[n], 0, projection.outputs)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from .budgets import Budget, Budgets, Curve
-from .projections import Projection, check_networks, check_projections
+from .projections import HEAD, Projection, check_networks, check_projections
 from .validate import compare_checksums, points, refuse, typed, validate
 
 
@@ -60,8 +60,8 @@ class Block:
         return self.experts * self.size
 
 
-CHECKPOINT_VERSION = 2  # the newest format that is read; the first one knows no networks in place of projections
-PROJECTED = ("ffn_active", "methods", "ranks", "channel_thresholds")  # fields of a budget
+CHECKPOINT_VERSION = 3  # the newest format that is read; networks in place of projections came with 2, the head with 3
+PROJECTED = ("ffn_active", "methods", "ranks", "channel_thresholds", "candidates")  # fields of a budget
 CALIBRATED = ("budgets", "default_active", "curve")
 
 
@@ -82,7 +82,7 @@ class D2DMoEConfig:
         min_experts, max_experts: Bounds on the experts per token (0: no upper bound).
         shared_experts: The first so many experts of every block always run.
         neuron_order: Does every block store its neurons' places in the original model, as a tensor `order`?
-        projections: The converted linear maps around attention.
+        projections: The converted linear maps around attention, and the head where it is one of them, last.
     """
 
     blocks: list[Block] = field(default_factory=list)
@@ -172,9 +172,10 @@ class D2DMoEConfig:
         budgets, projections = values["budgets"]["stored"], values.pop("projections")
         if not projections:  # as releases wrote it that knew none: their checksums stay true
             budgets = [{k: v for k, v in budget.items() if k not in PROJECTED} for budget in budgets]
+        budgets = [{k: v for k, v in budget.items() if k != "candidates" or v} for budget in budgets]
         blocks = [{k: v for k, v in block.items() if k != "role" or v} for block in values["blocks"]]
         found = {**values, "blocks": blocks, "budgets": budgets, "curve": values["curve"]["points"]}
-        found["version"] = 2 if self.networks else 1
+        found["version"] = 3 if any(p.role == HEAD for p in self.projections) else 2 if self.networks else 1
         return {**found, "projections": projections} if projections else found
 
     @classmethod

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import UserError
-from .options import AttentionConfig, BudgetConfig, ConvertConfig, StandInConfig
-from .projections import Projection
+from .options import AttentionConfig, BudgetConfig, ConvertConfig, HeadConfig, StandInConfig
+from .projections import HEAD, Projection
 from .record import Block, can_split
 
 DEFAULT_ACTIVE = (0.25, 0.5, 0.75)
@@ -56,6 +56,20 @@ def choose_projections(config: AttentionConfig, projections: list[Projection]) -
     for projection in found:
         projection.rank, projection.group = max(projection.full_ranks), groups[projection.group]
     return found
+
+
+def head_projection(config: HeadConfig, name: str, inputs: int, outputs: int, group: int) -> Projection:
+    """The record of the head, with room for the factors that `head_active` of its work would pay for.
+
+    Args:
+        config: How much of the head runs.
+        name: Path of the head.
+        inputs, outputs: Its widths; the latter is the vocabulary.
+        group: Its number as a reader of a tensor of its own.
+    """
+    head = Projection(name, HEAD, group, inputs, outputs, [outputs])
+    head.rank = max(1, min(int(config.head_active * head.macs / (inputs + outputs)), inputs))
+    return head
 
 
 def network_block(config: ConvertConfig, projection: Projection) -> Block:

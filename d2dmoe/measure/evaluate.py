@@ -25,7 +25,7 @@ from ..kernels import dispatching
 from ..moe.gating import set_gate, stored_config
 from ..moe.layer import layers
 from ..moe.memory import set_expert_dtype, twin_in
-from ..moe.projection import projections
+from ..moe.projection import around_attention, projections
 from ..progress import progress
 from ..vocabulary import special_tokens
 from .drift import SecondText, add_drift, second_text
@@ -170,7 +170,7 @@ def _costs(model: nn.Module, counter: ActiveCounter, channels: ChannelCounter, d
     before, after = (dense.blocks(p[n] * (not net) for p, net in zip(pairs, networks, strict=True)) for n in (0, 1))
     full, total = (dense.blocks(p[n] * net for p, net in zip(pairs, networks, strict=True)) for n in (0, 1))
     full += dense.dense_projections(model)
-    total += dense.projections(projection_flops(x, channels.fraction(x.number)) for x in projections(model))
+    total += dense.projections(projection_flops(x, channels.fraction(x.number)) for x in around_attention(model))
     saved = {"flops_fraction_attention": total / full} if full else {}
     taus = [layer.gate_state.tau for layer in layers(model)]
     return {
@@ -179,7 +179,8 @@ def _costs(model: nn.Module, counter: ActiveCounter, channels: ChannelCounter, d
         "active_fraction": counter.fraction,
         "flops_fraction_ffn": after / before if before else 1.0,
         **saved,
-        "flops_fraction_model": (dense.total - before + after - full + total) / dense.total,
+        "flops_fraction_model": (dense.total - before + after - full + total - dense.saved_by_head(model))
+        / dense.total,
         "active_by_layer": [round(active, 4) for active in by_layer],
     }
 

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config.projections import ProjectionState
+from ..config.projections import HEAD, ProjectionState
 from ..moe.gating import set_gate
 from ..moe.layer import DynamicFFN, GateState, layers
-from ..moe.projection import DynamicProjection, projections
+from ..moe.projection import DynamicProjection, around_attention, projections
 from .observe import observing, observing_projections
 
 
@@ -66,6 +66,8 @@ def projection_flops(layer: DynamicProjection, active: float = 1.0, state: Proje
     factors = 2 * p.factored_macs(state.ranks) if state.ranks else 0
     if state.method == "low-rank":
         return factors * p.calls
+    if state.method == "svd-softmax":
+        return (factors + 2 * state.candidates * p.inputs) * p.calls
     return (2 * p.macs if state.method == "dense" else active * 2 * p.macs + factors + p.inputs) * p.calls
 
 
@@ -97,7 +99,7 @@ class DenseCost:
         total: FLOPs of the whole model.
         rows: For each converted layer, the rows that one of its calls has for each token. Layers differ where a model
             merges patches (Swin), or reads more than it writes (T5).
-        projection_rows: The same for each projection around attention.
+        projection_rows: The same for each projection around attention, and the head.
     """
 
     total: float
@@ -109,12 +111,21 @@ class DenseCost:
         return sum(row * each for row, each in zip(self.rows, flops, strict=True))
 
     def projections(self, flops: Iterable[float]) -> float:
-        """FLOPs per token of all projections around attention, from those per row of each."""
-        return sum(row * each for row, each in zip(self.projection_rows, flops, strict=True))
+        """FLOPs per token of the first projections around attention, from those per row of each."""
+        return sum(row * each for row, each in zip(self.projection_rows, flops, strict=False))
 
     def dense_projections(self, model: nn.Module) -> float:
-        """The same with all of them dense."""
-        return self.projections(projection_flops(layer, state=ProjectionState()) for layer in projections(model))
+        """The same of all of them, dense."""
+        return self.projections(projection_flops(layer, state=ProjectionState()) for layer in around_attention(model))
+
+    def saved_by_head(self, model: nn.Module, state: ProjectionState | None = None) -> float:
+        """FLOPs per token that the head saves with this setting, or with its own; 0 where it is not converted."""
+        heads = [layer for layer in projections(model) if layer.projection.role == HEAD]
+        return sum(
+            self.projection_rows[x.number]
+            * (projection_flops(x, state=ProjectionState()) - projection_flops(x, state=state))
+            for x in heads
+        )
 
 
 def dense_cost(model: nn.Module, inputs: dict[str, torch.Tensor]) -> DenseCost:

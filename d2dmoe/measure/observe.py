@@ -14,7 +14,7 @@ from torch import nn
 
 from ..discovery.inputs import model_inputs
 from ..moe.layer import DynamicFFN, layers
-from ..moe.projection import DynamicProjection, projections
+from ..moe.projection import DynamicProjection, around_attention, projections
 from ..progress import progress
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
@@ -140,7 +140,7 @@ def run_groups(
     *, name: str = "",
 ) -> None:  # fmt: skip
     """One pass of the model, without its head, with `observer(layer, x)` in the first projection of each group."""
-    first = {layer.projection.group: layer for layer in reversed(projections(model))}
+    first = {layer.projection.group: layer for layer in reversed(around_attention(model))}
     model = trunk(model)
 
     def call(layer: DynamicProjection, x: torch.Tensor, keep: torch.Tensor | None) -> None:

@@ -8,7 +8,6 @@ import torch
 
 from ..config.projections import ProjectionState
 from ..kernels import ProjectionPlan, StaleWeights, Watch, identity, projects
-from ..tensors import PROJECTED
 from .prepared import offloaded
 
 KEPT = 8  # settings of a projection whose plans are kept
@@ -16,7 +15,6 @@ MOST = {  # tokens up to which the library is faster than torch's products; LAB.
     (torch.float32, "low-rank"): 64, (torch.float32, "channels"): 16,
     (torch.bfloat16, "low-rank"): 8, (torch.bfloat16, "channels"): 4,
 }  # fmt: skip
-OWN = frozenset(("weight", "bias", *PROJECTED))
 Layer = Any  # a `DynamicProjection`, which imports this
 Versions = tuple[tuple[int, int], ...]
 
@@ -48,7 +46,7 @@ class FewTokens:
         """``(…, outputs)`` of ``(…, inputs)``; `None` where torch has to do it, or is faster."""
         own = layer._parameters  # `nn.Module` finds attributes slowly, and this is a hot path
         weight = own.get("weight")
-        if weight is None or own.keys() != OWN or not _few(layer, state, weight, x):
+        if weight is None or own.keys() != layer.OWN or not _few(layer, state, weight, x):
             return None
         tensors = own.values() if state.ranks else (weight, own["bias"], own["channel_norms"])
         if layer.merged:

@@ -17,7 +17,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 from ..config.record import Block, D2DMoEConfig
 from ..errors import UserError
-from ..tensors import PROJECTED, shapes_in
+from ..tensors import shapes_in
 from .check import check_block, check_config, check_tensors, refuse_part
 from .gating import set_gate
 from .layer import DynamicFFN, layers
@@ -120,7 +120,7 @@ def _refuse_missing(model: PreTrainedModel) -> None:
             if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False):
                 raise UserError(f"the checkpoint lacks {layer.block.name}.{name}; convert the model again")
     for layer in projections(model):
-        for name in PROJECTED:
+        for name in layer.ADDED:
             parameter = getattr(layer, name)
             if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False):
                 raise UserError(f"the checkpoint lacks {layer.projection.name}.{name}; convert the model again")

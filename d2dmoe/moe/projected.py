@@ -7,15 +7,17 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from ..config.projections import Projection, ProjectionState
+from ..config.projections import HEAD, Projection, ProjectionState
 from ..config.record import D2DMoEConfig
 from ..config.validate import MEND, WHERE, refuse
 from ..errors import UserError
-from ..tensors import PROJECTED, Shapes
+from ..tensors import Shapes
 from .check import LINEAR
+from .head import DynamicHead
 from .packing import sizes
-from .projection import DynamicProjection, make_projection, projections
+from .projection import DynamicConv1D, DynamicLinear, DynamicProjection, projections
 
 Localised = list[tuple[int, Projection]]  # number in the record, and the projection under the names of this class
 
@@ -51,6 +53,19 @@ def localise_projections(model: nn.Module, config: D2DMoEConfig, prefixes: Seque
     return found
 
 
+def make_projection(dense: nn.Module, projection: Projection, number: int) -> DynamicProjection:
+    """The layer that takes a dense map's place and shares its parameters."""
+    kind = DynamicHead if projection.role == HEAD else DynamicConv1D if isinstance(dense, Conv1D) else DynamicLinear
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    for name in ("nf", "nx") if isinstance(dense, Conv1D) else ("in_features", "out_features"):
+        setattr(layer, name, getattr(dense, name))
+    layer.weight = dense.weight
+    layer.register_parameter("bias", dense.bias)
+    layer.extend(projection, number)
+    return layer.train(dense.training)
+
+
 def mount_projections(model: nn.Module, found: Localised) -> None:
     """Put a layer with room for the added tensors in the place of each dense map."""
     for number, projection in found:
@@ -64,7 +79,7 @@ def check_projected(layers: Iterable[DynamicProjection], shapes: Shapes, prefix:
         UserError: Naming the tensor and its shapes.
     """
     for layer in layers:
-        for name in PROJECTED:
+        for name in layer.ADDED:
             full, wanted = f"{layer.projection.name}.{name}", list(getattr(layer, name).shape)
             names = (full, f"{prefix}.{full}", full.removeprefix(f"{prefix}."))
             found = next((list(shapes[n]) for n in names if n in shapes), None)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..config.projections import Projection, ProjectionState, rows_of
+from ..config.projections import HEAD, Projection, ProjectionState, rows_of
 from ..kernels import Watch, identity, native
 from ..tensors import PROJECTED
 from .few_tokens import FewTokens
@@ -63,7 +63,11 @@ class DynamicProjection(Gated, nn.Module):
             channels that run, or `None` where there is no such choice.
         merged: Does it hold one budget only (`merge`)?
         few_tokens: What the native library needs to compute it on few tokens.
+        ADDED: Names of the parameters beside the dense ones. OWN: names of all parameters.
     """
+
+    ADDED = PROJECTED
+    OWN = frozenset(("weight", "bias", *ADDED))
 
     projection: Projection
     number: int
@@ -78,10 +82,13 @@ class DynamicProjection(Gated, nn.Module):
         self.observer, self.merged, self.few_tokens = None, False, FewTokens()
         self._factors: dict[tuple[int, ...], tuple[tuple, Watch | _Samples, Factors]] = {}
         like = {"device": self.weight.device, "dtype": self.weight.dtype}
-        shapes = ((projection.outputs, projection.rank), (projection.rank, projection.outputs),
-                  (projection.outputs,), (projection.inputs,))  # fmt: skip
-        for name, shape in zip(PROJECTED, shapes, strict=True):
+        for name, shape in zip(self.ADDED, self.added_shapes(), strict=True):
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, **like), requires_grad=False))
+
+    def added_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the parameters beside the dense ones."""
+        p = self.projection
+        return (p.outputs, p.rank), (p.rank, p.outputs), (p.outputs,), (p.inputs,)
 
     def matrix(self) -> torch.Tensor:
         """The weights as ``(outputs, inputs)``."""
@@ -243,19 +250,11 @@ class DynamicConv1D(DynamicProjection, Conv1D):
         return self.weight.T
 
 
-def make_projection(dense: nn.Module, projection: Projection, number: int) -> DynamicProjection:
-    """The layer that takes a dense map's place and shares its parameters."""
-    kind = DynamicConv1D if isinstance(dense, Conv1D) else DynamicLinear
-    layer = kind.__new__(kind)
-    nn.Module.__init__(layer)
-    for name in ("nf", "nx") if isinstance(dense, Conv1D) else ("in_features", "out_features"):
-        setattr(layer, name, getattr(dense, name))
-    layer.weight = dense.weight
-    layer.register_parameter("bias", dense.bias)
-    layer.extend(projection, number)
-    return layer.train(dense.training)
-
-
 def projections(model: nn.Module) -> list[DynamicProjection]:
-    """The converted projections of a model, in the order of its record."""
+    """The converted projections of a model and its converted head, in the order of its record."""
     return sorted((m for m in model.modules() if isinstance(m, DynamicProjection)), key=lambda layer: layer.number)
+
+
+def around_attention(model: nn.Module) -> list[DynamicProjection]:
+    """The same without the head."""
+    return [layer for layer in projections(model) if layer.projection.role != HEAD]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..tensors import PROJECTED
 from .layer import layers
 from .projection import projections
 
@@ -31,6 +30,6 @@ def trainable(model: nn.Module, *, routers: bool = False, stand_ins: bool = Fals
         for parameter in layer.stand_ins().values():
             parameter.requires_grad_(stand_ins)
     for layer in projections(model):
-        for name in PROJECTED:
+        for name in layer.ADDED:
             getattr(layer, name).requires_grad_(False)
     return model

@@ -12,9 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..attention.bases import fit_bases
+from ..attention.head import fit_head
 from ..attention.networks import distil_networks, in_running_order, install_networks
 from ..config.options import ConvertConfig
-from ..config.projections import Projection
+from ..config.projections import HEAD, Projection
 from ..config.record import Block, D2DMoEConfig
 from ..config.sizes import (
     attention_way,
@@ -36,7 +37,7 @@ from ..moe.layer import layers
 from ..moe.loader import attach, remember
 from ..moe.packing import Neurons
 from ..moe.projected import trim_projections
-from ..moe.projection import projections as dynamic_projections
+from ..moe.projection import around_attention
 from ..progress import progress
 from ..stages.budgets.calibrate import calibrate, calibrate_again
 from ..stages.budgets.projections import groups_of
@@ -49,6 +50,7 @@ from ..stages.split import split_neurons
 from ..tensors import PROJECTED
 from ..training import first_process
 from ..training_state import has_state
+from .plan import choose_head
 from .verify import block_outputs, model_outputs, verify
 from .workdir import (
     fitted,
@@ -96,8 +98,10 @@ def convert_model(
     blocks = _blocks_of(model, config, batches) if blocks is None else blocks
     projections = _projections_of(model, config, batches) if projections is None else projections
     dense = dense or _twin(model, config)
-    if projections and _by_networks(config):
-        blocks, projections = _networks(model, config, blocks, projections, batches, work, resume, say), []
+    attention, head = [p for p in projections if p.role != HEAD], [p for p in projections if p.role == HEAD]
+    if attention and _by_networks(config):
+        blocks, projections = _networks(model, config, blocks, attention, batches, work, resume, say), head
+        attention = []
     stored = _record(config, blocks, projections)
     release_memory()
     orders = stage(work, "split", resume, lambda: _split(model, config, blocks, batches, say))
@@ -108,7 +112,7 @@ def convert_model(
     verify(model, reference, output, batches[0])
     log = _routers(model, config, batches, work, resume)
     say("routers done; calibrating")
-    spectra = _bases(model, config, batches, work, resume) if projections else []
+    spectra = _bases(model, config, batches, work, resume) if attention else []
     fitted(work, "stand-ins", resume, model, stored, lambda: _calibrate(model, config, stored, batches, dense, spectra))
     if config.heal and stored.budgets:
         say(f"healing: {config.heal} steps of distillation from the dense model")
@@ -161,10 +165,11 @@ def _blocks_of(model: PreTrainedModel, config: ConvertConfig, batches: Batches) 
 
 
 def _projections_of(model: PreTrainedModel, config: ConvertConfig, batches: Batches) -> list[Projection]:
-    """The projections to convert."""
-    if config.attention == "none":
-        return []
-    return choose_projections(config, find_projections(model, sample=lambda: batches[0]).found)
+    """The projections to convert, and the head."""
+    found = []
+    if config.attention != "none":
+        found = choose_projections(config, find_projections(model, sample=lambda: batches[0]).found)
+    return [*found, *choose_head(config, model, found)]
 
 
 def _networks(
@@ -237,16 +242,16 @@ def _bases(
         bases = fit_bases(model, batches.first(config.calibration_tokens), config.seed)
         found = {f"{i}.spectrum.{n}": s for i, b in enumerate(bases) for n, s in enumerate(b.spectra)}
         return found | {
-            f"{i}.{name}": getattr(x, name) for i, x in enumerate(dynamic_projections(model)) for name in PROJECTED
+            f"{i}.{name}": getattr(x, name) for i, x in enumerate(around_attention(model)) for name in PROJECTED
         }
 
     tensors = stage(work, "projections", resume, fit)
-    for i, layer in enumerate(dynamic_projections(model)):
+    for i, layer in enumerate(around_attention(model)):
         for name in PROJECTED:
             getattr(layer, name).data.copy_(tensors[f"{i}.{name}"])
     return [
         [tensors[f"{i}.spectrum.{n}"] for n in range(len(layer.projection.sections))]
-        for i, layer in enumerate(dynamic_projections(model))
+        for i, layer in enumerate(around_attention(model))
     ]
 
 
@@ -283,6 +288,8 @@ def _calibrate(
         way, _ = attention_way(config.attention)
         text = unseen.first(config.calibration_tokens) if unseen.tokens >= LEAST_UNSEEN else fitting
         plan = Plan(groups_of(model, text, spectra, way), config.attention_active)
+    if config.head != "none":
+        plan.head = fit_head(model, fitting, config.head_active)
     calibrate(
         model, fitting, stored, targets(config),
         thresholds=config.thresholds, allocation=config.allocation, unseen=unseen, dense=dense,

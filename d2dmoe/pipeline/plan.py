@@ -18,11 +18,13 @@ from ..config.sizes import (
     choose_experts,
     choose_projections,
     divisors,
+    head_projection,
     network_block,
     ranks,
     targets,
 )
 from ..discovery.blocks import Discovery, discover
+from ..discovery.head import find_head
 from ..discovery.inputs import NoInputsError, corner, dummy_inputs, model_inputs
 from ..discovery.projections import Projections, find_projections
 from ..discovery.skeleton import skeleton
@@ -126,6 +128,7 @@ def make_plan(model_config: Any, config: ConvertConfig, sample: Callable[[], Bat
         projections = choose_projections(config, find_projections(model, sample=sample).found)
     if attention_way(config.attention)[0] == "mlp":
         networks = [network_block(config, projection) for projection in projections]
+    head = choose_head(config, model, projections)
     everything = [*discovery.blocks, *networks]
     for block in everything:
         if config.min_experts > block.experts:
@@ -134,7 +137,8 @@ def make_plan(model_config: Any, config: ConvertConfig, sample: Callable[[], Bat
     if networks:
         added = sum(_replaced(*pair) for pair in zip(projections, networks, strict=True))
     else:
-        added = sum(p.rank * 2 * p.outputs + p.inputs + p.outputs for p in projections)
+        added = sum(p.added for p in projections)
+    added += sum(p.added for p in head)
     added += sum(_added(block, config, everything) for block in everything)
     stored = BYTES.get(config.dtype) or BYTES.get(str(getattr(model_config, "dtype", "")).removeprefix("torch."), 4)
     rows = config.batch_size * config.max_length
@@ -145,7 +149,23 @@ def make_plan(model_config: Any, config: ConvertConfig, sample: Callable[[], Bat
     captured = 4 * min(rows, 8192) * sum(b.d_model + b.experts for b in everything)
     peak = BASE_MEMORY + 4 * (dense + added) + max(activations + captured, activations + _moments(block, config))
     disk = stored * (dense + added)
-    return ConversionPlan(type(model), discovery, dense, added, peak, disk, model, projections, networks)
+    return ConversionPlan(type(model), discovery, dense, added, peak, disk, model, [*projections, *head], networks)
+
+
+def choose_head(config: ConvertConfig, model: nn.Module, projections: list[Projection]) -> list[Projection]:
+    """The head, where it is to be converted.
+
+    Args:
+        config: Whether it is.
+        model: Skeleton or model.
+        projections: Those around attention that are converted; the head's number follows theirs.
+
+    Raises:
+        UserError: If there is no such head.
+    """
+    if config.head == "none":
+        return []
+    return [head_projection(config, *find_head(model), 1 + max((p.group for p in projections), default=-1))]
 
 
 def fit_to_data(plan: ConversionPlan, batch: dict[str, torch.Tensor], source: str) -> list[Block]:

@@ -25,7 +25,7 @@ from ..measure.observe import release_memory
 from ..moe.layer import layers
 from ..moe.projection import projections
 from ..report.machine import portable
-from ..tensors import PROJECTED, write_checksums
+from ..tensors import write_checksums
 from ..training import first_process, wait_for_everyone
 from .origin import origin
 from .plan import ConversionPlan
@@ -55,7 +55,7 @@ def fitted(
 
     parameters = dict(model.named_parameters())
     known = {id(p) for x in layers(model) for p in (*x.stand_ins().values(), *x.router.parameters())}
-    known |= {id(getattr(x, name)) for x in projections(model) for name in PROJECTED}
+    known |= {id(getattr(x, name)) for x in projections(model) for name in x.ADDED}
     changed = [key for key, value in parameters.items() if everything or id(value) in known]
     tensors = stage(work, name, resume, compute)
     if record is not None:

@@ -191,7 +191,7 @@ def layer_table(conversion: Conversion) -> Table | None:
 
 
 def projection_table(conversion: Conversion) -> Table | None:
-    """What each projection around attention does, budget by budget; shares are those of its own dense work."""
+    """What each projection around attention and the head do, budget by budget; shares are of their own dense work."""
     try:
         record = D2DMoEConfig.from_dict(conversion.record) if conversion.record else None
     except UserError:  # a page of a damaged folder does without
@@ -208,6 +208,9 @@ def _what_it_does(projection: Projection, state: ProjectionState) -> str:
     ranks = "+".join(map(str, state.ranks))
     if state.method == "low-rank":
         return f"rank {ranks} ({projection.factored_macs(state.ranks) / projection.macs:.0%})"
+    if state.method == "svd-softmax":
+        work = (projection.factored_macs(state.ranks) + state.candidates * projection.inputs) / projection.macs
+        return f"rank {ranks}, {state.candidates} exact outputs ({work:.0%})"
     return state.method + (f", rank {ranks} for the rest" if ranks else "")
 
 

@@ -73,7 +73,7 @@ def test_every_key_belongs_to_the_options_of_one_stage():
     """Names stay flat: one keyword each, and a stage that takes its part takes the whole configuration as well."""
     stages = [
         options.DataConfig, options.SourceConfig, options.SparsifyFirstConfig, options.SplitConfig,
-        options.GateConfig, options.RouterConfig, options.StandInConfig, options.AttentionConfig,
+        options.GateConfig, options.RouterConfig, options.StandInConfig, options.AttentionConfig, options.HeadConfig,
         options.BudgetConfig, options.HealConfig,
     ]  # fmt: skip
     shared = {f.name for f in fields(options.CalibrationConfig)}

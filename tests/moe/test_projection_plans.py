@@ -15,7 +15,8 @@ from d2dmoe.config.projections import Projection, ProjectionState
 from d2dmoe.kernels import ProjectionPlan, native, use_backend
 from d2dmoe.moe.few_tokens import MOST
 from d2dmoe.moe.gate import gates_here
-from d2dmoe.moe.projection import DynamicProjection, make_projection
+from d2dmoe.moe.projected import make_projection
+from d2dmoe.moe.projection import DynamicProjection
 
 pytestmark = pytest.mark.skipif(not native.live()[0], reason=native.live()[1])
 STATES = {

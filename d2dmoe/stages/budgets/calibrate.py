@@ -42,7 +42,7 @@ def calibrate(
         unseen: Calibration batches on which neither thresholds nor stand-ins are fitted, for `max-loss` targets.
             Routers may have been trained on them.
         dense: Gives the dense model, against which `speedup` targets are measured.
-        plan: The projections around attention.
+        plan: The projections around attention, and the head.
 
     Raises:
         UserError: If a target is out of reach.
@@ -60,7 +60,7 @@ def calibrate(
     if allocation == "sensitivity" and config.budgets and receivers > 1:
         fits.fit_roughly()
         fits.shares = best_shares(model, batches, config, plan)
-    if receivers > len(config.blocks) or fits.shares is not even:
+    if receivers > len(config.blocks) or fits.shares is not even or plan.head is not None:
         for number, budget in enumerate(config.budgets):
             fits.place(number, budget.active)
     searched = {number: goal for number, goal in _by_number(config, goals) if goal.searched}

@@ -107,11 +107,12 @@ class FlopsGoal(Goal):
         total, before = cost.total, cost.blocks(dense_ffn_flops(layer) for layer in converted)
 
         plan, projected = self.evidence.plan, cost.dense_projections(model)
+        total_left = total - cost.saved_by_head(model, plan.head)
 
         def whole(active: float) -> float:
             state = gate_state(config, 0.5, 0)
             saved = before - cost.blocks(sparse_ffn_flops(x, active, state) for x in converted)
-            return (total - saved - (1 - (plan.share or active)) * projected) / total
+            return (total_left - saved - (1 - (plan.share or active)) * projected) / total
 
         low, high = whole(GRID[0]), whole(GRID[-1])
         active = GRID[0] + (self.value - low) / (high - low) * (GRID[-1] - GRID[0])  # the count is linear in it

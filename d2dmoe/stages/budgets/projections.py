@@ -15,7 +15,7 @@ from ...config.projections import ProjectionState
 from ...data.batches import Batches
 from ...measure.observe import model_inputs, pieces, run_groups
 from ...moe.gating import set_gate
-from ...moe.projection import DynamicProjection, projections
+from ...moe.projection import DynamicProjection, around_attention
 from ...progress import progress
 from ..heal import divergence
 
@@ -150,7 +150,7 @@ def groups_of(model: nn.Module, batches: Batches, spectra: Sequence[list[torch.T
         spectra: Of the bases of its projections, see `Basis`.
         attention: Key of `KINDS`.
     """
-    layers, scores = projections(model), _scores(model, batches)
+    layers, scores = around_attention(model), _scores(model, batches)
     found = []
     for group in dict.fromkeys(layer.projection.group for layer in layers):
         members = [n for n, layer in enumerate(layers) if layer.projection.group == group]

@@ -42,10 +42,19 @@ class Plan:
         groups: With their costs measured.
         share: Share of the projections' work that runs at every budget, or `TOGETHER`: the budget holds for blocks
             and projections as a whole, and each gets what saves most.
+        head: What the head does at every budget, where it is converted.
     """
 
     groups: list[Group] = field(default_factory=list)
     share: float = TOGETHER
+    head: ProjectionState | None = None
+
+    def states(self, shares: Sequence[float]) -> list[ProjectionState]:
+        """Settings of everything in the record, in its order, at shares of the groups' work."""
+        found = {}
+        for group, share in zip(self.groups, shares, strict=True):
+            found.update(zip(group.members, group.states(share, group.best(share)), strict=True))
+        return [found[number] for number in sorted(found)] + [self.head] * (self.head is not None)
 
 
 def even_shares(config: D2DMoEConfig, plan: Plan) -> Callable[[float], Shares]:
@@ -53,7 +62,7 @@ def even_shares(config: D2DMoEConfig, plan: Plan) -> Callable[[float], Shares]:
 
     def shares(active: float) -> Shares:
         wanted = plan.share or active
-        return Shares([active] * len(config.blocks), _states(plan.groups, [wanted] * len(plan.groups)))
+        return Shares([active] * len(config.blocks), plan.states([wanted] * len(plan.groups)))
 
     return shares
 
@@ -70,15 +79,15 @@ def best_shares(model: nn.Module, batches: Batches, config: D2DMoEConfig, plan: 
     if not plan.groups or plan.share != TOGETHER:
         blocks, states = allocate(model, batches, config), _own_states(model, batches, plan)
         return lambda active: Shares(blocks(active), states)
-    return _joint(model, batches, config, plan.groups)
+    return _joint(model, batches, config, plan)
 
 
 def _own_states(model: nn.Module, batches: Batches, plan: Plan) -> list[ProjectionState]:
     """The projections at their own share of their work."""
     if not plan.groups:
-        return []
+        return plan.states([])
     works = _works(model, batches, plan.groups)[1]
-    return _states(plan.groups, give_out(plan.share, [g.curve() for g in plan.groups], works, [1] * len(plan.groups)))
+    return plan.states(give_out(plan.share, [g.curve() for g in plan.groups], works, [1] * len(plan.groups)))
 
 
 def _works(model: nn.Module, batches: Batches, groups: Sequence[Group]) -> tuple[list[float], list[float]]:
@@ -88,7 +97,8 @@ def _works(model: nn.Module, batches: Batches, groups: Sequence[Group]) -> tuple
     return blocks, [group.macs * cost.projection_rows[group.members[0]] for group in groups]
 
 
-def _joint(model: nn.Module, batches: Batches, config: D2DMoEConfig, groups: list[Group]) -> Callable[[float], Shares]:
+def _joint(model: nn.Module, batches: Batches, config: D2DMoEConfig, plan: Plan) -> Callable[[float], Shares]:
+    groups = plan.groups
     costs = layer_costs(model, batches, config)
     measured = [budget.active for budget in config.budgets]
     actives = sorted(set(measured))
@@ -103,14 +113,6 @@ def _joint(model: nn.Module, batches: Batches, config: D2DMoEConfig, groups: lis
         found = give_out(active, curves, works, least)
         ours = found[: len(experts)]
         mean = sum(share * n for share, n in zip(ours, neurons, strict=True)) / sum(neurons)
-        return Shares(ours, _states(groups, found[len(experts) :]), mean)
+        return Shares(ours, plan.states(found[len(experts) :]), mean)
 
     return shares
-
-
-def _states(groups: Sequence[Group], shares: Sequence[float]) -> list[ProjectionState]:
-    """Settings of all projections, in the order of the record."""
-    found = {}
-    for group, share in zip(groups, shares, strict=True):
-        found.update(zip(group.members, group.states(share, group.best(share)), strict=True))
-    return [found[number] for number in sorted(found)]
