@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 
 from ..errors import UserError
 from .output import emit
@@ -20,6 +21,7 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, command: list[str]) -> int:
     """Run the verb; returns the exit code."""
     from ..discovery import find_projections
+    from ..discovery.head import find_head
     from ..pipeline.plan import check_fed, describe, survey
     from ..report import list_table
     from ..twin import read_dense_config
@@ -30,7 +32,10 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
         check_fed(model, discovery, arguments.model)
     except UserError as error:
         refused = error
-    rows = describe(discovery, find_projections(model) if discovery.blocks else None)
+    head = None
+    with suppress(UserError):
+        head = find_head(model)[0]
+    rows = describe(discovery, find_projections(model) if discovery.blocks else None, head)
     emit(arguments, command, 0, rows, list_table(rows))
     if refused:
         raise refused

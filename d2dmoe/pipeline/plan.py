@@ -268,8 +268,13 @@ def _moments(block: Block, config: ConvertConfig) -> int:
     return max(MEMORY, 8 * n * (n + block.d_model)) + 3 * 8 * n * n
 
 
-def describe(discovery: Discovery, projections: Projections | None = None) -> list[dict[str, Any]]:
-    """Rows of `d2dmoe list`: every block, projection and linear map, converted or not, and why not."""
+def describe(
+    discovery: Discovery, projections: Projections | None = None, head: str | None = None
+) -> list[dict[str, Any]]:
+    """Rows of `d2dmoe list`: every block, projection and linear map, converted or not, and why not.
+
+    `head` is the name of one that could be converted.
+    """
     projections = projections or Projections()
     around = {p.name: None for p in projections.found} | dict(projections.refused)
     rows = [
@@ -289,15 +294,21 @@ def describe(discovery: Discovery, projections: Projections | None = None) -> li
         }
         for p in projections.found
     ]  # fmt: skip
-    rows += [
-        {
-            "name": name, "kind": "attention" if name in around else "linear", "activation": None, "d_model": inputs,
-            "width": outputs, "parts": {"up": name, "gate": None, "down": None}, "divisors": [], "converted": False,
-            "why": around.get(name) or why,
-        }
-        for name, inputs, outputs, why in discovery.other if around.get(name, "other")
-    ]  # fmt: skip
+    for name, inputs, outputs, why in discovery.other:
+        kind, why = _kind_of_linear(name, why, around, head)
+        if why:
+            rows.append({
+                "name": name, "kind": kind, "activation": None, "d_model": inputs, "width": outputs,
+                "parts": {"up": name, "gate": None, "down": None}, "divisors": [], "converted": False, "why": why,
+            })  # fmt: skip
     return rows
+
+
+def _kind_of_linear(name: str, why: str, around: dict[str, str | None], head: str | None) -> tuple[str, str | None]:
+    """Kind of a linear map outside of blocks, and why it is not converted; no reason where it has a row already."""
+    if name == head:
+        return "head", "gives the logits; convert takes it with --head svd-softmax"
+    return ("attention", around[name]) if name in around else ("linear", why)
 
 
 def _remark(block: Block) -> str:

@@ -579,6 +579,7 @@ def test_list_gpt2(home: Path, d2dmoe, tmp_path: Path) -> None:
     assert (rows[0]["kind"], rows[0]["d_model"], rows[0]["width"], rows[0]["why"]) == ("ffn", 16, 64, "")
     others = [row for row in rows if not row["converted"]]
     assert {row["name"] for row in others} > {"lm_head", "transformer.h.0.attn.c_attn"}
+    assert [(row["name"], row["kind"]) for row in others if "--head" in row["why"]] == [("lm_head", "head")]
     assert all(row["why"] for row in others)
 
 
