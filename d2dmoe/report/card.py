@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..config.projections import HEAD
 from .tables import eval_table
 
 Figure = tuple[str, float, dict[str, Any]]  # a metric, its value and the setting it belongs to
@@ -20,7 +21,7 @@ CARD = """---
 
 `{{ base }}` as a dynamic-k Mixture-of-Experts: {{ blocks }} of {{ experts }} experts each, of which
 a router picks as many as a token needs. Made by [d2dmoe](https://arxiv.org/abs/2310.04361) {{ version }}, preset
-`{{ preset }}`, split `{{ split }}`, gate `{{ gate }}`, skipped experts replaced by `{{ stand_in }}`.
+`{{ preset }}`, split `{{ split }}`, gate `{{ gate }}`, skipped experts replaced by `{{ stand_in }}`.{{ linear_maps }}
 
 ## Use
 
@@ -82,8 +83,19 @@ def model_card(model: Any, recipe: dict[str, Any], results: dict[str, Any], orig
         preset=recipe["preset"], split=recipe["split"], gate=recipe["gate"], stand_in=recipe["stand_in"],
         budgets=", ".join(f"{b.active:g}" for b in stored.budgets) or "none",
         processor=results["machine"]["processor"], threads=results["machine"]["threads"],
-        table=eval_table(results["rows"]), **(NO_TWIN if networks else TWIN),
+        linear_maps=_linear_maps(stored), table=eval_table(results["rows"]), **(NO_TWIN if networks else TWIN),
     )  # fmt: skip
+
+
+def _linear_maps(stored: Any) -> str:
+    """A sentence about projections and head, where they are converted."""
+    heads = sum(projection.role == HEAD for projection in stored.projections)
+    around = len(stored.projections) - heads
+    named = " and ".join([f"{around} projections around attention"] * bool(around) + ["the head"] * bool(heads))
+    ways = sorted({method for budget in stored.budgets for method in budget.methods} - {"dense"})
+    if not named or not ways:
+        return ""
+    return f"\nBelow `active=1`, {named} run with a part of their work ({', '.join(ways)})."
 
 
 def converted_figures(rows: list[dict[str, Any]]) -> Iterator[Figure]:
