@@ -81,13 +81,15 @@ def evaluate(
     each = getattr(batches, "image_tokens", 1)
     dense = _Point({"active": 1.0}, kind(), each)
     points = [_Point(setting, kind(), each) for setting in settings] if layers(model) else []
+    repeated = [point for point in points if not expert_dtype and _runs_everything(model, point)]
     for batch in pieces(progress(batches, desc="eval"), limit):
         tokens += _tokens(batch, each)
         batch = kind.prepare(batch, tokenizer, generator)
         inputs = model_inputs(model, batch)
         reference = dense.run(plain if original is None else original, inputs, batch, None)
         for point in points:
-            point.run(model, inputs, batch, reference)
+            if point not in repeated:
+                point.run(model, inputs, batch, reference)
     timed = [model_inputs(model, batch) for batch in islice(pieces(batches, limit), TIMED)]
     base = dense.row(plain, timed, dense.metric, None) | {"tokens": tokens}
     if not layers(model):
@@ -95,11 +97,7 @@ def evaluate(
     cost = dense_cost(plain, timed[0])
     rows = []
     for point in points:
-        with set_gate(model, **point.setting):
-            everything = not expert_dtype and all(layer.gate_state.tau == 0 for layer in layers(model))
-            everything = everything and all(layer.gate_state.method == "dense" for layer in projections(model))
-        everything = everything and not any(layer.block.role for layer in layers(model))
-        row = base if everything else point.row(model, timed, dense.metric, cost) | {"tokens": tokens}
+        row = base if point in repeated else point.row(model, timed, dense.metric, cost) | {"tokens": tokens}
         rows.append({**point.setting, **row, **({"expert_dtype": expert_dtype} if expert_dtype else {})})
     return rows
 
@@ -114,7 +112,15 @@ def evaluate_both(
     return rows
 
 
-@dataclass
+def _runs_everything(model: nn.Module, point: _Point) -> bool:
+    """Whether a setting of the gate leaves nothing out, so that its row is the dense model's."""
+    with point.gate(model):
+        everything = all(layer.gate_state.tau == 0 for layer in layers(model))
+        everything = everything and all(layer.gate_state.method == "dense" for layer in projections(model))
+    return everything and not any(layer.block.role for layer in layers(model))
+
+
+@dataclass(eq=False)
 class _Point:
     """One setting of the gate: its metric and active fraction, summed batch by batch."""
 

@@ -61,10 +61,14 @@ class Moments:
         """Squared error of `theta` ``(n, d)`` on these tokens."""
         return self.energy - 2 * _dot(theta, self.cross) + _dot(theta, self.gram @ theta.to(self.gram))
 
-    def best_scale(self, theta: torch.Tensor) -> float:
-        """The shrinkage in [0, 1] with the least error; 0 is to replace skipped experts by nothing."""
-        curvature = _dot(theta, self.gram @ theta.to(self.gram))
-        return min(max(_dot(theta, self.cross) / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+    def best_scale(self, theta: torch.Tensor) -> tuple[float, float]:
+        """The shrinkage of `theta` ``(n, d)`` in [0, 1] with the least squared error on these tokens, and that error.
+
+        A shrinkage of 0 is to replace skipped experts by nothing.
+        """
+        agreement, curvature = _dot(theta, self.cross), _dot(theta, self.gram @ theta.to(self.gram))
+        scale = min(max(agreement / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+        return scale, self.energy - 2 * scale * agreement + scale**2 * curvature
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -163,10 +167,9 @@ def best_fit(fit_on: Moments, check_on: Moments, layer: DynamicFFN, config: D2DM
     for level in dict.fromkeys(("constants", config.stand_in)):
         for penalty in RIDGES:
             fit = _solve(fit_on, width, experts, *ranks[level], penalty)
-            scale = check.best_scale(fit.theta)
-            residual = check.error(scale * fit.theta) / check.energy
-            if residual < best.residual:
-                best = _scaled(fit, scale, level, residual)
+            scale, error = check.best_scale(fit.theta)
+            if error / check.energy < best.residual:
+                best = _scaled(fit, scale, level, error / check.energy)
     return best
 
 
@@ -179,11 +182,11 @@ def _scaled(fit: Fit, scale: float, level: str, residual: float) -> Fit:
 def _solve(m: Moments, width: int, experts: int, delta_rank: int, linear_rank: int, penalty: float) -> Fit:
     """Ridge regression; the linear term, then the change of the down projection cut to low rank, the rest refitted."""
     neurons, constants = slice(0, width), slice(width, width + experts)
-    inputs, rest, everything = slice(width + experts, None), slice(0, width + experts), slice(None)
+    inputs, rest = slice(width + experts, None), slice(0, width + experts)
     theta = torch.zeros(m.cross.shape, dtype=torch.float64)
     linear = delta = None
     if linear_rank:
-        theta[:] = _ridge(m, everything, theta, penalty)
+        theta[:] = _ridge(m, slice(None), theta, penalty)
         linear = _cut(m, inputs, theta, linear_rank)
         theta[inputs] = linear[0] @ linear[1]
     if delta_rank:
@@ -197,8 +200,11 @@ def _solve(m: Moments, width: int, experts: int, delta_rank: int, linear_rank: i
 
 
 def _ridge(m: Moments, part: slice, others: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Coefficients of some regressors, given those of the others (zero in `part`)."""
-    left = m.cross[part].double() - (m.gram[part] @ others.to(m.gram)).double()
+    """Coefficients of some regressors, given those of the others ``(n, d)`` (zero in `part`)."""
+    left, given = m.cross[part].double(), others.any(dim=1).nonzero().flatten().tolist()
+    if given:
+        rows = slice(given[0], given[-1] + 1)
+        left -= (m.gram[part, rows] @ others[rows].to(m.gram)).double()
     return ridge(m.gram[part, part], left, penalty)
 
 
