@@ -25,7 +25,9 @@ class DataConfig:
     """Where text, token ids or images come from, and how they become batches."""
 
     data: str = knob(
-        "builtin", "builtin, a hub data set id, or a path to text/jsonl/csv/parquet files or a folder of them"
+        "builtin",
+        "builtin, a hub data set id, or a path to text/jsonl/csv/parquet files or a folder of them; several, separated "
+        "by commas, give the same number of tokens each",
     )
     text_column: str | None = knob(
         None, "column that holds the text (default: text, sentence, content or the only string one)"

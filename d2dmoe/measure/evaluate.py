@@ -17,8 +17,8 @@ from .. import hub
 from ..config.checks import check_tau
 from ..config.options import DataConfig
 from ..config.record import D2DMoEConfig
-from ..data.batches import Batches, make_batches
-from ..data.documents import read_documents
+from ..data.batches import Batches
+from ..data.reading import read_batches
 from ..discovery.positions import fit_to_positions
 from ..errors import UserError
 from ..kernels import dispatching
@@ -35,7 +35,7 @@ from .observe import ActiveCounter, ChannelCounter, model_inputs, observing, obs
 
 Setting = dict[str, Any]  # keyword arguments of `set_gate`
 LOGITS_HELD = 2**25  # elements, 128 MB in fp32
-TIMED = 3  # timed passes, after one to warm up
+TIMED = 3  # timed passes
 
 
 @dispatching("sparse")
@@ -191,8 +191,7 @@ def _costs(model: nn.Module, counter: ActiveCounter, channels: ChannelCounter, d
 
 
 def _milliseconds(model: nn.Module, timed: list[Batch], image_tokens: int) -> float:
-    """Milliseconds per token, padding left out: whole forward passes, after one to warm up."""
-    model(**timed[0])
+    """Milliseconds per token, padding left out: whole forward passes of a setting that has run before."""
     started = time.perf_counter()
     for inputs in timed:
         model(**inputs)
@@ -274,11 +273,10 @@ def prepare(
         check_tau(setting.get("tau", 0.0), stored.gate if stored else "max")
     kind = hub.model_class(config, name)
     data = fit_to_positions(data, kind, config)
-    documents = read_documents(data.data, part, data.text_column, data.label_column, data.header)
     processor = hub.load_processor(name, config)
-    facts = hub.token_facts(name, config)
-    label2id = config.label2id if hub.is_classifier(kind, config) else None
-    batches = make_batches(documents, processor, data, packed=hub.is_causal(kind), label2id=label2id, **facts)
+    facts = hub.token_facts(name, config) | {"packed": hub.is_causal(kind)}
+    facts["label2id"] = config.label2id if hub.is_classifier(kind, config) else None
+    batches = read_batches(data, part, processor, tokens=tokens, **facts)
     batches = batches.first(tokens) if tokens else batches
     hub.check_safetensors(name)
     metric = choose_metric(metric, kind, config, batches.collate(batches.items[:1]), processor)

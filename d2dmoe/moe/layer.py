@@ -158,6 +158,11 @@ class DynamicFFN(Gated, nn.Module):
         """The stored stand-ins of a gate setting; none where everything runs."""
         return state.stand_in if state.tau > 0 and self.constants is not None else None
 
+    def activations(self, x: torch.Tensor) -> torch.Tensor:
+        """Activations ``(experts, tokens, size)`` of all experts for ``(tokens, d_model)``, weights as stored."""
+        hidden = hidden_activations(x, self.up_weight, self.up_bias, self.gate_weight, self.gate_bias, self.act)
+        return without_padding(hidden.to(self.down_weight.dtype), block=self.block)
+
     def _readable(self, x: torch.Tensor, state: GateState) -> torch.Tensor:
         """All experts computed, some masked; `(tokens, d_model)` to `(tokens, d_out)`."""
         stand_in = self.stand_in_of(state)

@@ -18,6 +18,7 @@ from .. import hub
 from ..config.options import ConvertConfig
 from ..config.record import Block
 from ..data.batches import Batches
+from ..data.reading import sources_of
 from ..measure.drift import SecondText, second_text
 from ..measure.evaluate import evaluate_both
 from ..measure.metrics import choose_metric
@@ -74,7 +75,7 @@ def convert(
     named, output, work = named_folders(config.output_dir, config.model, "d2dmoe")
     job = _prepare(config, work)
     if first := first_process():
-        keep = (config.model, config.data, config.also_eval or config.data)
+        keep = (config.model, *sources_of(config.data), *sources_of(config.also_eval or config.data))
         prepare_folders(output, work, job.plan, keep=keep, resume=resume, overwrite=overwrite)
     wait_for_everyone()
     recipe, results, started = {**asdict(config), "output_dir": named}, {}, time.time()

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .. import hub
 from ..config.record import D2DMoEConfig
+from ..data.reading import sources_of
 from ..errors import UserError
 from ..files import replacing, write_text
 from ..measure.observe import release_memory
@@ -228,9 +229,9 @@ def check_recipe(work: Path, recipe: dict[str, Any], files: dict[str, Any], resu
 
 
 def local_files(path: str) -> list[Any]:
-    """Names, sizes and times of a local file or folder; empty for anything else."""
-    root = Path(path)
-    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    """Names, sizes and times of local files, or of those in folders, that `--data` names; empty for anything else."""
+    roots = map(Path, sources_of(path))
+    files = [p for root in roots for p in ([root] if root.is_file() else sorted(root.rglob("*"))) if p.is_file()]
     return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
 

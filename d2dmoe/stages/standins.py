@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from ..config.record import D2DMoEConfig
-from ..measure.observe import EnoughSeen, release_memory, run_observed
-from ..moe.gating import gate_state, set_gate
+from ..measure.layer_inputs import LayerInputs
+from ..measure.observe import EnoughSeen, release_memory
+from ..moe.gating import gate_state
 from ..moe.layer import DynamicFFN, layers
+from ..progress import progress
 from .ridge import ridge
 
 RIDGES = (1e-3, 1e-2, 1e-1)  # relative to the diagonal
@@ -88,29 +90,41 @@ class Fit:
 
 @torch.no_grad()
 def fit_stand_ins(
-    model: nn.Module, batches: Sequence, config: D2DMoEConfig, numbers: Sequence[int] | None = None
-) -> None:
+    model: nn.Module, batches: Sequence, config: D2DMoEConfig, numbers: Sequence[int] | None = None,
+    *, inputs: LayerInputs | None = None, penalties: Sequence[float] = RIDGES,
+) -> None:  # fmt: skip
     """Fit and store the stand-ins of every layer, for some budgets of `config` or all, at their thresholds.
 
     Records in each budget, per layer, the level that did best on held-out tokens and the error it leaves.
+
+    Args:
+        model: Converted model.
+        batches: Calibration batches.
+        config: Its record.
+        numbers: Of the budgets.
+        inputs: The layers' inputs on these batches.
+        penalties: Tried one after the other.
     """
-    converted = layers(model)
+    converted, inputs = layers(model), inputs or LayerInputs(model, batches)
     numbers = range(len(config.budgets)) if numbers is None else numbers
     for number in numbers:
         config.budgets[number].forget_fits()
-    for group in _groups(converted, numbers):
-        release_memory()
-        moments = _accumulate(model, batches, config, group)
+    release_memory()
+    groups = _groups(converted, numbers, alone=inputs.kept)
+    for group in progress(groups, desc="stand-ins", disable=len(groups) < 2):
+        moments = _accumulate(inputs, config, group, name="stand-ins" * (len(groups) < 2))
         for index, number in sorted(group & moments.keys()):
-            fit = best_fit(*moments.pop((index, number)), converted[index], config)
+            fit = best_fit(*moments.pop((index, number)), converted[index], config, penalties)
             _store(converted[index], number, fit)
             config.budgets[number].note_fit(index, fit.level, round(fit.residual, 4))
 
 
-def _groups(converted: list[DynamicFFN], numbers: Sequence[int]) -> list[set[tuple[int, int]]]:
-    """`(layer, budget)` pairs whose moments fit into memory together."""
+def _groups(converted: list[DynamicFFN], numbers: Sequence[int], *, alone: bool = False) -> list[set[tuple[int, int]]]:
+    """`(layer, budget)` pairs whose moments fit into memory together; if `alone`, of one layer at a time."""
     groups, room = [set()], MEMORY
     for index, layer in enumerate(converted):
+        if alone:
+            groups, room = [*groups, set()], MEMORY
         n = layer.block.slots + layer.block.experts + layer.block.d_model
         size = 2 * 4 * n * (n + layer.down_weight.shape[-1])
         for number in numbers:
@@ -124,7 +138,7 @@ def _groups(converted: list[DynamicFFN], numbers: Sequence[int]) -> list[set[tup
 Pairs = dict[tuple[int, int], tuple[Moments, Moments]]  # (layer, budget) -> (to fit on, to check on)
 
 
-def _accumulate(model: nn.Module, batches: Sequence, config: D2DMoEConfig, group: set[tuple[int, int]]) -> Pairs:
+def _accumulate(inputs: LayerInputs, config: D2DMoEConfig, group: set[tuple[int, int]], *, name: str) -> Pairs:
     """Moments of these layers and budgets, on the inputs that the layers have in the dense model."""
     moments: Pairs = {}
     turn: dict[int, int] = {}
@@ -147,15 +161,16 @@ def _accumulate(model: nn.Module, batches: Sequence, config: D2DMoEConfig, group
         if index == last and turn[index] % layer.block.calls == 0:
             raise EnoughSeen
 
-    with set_gate(model, tau=0):
-        run_observed(model, batches, collect, name="stand-ins")
+    inputs.observe(collect, name=name, only={index for index, _ in group})
     for pair in moments.values():
         for held in pair:
             held.complete()
     return moments
 
 
-def best_fit(fit_on: Moments, check_on: Moments, layer: DynamicFFN, config: D2DMoEConfig) -> Fit:
+def best_fit(
+    fit_on: Moments, check_on: Moments, layer: DynamicFFN, config: D2DMoEConfig, penalties: Sequence[float] = RIDGES
+) -> Fit:
     """The level asked for, constants alone or nothing, whichever leaves least on held-out tokens; shrunk."""
     n, d = fit_on.cross.shape
     width, experts = layer.block.slots, layer.block.experts
@@ -165,7 +180,7 @@ def best_fit(fit_on: Moments, check_on: Moments, layer: DynamicFFN, config: D2DM
         return best
     ranks = {"constants": (0, 0), "refit": (layer.delta_rank, 0), "linear": (layer.delta_rank, layer.linear_rank)}
     for level in dict.fromkeys(("constants", config.stand_in)):
-        for penalty in RIDGES:
+        for penalty in penalties:
             fit = _solve(fit_on, width, experts, *ranks[level], penalty)
             scale, error = check.best_scale(fit.theta)
             if error / check.energy < best.residual:
@@ -232,7 +247,10 @@ def _store(layer: DynamicFFN, number: int, fit: Fit) -> None:
 
 
 @torch.no_grad()
-def fit_means(model: nn.Module, batches: Sequence, config: D2DMoEConfig, numbers: Sequence[int]) -> None:
+def fit_means(
+    model: nn.Module, batches: Sequence, config: D2DMoEConfig, numbers: Sequence[int],
+    *, inputs: LayerInputs | None = None,
+) -> None:  # fmt: skip
     """Conditional means: `c_e` = mean of `E_e(x)` over the calibration tokens that skip `e`, for some budgets.
 
     Only sums of hidden activations are kept, ``(budgets, E, s)``; the down projection is applied once at the end.
@@ -251,8 +269,7 @@ def fit_means(model: nn.Module, batches: Sequence, config: D2DMoEConfig, numbers
             sums[index][row] += torch.einsum("ets,te->es", hidden, skipped.to(hidden.dtype)).double()
             counts[index][row] += skipped.sum(0)
 
-    with set_gate(model, tau=0):
-        run_observed(model, batches, collect, name="stand-ins")
+    (inputs or LayerInputs(model, batches)).observe(collect, name="stand-ins")
     for index, layer in enumerate(layers(model)):
         if index in sums:
             mean = sums[index] / counts[index].clamp_min(1)[..., None]
