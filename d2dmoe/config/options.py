@@ -91,6 +91,10 @@ class SourceConfig:
     )
     dtype: str = knob("auto", "dtype of the written checkpoint", choices=("auto", "float32", "bfloat16", "float16"))
     max_shard_size: str = knob("5GB", "largest safetensors file")
+    low_memory: bool = knob(
+        False,
+        "while converting, keep weights in memory as their files hold them (bf16, fp16) and compute in fp32 from them",
+    )
     device: str = knob("auto", "where to convert: auto (a GPU if there is one), cpu, cuda or cuda:N")
     eval_tokens: int = knob(16_384, "held-out tokens for the figures in results.json; 0 skips them")
     also_eval: str | None = knob(

@@ -48,18 +48,21 @@ class Spill:
 class LayerInputs:
     """The dense pass of a converted model over some batches, for one observer after another.
 
-    The first one has the whole model run. Its layers' inputs are kept, `KEPT` bytes of them in memory and the rest in a
-    file, if there is a folder with room for it; every further observer then has each layer run by itself on them, one
-    layer after the other.
+    The first one has the whole model run. The inputs of its layers are kept, the rest in a file if there is a folder
+    with room for it; every further observer then has each layer run by itself on them, one layer after the other.
 
     Args:
         model: Converted model.
         batches: Calibration batches.
         folder: Where the file may be.
+        memory: Bytes kept in memory, by default `KEPT`.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[dict[str, Any]], folder: Path | None = None):
+    def __init__(
+        self, model: nn.Module, batches: Sequence[dict[str, Any]], folder: Path | None = None, memory: int | None = None
+    ):
         self.model, self.batches, self.folder = model, batches, folder
+        self.memory = KEPT if memory is None else memory
         self._fits = True
         self._kept: dict[int, list[Callable[[], torch.Tensor]]] | None = None  # by layer, each ``(tokens, d_model)``
         self._lengths: list[int] = []  # tokens of each piece
@@ -99,7 +102,7 @@ class LayerInputs:
                 self._replay(observer, name, only)
 
     def _run(self, observer: Observer, name: str) -> None:
-        kept, left, complete, spill, lengths = {}, KEPT, True, None, []
+        kept, left, complete, spill, lengths = {}, self.memory, True, None, []
 
         def keep(index: int, x: torch.Tensor) -> None:
             nonlocal left, spill

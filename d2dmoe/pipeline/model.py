@@ -32,6 +32,7 @@ from ..errors import UserError
 from ..files import write_text
 from ..measure.layer_inputs import LayerInputs
 from ..measure.observe import release_memory
+from ..measure.upcast import Upcasting
 from ..moe.gating import set_gate
 from ..moe.layer import layers
 from ..moe.loader import attach, remember
@@ -105,9 +106,11 @@ def convert_model(
     reference, output = block_outputs(model, blocks, batches[0]), model_outputs(model, batches[0])
     attach(model, stored, [orders[block.name] for block in blocks], budgets=len(targets(config)))
     _zero_constants(model)
+    for layer in layers(model):
+        layer.router.to(torch.promote_types(layer.router.hidden.dtype, torch.float32))
     _let_go_of_files(model)
     verify(model, reference, output, batches[0])
-    inputs = LayerInputs(model, _calibration_text(config, batches)[0], work)
+    inputs = LayerInputs(model, _calibration_text(config, batches)[0], work, 0 if config.low_memory else None)
     log = _routers(model, config, batches, inputs, work, resume)
     say("routers done; calibrating")
     spectra = _bases(model, config, batches, work, resume) if projections else []
@@ -129,7 +132,7 @@ def convert_model(
 
 
 def _check_precision(model: PreTrainedModel) -> None:
-    if model.dtype not in (torch.float32, torch.float64):
+    if model.dtype not in (torch.float32, torch.float64) and not Upcasting.active:
         raise UserError(
             f"the model is in {str(model.dtype).removeprefix('torch.')}, and routers and stand-ins are fitted in "
             f"float32; load it with dtype=torch.float32 (cast it after the conversion)"
