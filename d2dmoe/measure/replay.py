@@ -44,8 +44,9 @@ class Replay:
             self._order.append(("end", part))
             self._outputs[part] = _copied(output)
 
-        handles = [part.register_forward_pre_hook(begin) for part in {*self._parts}]
-        handles += [part.register_forward_hook(end) for part in {*self._parts}]
+        parts = {*self._parts} - {None}
+        handles = [part.register_forward_pre_hook(begin) for part in parts]
+        handles += [part.register_forward_hook(end) for part in parts]
         try:
             output = self.model(**inputs)
         finally:

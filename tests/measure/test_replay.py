@@ -66,3 +66,15 @@ def test_the_whole_model_runs_where_a_part_gives_something_on_by_another_way():
         replay = Replay(model)
         dense = replay.first(inputs)
         assert torch.equal(replay.again(len(layers(model)) - 1).logits, dense.logits)
+
+
+def test_the_whole_model_runs_where_no_list_holds_the_layers():
+    model = converted("gpt2")
+    inputs = inputs_of(model)
+    model.transformer.h = torch.nn.Sequential(*model.transformer.h)
+    with torch.no_grad(), set_gate(model, active=1):
+        replay = Replay(model)
+        dense = replay.first(inputs)
+        with set_gate(model, **QUARTER, layers=[1]):
+            assert torch.equal(replay.again(1).logits, model(**inputs).logits)
+        assert torch.equal(replay.again(0).logits, dense.logits)
