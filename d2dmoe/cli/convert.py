@@ -44,7 +44,9 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
         check_fed(plan.skeleton, plan.discovery, config.model)
         if config.sparsify != "skip":
             print("before that: sparsify, whose training the plan below does not count", file=sys.stderr)
-        emit(arguments, command, config.seed, [plan.summary()], _plan_text(plan, config))
+        seconds = plan.seconds()
+        row = {**plan.summary(), "seconds": round(seconds)}
+        emit(arguments, command, config.seed, [row], _plan_text(plan, config, seconds))
         return 0
     quiet = not first_process()
     results = convert(
@@ -60,7 +62,11 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
     return 0
 
 
-def _plan_text(plan: Any, config: ConvertConfig) -> str:
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 600 else f"{seconds / 60:.1f} minutes"
+
+
+def _plan_text(plan: Any, config: ConvertConfig, seconds: float) -> str:
     from ..report import table
 
     rows = [
@@ -73,6 +79,7 @@ def _plan_text(plan: Any, config: ConvertConfig) -> str:
         f"stages: {', '.join(plan.summary()['stages'])} (preset {config.preset} of {', '.join(PRESETS)})",
         f"parameters: {plan.dense_parameters:,} dense, {plan.added_parameters:,} added by routers and stand-ins",
         f"peak memory: about {plan.peak_memory_bytes / 1e9:.2f} GB; disk: about {plan.disk_bytes / 1e9:.2f} GB",
+        f"time: about {_minutes(seconds)}, on as many cores like these as torch has threads, with no other work",
     ]
     padded = plan.summary()["padded_neurons"]
     if padded:

@@ -74,6 +74,10 @@ def check(config: Any) -> None:
         raise UserError(
             f"--also-eval {config.also_eval} is measured beside --data, and --eval-tokens 0 measures nothing"
         )
+    if getattr(config, "low_memory", False):
+        others = {"attention": config.attention != "none", "heal": config.heal, "speedup": config.speedup}
+        for name in (name for name, given in others.items() if given):
+            raise UserError(f"--low-memory and --{name} do not go together; leave one of them out")
     if getattr(config, "heal_tokens", 1) < 1:
         raise UserError("--heal-tokens 0: must be at least 1")
     if getattr(config, "heal", 0) and config.heal_parameters != "all" and config.stand_in == "zero":

@@ -25,7 +25,9 @@ class DataConfig:
     """Where text, token ids or images come from, and how they become batches."""
 
     data: str = knob(
-        "builtin", "builtin, a hub data set id, or a path to text/jsonl/csv/parquet files or a folder of them"
+        "builtin",
+        "builtin, a hub data set id, or a path to text/jsonl/csv/parquet files or a folder of them; several, separated "
+        "by commas, give the same number of tokens each",
     )
     text_column: str | None = knob(
         None, "column that holds the text (default: text, sentence, content or the only string one)"
@@ -89,6 +91,10 @@ class SourceConfig:
     )
     dtype: str = knob("auto", "dtype of the written checkpoint", choices=("auto", "float32", "bfloat16", "float16"))
     max_shard_size: str = knob("5GB", "largest safetensors file")
+    low_memory: bool = knob(
+        False,
+        "while converting, keep weights in memory as their files hold them (bf16, fp16) and compute in fp32 from them",
+    )
     device: str = knob("auto", "where to convert: auto (a GPU if there is one), cpu, cuda or cuda:N")
     eval_tokens: int = knob(16_384, "held-out tokens for the figures in results.json; 0 skips them")
     also_eval: str | None = knob(

@@ -75,9 +75,10 @@ class Batches(Sequence[dict[str, torch.Tensor]]):
         whole = len(order) // size
         places = torch.randperm(whole, generator=generator).tolist()
         order = [i for p in places for i in order[p * size : (p + 1) * size]] + order[whole * size :]
-        return self._with([self.items[i] for i in order])
+        return self.with_items([self.items[i] for i in order])
 
-    def _with(self, items: list[Document]) -> Batches:
+    def with_items(self, items: list[Document]) -> Batches:
+        """Batches of other items, otherwise like these."""
         return Batches(
             items, self.batch_size, pad_id=self.pad_id, image_processor=self.image_processor,
             image_tokens=self.image_tokens,
@@ -93,11 +94,11 @@ class Batches(Sequence[dict[str, torch.Tensor]]):
             if total >= tokens:
                 break
             total, count = total + self._length(item), count + 1
-        return self._with(self.items[:count])
+        return self.with_items(self.items[:count])
 
     def after(self, tokens: int) -> Batches:
         """What `first` leaves over."""
-        return self._with(self.items[len(self.first(tokens).items) :])
+        return self.with_items(self.items[len(self.first(tokens).items) :])
 
     @property
     def tokens(self) -> int:

@@ -7,8 +7,8 @@ from typing import Any
 
 from .. import hub
 from ..config.options import DataConfig
-from ..data.batches import Batches, make_batches
-from ..data.documents import read_documents
+from ..data.batches import Batches
+from ..data.reading import read_batches
 from ..errors import UserError
 from ..report.machine import portable
 from .metrics import choose_metric
@@ -51,9 +51,8 @@ def second_text(
     data = replace(hub.fit_length(data, config), data=source)
     label2id = config.label2id if hub.is_classifier(kind, config) else None
     try:
-        documents = read_documents(source, part, data.text_column, data.label_column, data.header)
-        facts = hub.token_facts(name, config, revision)
-        batches = make_batches(documents, processor, data, packed=hub.is_causal(kind), label2id=label2id, **facts)
+        facts = hub.token_facts(name, config, revision) | {"packed": hub.is_causal(kind), "label2id": label2id}
+        batches = read_batches(data, part, processor, tokens=tokens, **facts)
         batches = batches.first(tokens) if tokens else batches
         choose_metric(metric, kind, config, batches.collate(batches.items[:1]), processor)
     except UserError as error:

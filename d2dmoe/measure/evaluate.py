@@ -17,8 +17,8 @@ from .. import hub
 from ..config.checks import check_tau
 from ..config.options import DataConfig
 from ..config.record import D2DMoEConfig
-from ..data.batches import Batches, make_batches
-from ..data.documents import read_documents
+from ..data.batches import Batches
+from ..data.reading import read_batches
 from ..discovery.positions import fit_to_positions
 from ..errors import UserError
 from ..kernels import dispatching
@@ -35,7 +35,7 @@ from .observe import ActiveCounter, ChannelCounter, model_inputs, observing, obs
 
 Setting = dict[str, Any]  # keyword arguments of `set_gate`
 LOGITS_HELD = 2**25  # elements, 128 MB in fp32
-TIMED = 3  # timed passes, after one to warm up
+TIMED = 3  # timed passes
 
 
 @dispatching("sparse")
@@ -81,13 +81,15 @@ def evaluate(
     each = getattr(batches, "image_tokens", 1)
     dense = _Point({"active": 1.0}, kind(), each)
     points = [_Point(setting, kind(), each) for setting in settings] if layers(model) else []
+    repeated = [point for point in points if not expert_dtype and _runs_everything(model, point)]
     for batch in pieces(progress(batches, desc="eval"), limit):
         tokens += _tokens(batch, each)
         batch = kind.prepare(batch, tokenizer, generator)
         inputs = model_inputs(model, batch)
         reference = dense.run(plain if original is None else original, inputs, batch, None)
         for point in points:
-            point.run(model, inputs, batch, reference)
+            if point not in repeated:
+                point.run(model, inputs, batch, reference)
     timed = [model_inputs(model, batch) for batch in islice(pieces(batches, limit), TIMED)]
     base = dense.row(plain, timed, dense.metric, None) | {"tokens": tokens}
     if not layers(model):
@@ -95,11 +97,7 @@ def evaluate(
     cost = dense_cost(plain, timed[0])
     rows = []
     for point in points:
-        with set_gate(model, **point.setting):
-            everything = not expert_dtype and all(layer.gate_state.tau == 0 for layer in layers(model))
-            everything = everything and all(layer.gate_state.method == "dense" for layer in projections(model))
-        everything = everything and not any(layer.block.role for layer in layers(model))
-        row = base if everything else point.row(model, timed, dense.metric, cost) | {"tokens": tokens}
+        row = base if point in repeated else point.row(model, timed, dense.metric, cost) | {"tokens": tokens}
         rows.append({**point.setting, **row, **({"expert_dtype": expert_dtype} if expert_dtype else {})})
     return rows
 
@@ -114,7 +112,15 @@ def evaluate_both(
     return rows
 
 
-@dataclass
+def _runs_everything(model: nn.Module, point: _Point) -> bool:
+    """Whether a setting of the gate leaves nothing out, so that its row is the dense model's."""
+    with point.gate(model):
+        everything = all(layer.gate_state.tau == 0 for layer in layers(model))
+        everything = everything and all(layer.gate_state.method == "dense" for layer in projections(model))
+    return everything and not any(layer.block.role for layer in layers(model))
+
+
+@dataclass(eq=False)
 class _Point:
     """One setting of the gate: its metric and active fraction, summed batch by batch."""
 
@@ -186,8 +192,7 @@ def _costs(model: nn.Module, counter: ActiveCounter, channels: ChannelCounter, d
 
 
 def _milliseconds(model: nn.Module, timed: list[Batch], image_tokens: int) -> float:
-    """Milliseconds per token, padding left out: whole forward passes, after one to warm up."""
-    model(**timed[0])
+    """Milliseconds per token, padding left out: whole forward passes of a setting that has run before."""
     started = time.perf_counter()
     for inputs in timed:
         model(**inputs)
@@ -269,11 +274,10 @@ def prepare(
         check_tau(setting.get("tau", 0.0), stored.gate if stored else "max")
     kind = hub.model_class(config, name)
     data = fit_to_positions(data, kind, config)
-    documents = read_documents(data.data, part, data.text_column, data.label_column, data.header)
     processor = hub.load_processor(name, config)
-    facts = hub.token_facts(name, config)
-    label2id = config.label2id if hub.is_classifier(kind, config) else None
-    batches = make_batches(documents, processor, data, packed=hub.is_causal(kind), label2id=label2id, **facts)
+    facts = hub.token_facts(name, config) | {"packed": hub.is_causal(kind)}
+    facts["label2id"] = config.label2id if hub.is_classifier(kind, config) else None
+    batches = read_batches(data, part, processor, tokens=tokens, **facts)
     batches = batches.first(tokens) if tokens else batches
     hub.check_safetensors(name)
     metric = choose_metric(metric, kind, config, batches.collate(batches.items[:1]), processor)

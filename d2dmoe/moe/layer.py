@@ -158,6 +158,11 @@ class DynamicFFN(Gated, nn.Module):
         """The stored stand-ins of a gate setting; none where everything runs."""
         return state.stand_in if state.tau > 0 and self.constants is not None else None
 
+    def activations(self, x: torch.Tensor) -> torch.Tensor:
+        """Activations ``(experts, tokens, size)`` of all experts for ``(tokens, d_model)``, weights as stored."""
+        hidden = hidden_activations(x, self.up_weight, self.up_bias, self.gate_weight, self.gate_bias, self.act)
+        return without_padding(hidden.to(_wider(hidden, self.down_weight)), block=self.block)
+
     def _readable(self, x: torch.Tensor, state: GateState) -> torch.Tensor:
         """All experts computed, some masked; `(tokens, d_model)` to `(tokens, d_out)`."""
         stand_in = self.stand_in_of(state)
@@ -165,8 +170,8 @@ class DynamicFFN(Gated, nn.Module):
         dynamic = self.expert_dtype == "int8-dynamic"
         hidden = hidden_activations(
             rounded_rows(x) if dynamic else x, up, self.up_bias, gate, self.gate_bias, self.act
-        ).to(down.dtype)  # (experts, tokens, size); T5 keeps its down projection in fp32
-        hidden = without_padding(hidden, block=self.block)
+        )  # (experts, tokens, size)
+        hidden = without_padding(hidden.to(_wider(hidden, down)), block=self.block)
         scores = run = None
         if state.tau > 0:
             scores = self._true_scores(hidden, down, state.oracle) if state.oracle else self.router(x)
@@ -244,6 +249,11 @@ class DynamicFFN(Gated, nn.Module):
         """Shown by `print(model)`."""
         b = self.block
         return f"{b.kind}, {b.activation}, {b.d_model}->{b.width}, experts={b.experts} of {b.size}"
+
+
+def _wider(hidden: torch.Tensor, down: torch.Tensor) -> torch.dtype:
+    """In what the down projection is computed: T5 keeps it in fp32."""
+    return torch.promote_types(hidden.dtype, down.dtype)
 
 
 def layers(model: nn.Module) -> list[DynamicFFN]:

@@ -18,9 +18,11 @@ from .. import hub
 from ..config.options import ConvertConfig
 from ..config.record import Block
 from ..data.batches import Batches
+from ..data.reading import sources_of
 from ..measure.drift import SecondText, second_text
 from ..measure.evaluate import evaluate_both
 from ..measure.metrics import choose_metric
+from ..measure.upcast import Upcasting, upcast_vectors
 from ..moe.gating import stored_config
 from ..moe.loader import cast
 from ..report.card import model_card
@@ -32,7 +34,7 @@ from ..version import __version__
 from .first import SparsifyStage, prepare_sparsify
 from .model import convert_model
 from .parts import both_parts
-from .plan import ConversionPlan, fit_to_data, make_plan
+from .plan import ConversionPlan, fit_to_data, make_plan, stored_dtype
 from .reporting import add_report, usage_of
 from .workdir import (
     check_recipe,
@@ -74,7 +76,7 @@ def convert(
     named, output, work = named_folders(config.output_dir, config.model, "d2dmoe")
     job = _prepare(config, work)
     if first := first_process():
-        keep = (config.model, config.data, config.also_eval or config.data)
+        keep = (config.model, *sources_of(config.data), *sources_of(config.also_eval or config.data))
         prepare_folders(output, work, job.plan, keep=keep, resume=resume, overwrite=overwrite)
     wait_for_everyone()
     recipe, results, started = {**asdict(config), "output_dir": named}, {}, time.time()
@@ -162,23 +164,27 @@ def _converted(
     if job.sparsified:
         source, revision, model_config = job.sparsified.folder, None, hub.read_config(job.sparsified.folder)
 
+    dtype = stored_dtype(model_config) if config.low_memory else torch.float32
+
     def dense() -> PreTrainedModel:
-        return hub.load_model(source, model_config, revision).to(job.device)
+        return hub.load_model(source, model_config, revision, dtype).to(job.device)
 
     model = dense()
     hub.check_finite(config.model, model)
     _tell(job.plan, job.asleep, say)
-    log = convert_model(
-        model,
-        config,
-        job.calibration,
-        blocks=job.plan.blocks,
-        projections=job.plan.projections,
-        work=work,
-        resume=resume,
-        say=say,
-        dense=dense,
-    )
+    with Upcasting() if config.low_memory else nullcontext():
+        upcast_vectors(model)
+        log = convert_model(
+            model,
+            config,
+            job.calibration,
+            blocks=job.plan.blocks,
+            projections=job.plan.projections,
+            work=work,
+            resume=resume,
+            say=say,
+            dense=dense,
+        )
     dtype = _output_dtype(config, model_config)
     cast(model, dtype)
 
@@ -229,7 +235,4 @@ def _card(model: PreTrainedModel, recipe: dict[str, Any], results: dict[str, Any
 
 
 def _output_dtype(config: ConvertConfig, model_config: Any) -> torch.dtype:
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    stored = getattr(model_config, "dtype", None) or torch.float32
-    return stored if isinstance(stored, torch.dtype) else getattr(torch, str(stored).removeprefix("torch."))
+    return getattr(torch, config.dtype) if config.dtype != "auto" else stored_dtype(model_config)

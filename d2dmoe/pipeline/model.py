@@ -31,7 +31,9 @@ from ..discovery.blocks import discover
 from ..discovery.projections import find_projections
 from ..errors import UserError
 from ..files import write_text
+from ..measure.layer_inputs import LayerInputs
 from ..measure.observe import release_memory
+from ..measure.upcast import Upcasting
 from ..moe.gating import set_gate
 from ..moe.layer import layers
 from ..moe.loader import attach, remember
@@ -108,12 +110,19 @@ def convert_model(
     reference, output = block_outputs(model, blocks, batches[0]), model_outputs(model, batches[0])
     attach(model, stored, [orders[block.name] for block in blocks], budgets=len(targets(config)))
     _zero_constants(model)
+    for layer in layers(model):
+        layer.router.to(torch.promote_types(layer.router.hidden.dtype, torch.float32))
     _let_go_of_files(model)
     verify(model, reference, output, batches[0])
-    log = _routers(model, config, batches, work, resume)
+    inputs = LayerInputs(model, _calibration_text(config, batches)[0], work, 0 if config.low_memory else None)
+    log = _routers(model, config, batches, inputs, work, resume)
     say("routers done; calibrating")
     spectra = _bases(model, config, batches, work, resume) if attention else []
-    fitted(work, "stand-ins", resume, model, stored, lambda: _calibrate(model, config, stored, batches, dense, spectra))
+    fitted(
+        work, "stand-ins", resume, model, stored,
+        lambda: _calibrate(model, config, stored, batches, inputs, dense, spectra),
+    )  # fmt: skip
+    inputs.forget()
     if config.heal and stored.budgets:
         say(f"healing: {config.heal} steps of distillation from the dense model")
         fitted(
@@ -127,7 +136,7 @@ def convert_model(
 
 
 def _check_precision(model: PreTrainedModel) -> None:
-    if model.dtype not in (torch.float32, torch.float64):
+    if model.dtype not in (torch.float32, torch.float64) and not Upcasting.active:
         raise UserError(
             f"the model is in {str(model.dtype).removeprefix('torch.')}, and routers and stand-ins are fitted in "
             f"float32; load it with dtype=torch.float32 (cast it after the conversion)"
@@ -212,15 +221,16 @@ def _split(
 
 
 def _routers(
-    model: PreTrainedModel, config: ConvertConfig, batches: Batches, work: Path | None, resume: bool
-) -> list[dict[str, float]]:
+    model: PreTrainedModel, config: ConvertConfig, batches: Batches, inputs: LayerInputs, work: Path | None,
+    resume: bool,
+) -> list[dict[str, float]]:  # fmt: skip
     """Fit and train the routers, or take them from an earlier run; returns the training log."""
     log: list[dict[str, float]] = []
     state_dir = work / "router-state" if work is not None else None
 
     def train() -> dict[str, torch.Tensor]:
         if config.router_fit != "trained" and not (resume and has_state(state_dir)):
-            fit_routers(model, batches.first(config.calibration_tokens), config)
+            fit_routers(model, inputs.batches, config, inputs=inputs)
         if config.router_fit != "closed-form":
             log.extend(train_routers(model, batches, config, state_dir=state_dir, resume=resume))
         if work is not None and first_process():
@@ -279,7 +289,7 @@ def _calibration_text(config: ConvertConfig, batches: Batches) -> tuple[Batches,
 
 
 def _calibrate(
-    model: PreTrainedModel, config: ConvertConfig, stored: D2DMoEConfig, batches: Batches,
+    model: PreTrainedModel, config: ConvertConfig, stored: D2DMoEConfig, batches: Batches, inputs: LayerInputs,
     dense: Callable[[], PreTrainedModel] | None, spectra: list[list[torch.Tensor]],
 ) -> None:  # fmt: skip
     fitting, unseen = _calibration_text(config, batches)
@@ -293,7 +303,7 @@ def _calibrate(
     calibrate(
         model, fitting, stored, targets(config),
         thresholds=config.thresholds, allocation=config.allocation, unseen=unseen, dense=dense,
-        plan=plan,
+        plan=plan, inputs=inputs,
     )  # fmt: skip
 
 

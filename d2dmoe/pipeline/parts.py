@@ -6,11 +6,13 @@ from typing import Any
 
 from .. import hub
 from ..config.options import ConvertConfig
-from ..data.batches import Batches, make_batches
-from ..data.documents import read_documents
+from ..config.sizes import attention_way
+from ..data.batches import Batches
+from ..data.reading import read_batches
 from ..discovery.positions import fit_to_positions
 from ..errors import UserError
 from ..sparsify.options import SparsifyConfig
+from ..stages.budgets.goals import LOSS_TOKENS
 
 
 def both_parts(
@@ -25,7 +27,8 @@ def both_parts(
         processor: Its tokenizer or image processor.
 
     Returns:
-        Everything there is to calibrate on, in its own order, and `eval_tokens` held out (`None` for 0).
+        What there is to calibrate on, and `eval_tokens` held out (`None` for 0). A conversion gets no more than
+        `wanted_tokens` of text that is much longer than that, from all over it.
 
     Raises:
         UserError: If the data cannot be read, does not fit the model, or is too little to hold some out.
@@ -34,14 +37,27 @@ def both_parts(
     facts = hub.token_facts(config.model, model_config, config.revision)
     label2id = model_config.label2id if hub.is_classifier(kind, model_config) else None
 
-    def make(part: str) -> Batches:
-        documents = read_documents(config.data, part, config.text_column, config.label_column, config.header)
-        return make_batches(documents, processor, data, packed=hub.is_causal(kind), label2id=label2id, **facts)
+    def make(part: str, tokens: int, seed: int | None) -> Batches:
+        options = {"packed": hub.is_causal(kind), "label2id": label2id, **facts}
+        return read_batches(data, part, processor, tokens=tokens, seed=seed, **options)
 
-    calibration = make("calibration")
+    wanted = wanted_tokens(config) if isinstance(config, ConvertConfig) else 0
+    calibration = make("calibration", wanted, config.seed)
     if not config.eval_tokens:
         return calibration, None
     try:
-        return calibration, make("held_out").first(config.eval_tokens)
+        return calibration, make("held_out", config.eval_tokens, None).first(config.eval_tokens)
     except UserError as error:
         raise UserError(f"{error} (this is the part held out for the figures; --eval-tokens 0 skips them)") from None
+
+
+def wanted_tokens(config: ConvertConfig) -> int:
+    """Calibration tokens that some stage of a conversion uses: those of the fits, and those of no fit besides."""
+    training = [
+        config.router_tokens * (config.router_fit != "closed-form"),
+        config.heal * config.heal_tokens,
+        config.attention_tokens * (attention_way(config.attention)[0] == "mlp"),
+        config.calibration_tokens * (config.attention != "none"),
+        LOSS_TOKENS * bool(config.max_loss),
+    ]
+    return config.calibration_tokens + max(training)

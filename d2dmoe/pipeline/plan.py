@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +32,13 @@ from ..discovery.skeleton import skeleton
 from ..discovery.trace import runs_on
 from ..errors import UserError, first_line
 from ..hub import is_converted, model_class, refuse_quantised
+from ..measure.layer_inputs import KEPT
+from ..measure.observe import TOKENS_AT_ONCE
+from ..stages.budgets.fit import REGRESSED
+from ..stages.routers.training import ROWS_HELD
 from ..stages.standins import MEMORY
+from .estimate import predicted_seconds
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TEXT_OR_IMAGES = "convert can feed a model that runs on text or token ids alone, or on images alone"
 Batch = dict[str, torch.Tensor]
 BASE_MEMORY = 700 * 2**20  # Python with torch and transformers imported
@@ -52,6 +57,7 @@ class ConversionPlan:
     skeleton: nn.Module
     projections: list[Projection] = field(default_factory=list)
     networks: list[Block] = field(default_factory=list)  # in the places of these, with `--attention mlp`
+    seconds: Callable[[], float] = lambda: 0.0  # predicted; it times some products
 
     @property
     def blocks(self) -> list[Block]:
@@ -140,16 +146,20 @@ def make_plan(model_config: Any, config: ConvertConfig, sample: Callable[[], Bat
         added = sum(p.added for p in projections)
     added += sum(p.added for p in head)
     added += sum(_added(block, config, everything) for block in everything)
-    stored = BYTES.get(config.dtype) or BYTES.get(str(getattr(model_config, "dtype", "")).removeprefix("torch."), 4)
-    rows = config.batch_size * config.max_length
-    block = max(discovery.blocks, key=lambda b: b.width * b.d_model)
-    activations = (
-        4 * rows * (3 * block.width + 12 * block.d_model + getattr(model_config.get_text_config(), "vocab_size", 0))
-    )
-    captured = 4 * min(rows, 8192) * sum(b.d_model + b.experts for b in everything)
-    peak = BASE_MEMORY + 4 * (dense + added) + max(activations + captured, activations + _moments(block, config))
+    stored = (stored_dtype(model_config) if config.dtype == "auto" else getattr(torch, config.dtype)).itemsize
+    held = stored_dtype(model_config).itemsize if config.low_memory else 4
+    peak = BASE_MEMORY + held * (dense + added) + _largest_stage(model_config, config, everything, held)
     disk = stored * (dense + added)
-    return ConversionPlan(type(model), discovery, dense, added, peak, disk, model, [*projections, *head], networks)
+    seconds = partial(predicted_seconds, model, everything, config)
+    return ConversionPlan(
+        type(model), discovery, dense, added, peak, disk, model, [*projections, *head], networks, seconds
+    )
+
+
+def stored_dtype(model_config: Any) -> torch.dtype:
+    """The dtype of a model's files, as its config has it."""
+    stored = getattr(model_config, "dtype", None) or torch.float32
+    return stored if isinstance(stored, torch.dtype) else getattr(torch, str(stored).removeprefix("torch."))
 
 
 def choose_head(config: ConvertConfig, model: nn.Module, projections: list[Projection]) -> list[Projection]:
@@ -260,12 +270,27 @@ def _added(block: Block, config: ConvertConfig, blocks: list[Block]) -> int:
     return router + stand_ins * len(targets(config))
 
 
+def _largest_stage(model_config: Any, config: ConvertConfig, blocks: list[Block], held: int) -> int:
+    """Bytes that a conversion takes beside the weights, in the stage that takes most."""
+    largest = max(blocks, key=lambda b: b.width * b.d_model)
+    rows, tokens = config.batch_size * config.max_length, config.calibration_tokens
+    vocabulary = getattr(model_config.get_text_config(), "vocab_size", 0)
+    activations = 4 * min(rows, TOKENS_AT_ONCE) * (6 * largest.width + 12 * largest.d_model + 3 * vocabulary)
+    kept = 0 if config.low_memory else min(KEPT, 4 * tokens * sum(b.d_model for b in blocks))
+    captured = 0
+    if config.router_fit != "closed-form":
+        captured = 4 * min(rows, ROWS_HELD) * sum(b.d_model + b.experts for b in blocks)
+    packing = held * sum(b.width * b.d_model * (3 if b.kind == "glu" else 2) for b in blocks)  # beside the originals
+    return max(activations + kept + captured, activations + kept + _moments(largest, config), packing)
+
+
 def _moments(block: Block, config: ConvertConfig) -> int:
     """Bytes of the stand-ins' regression for its largest block: moments in fp32, a solve in fp64."""
-    if config.stand_in not in ("constants", "refit", "linear"):
+    if config.stand_in not in REGRESSED:
         return 0
-    n = block.slots + block.experts + block.d_model
-    return max(MEMORY, 8 * n * (n + block.d_model)) + 3 * 8 * n * n
+    n, d = block.slots + block.experts + block.d_model, block.d_model
+    pair = 8 * n * (n + d)  # of one budget
+    return min(max(MEMORY, pair), pair * len(targets(config))) + 8 * n * (n + 5 * d)
 
 
 def describe(

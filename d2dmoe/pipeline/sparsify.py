@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_
 from .. import hub
 from ..config.record import Block
 from ..data.batches import Batches
+from ..data.reading import sources_of
 from ..discovery.blocks import discover
 from ..discovery.skeleton import skeleton
 from ..errors import UserError, first_line
@@ -130,7 +131,7 @@ def sparsify(
     arguments = training_arguments(_fitting(training or {}, job), config, str(work / "training"))
     _check_sharding(arguments, state)
     if first:
-        keep = (config.model, config.data)
+        keep = (config.model, *sources_of(config.data))
         prepare_folders(output, work, job, keep=keep, resume=resume, overwrite=overwrite)
     state.wait_for_everyone()
     recipe, results = {**asdict(config), "output_dir": named, **(training or {})}, {}

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .. import hub
 from ..config.record import D2DMoEConfig
+from ..data.reading import sources_of
 from ..errors import UserError
 from ..files import replacing, write_text
 from ..measure.observe import release_memory
@@ -228,9 +229,9 @@ def check_recipe(work: Path, recipe: dict[str, Any], files: dict[str, Any], resu
 
 
 def local_files(path: str) -> list[Any]:
-    """Names, sizes and times of a local file or folder; empty for anything else."""
-    root = Path(path)
-    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    """Names, sizes and times of local files, or of those in folders, that `--data` names; empty for anything else."""
+    roots = map(Path, sources_of(path))
+    files = [p for root in roots for p in ([root] if root.is_file() else sorted(root.rglob("*"))) if p.is_file()]
     return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
 
@@ -272,7 +273,7 @@ def write_checkpoint(
     (scratch / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     (scratch / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     (scratch / "README.md").write_text(card(model, recipe, results, stated))
-    _check_written(scratch, model)
+    _check_written(scratch, model, fully=not recipe.get("low_memory"))
     write_checksums(scratch)
     carried = [name for name in further if not (scratch / name).exists()]
     for name in carried:
@@ -283,13 +284,13 @@ def write_checkpoint(
     return f"saved {named}" + f", with {', '.join(carried)} as they were" * bool(carried)
 
 
-def _check_written(folder: Path, model: PreTrainedModel) -> None:
-    """Open the weights that were just written, and compare them with the model's, where memory allows.
+def _check_written(folder: Path, model: PreTrainedModel, *, fully: bool) -> None:
+    """Open the weights that were just written, and `fully`, where memory allows, compare them with the model's.
 
     `save_pretrained` may have written something else, an adapter alone for instance.
     """
     kind, size = type(model), sum(p.nbytes for p in model.parameters())
-    if psutil.virtual_memory().available < 1.5 * size:
+    if not fully or psutil.virtual_memory().available < 1.5 * size:
         hub.check_safetensors(str(folder))
         return
     again, info = kind.from_pretrained(folder, dtype=model.dtype, output_loading_info=True, use_safetensors=True)

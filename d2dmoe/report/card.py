@@ -145,7 +145,9 @@ def fill_card(
 
 
 def _shown(source: str) -> str:
-    """A hub id as it is; of a path the last part."""
+    """A hub id as it is; of a path the last part; of several, separated by commas, each so."""
+    if "," in source and not Path(source).exists():
+        return ", ".join(map(_shown, source.split(",")))
     return Path(source).name if Path(source).exists() else source
 
 

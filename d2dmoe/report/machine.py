@@ -37,6 +37,8 @@ def portable(text: Any) -> Any:
     if not isinstance(text, str):
         return text
     flag, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
+    if "," in value and not Path(value).exists():  # several sources of data
+        return flag + equals + ",".join(map(portable, value.split(",")))
     if Path(value).is_absolute() or value.startswith("~") or ".." in Path(value).parts:
         value = Path(os.path.abspath(value)).name
     return flag + equals + value

@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from ..config.record import D2DMoEConfig
-from ..measure.observe import EnoughSeen, release_memory, run_observed
-from ..moe.gating import gate_state, set_gate
+from ..measure.layer_inputs import LayerInputs
+from ..measure.observe import EnoughSeen, release_memory
+from ..moe.gating import gate_state
 from ..moe.layer import DynamicFFN, layers
+from ..progress import progress
 from .ridge import ridge
 
 RIDGES = (1e-3, 1e-2, 1e-1)  # relative to the diagonal
@@ -61,10 +63,14 @@ class Moments:
         """Squared error of `theta` ``(n, d)`` on these tokens."""
         return self.energy - 2 * _dot(theta, self.cross) + _dot(theta, self.gram @ theta.to(self.gram))
 
-    def best_scale(self, theta: torch.Tensor) -> float:
-        """The shrinkage in [0, 1] with the least error; 0 is to replace skipped experts by nothing."""
-        curvature = _dot(theta, self.gram @ theta.to(self.gram))
-        return min(max(_dot(theta, self.cross) / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+    def best_scale(self, theta: torch.Tensor) -> tuple[float, float]:
+        """The shrinkage of `theta` ``(n, d)`` in [0, 1] with the least squared error on these tokens, and that error.
+
+        A shrinkage of 0 is to replace skipped experts by nothing.
+        """
+        agreement, curvature = _dot(theta, self.cross), _dot(theta, self.gram @ theta.to(self.gram))
+        scale = min(max(agreement / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+        return scale, self.energy - 2 * scale * agreement + scale**2 * curvature
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -84,29 +90,41 @@ class Fit:
 
 @torch.no_grad()
 def fit_stand_ins(
-    model: nn.Module, batches: Sequence, config: D2DMoEConfig, numbers: Sequence[int] | None = None
-) -> None:
+    model: nn.Module, batches: Sequence, config: D2DMoEConfig, numbers: Sequence[int] | None = None,
+    *, inputs: LayerInputs | None = None, penalties: Sequence[float] = RIDGES,
+) -> None:  # fmt: skip
     """Fit and store the stand-ins of every layer, for some budgets of `config` or all, at their thresholds.
 
     Records in each budget, per layer, the level that did best on held-out tokens and the error it leaves.
+
+    Args:
+        model: Converted model.
+        batches: Calibration batches.
+        config: Its record.
+        numbers: Of the budgets.
+        inputs: The layers' inputs on these batches.
+        penalties: Tried one after the other.
     """
-    converted = layers(model)
+    converted, inputs = layers(model), inputs or LayerInputs(model, batches)
     numbers = range(len(config.budgets)) if numbers is None else numbers
     for number in numbers:
         config.budgets[number].forget_fits()
-    for group in _groups(converted, numbers):
-        release_memory()
-        moments = _accumulate(model, batches, config, group)
+    release_memory()
+    groups = _groups(converted, numbers, alone=inputs.kept)
+    for group in progress(groups, desc="stand-ins", disable=len(groups) < 2):
+        moments = _accumulate(inputs, config, group, name="stand-ins" * (len(groups) < 2))
         for index, number in sorted(group & moments.keys()):
-            fit = best_fit(*moments.pop((index, number)), converted[index], config)
+            fit = best_fit(*moments.pop((index, number)), converted[index], config, penalties)
             _store(converted[index], number, fit)
             config.budgets[number].note_fit(index, fit.level, round(fit.residual, 4))
 
 
-def _groups(converted: list[DynamicFFN], numbers: Sequence[int]) -> list[set[tuple[int, int]]]:
-    """`(layer, budget)` pairs whose moments fit into memory together."""
+def _groups(converted: list[DynamicFFN], numbers: Sequence[int], *, alone: bool = False) -> list[set[tuple[int, int]]]:
+    """`(layer, budget)` pairs whose moments fit into memory together; if `alone`, of one layer at a time."""
     groups, room = [set()], MEMORY
     for index, layer in enumerate(converted):
+        if alone:
+            groups, room = [*groups, set()], MEMORY
         n = layer.block.slots + layer.block.experts + layer.block.d_model
         size = 2 * 4 * n * (n + layer.down_weight.shape[-1])
         for number in numbers:
@@ -120,7 +138,7 @@ def _groups(converted: list[DynamicFFN], numbers: Sequence[int]) -> list[set[tup
 Pairs = dict[tuple[int, int], tuple[Moments, Moments]]  # (layer, budget) -> (to fit on, to check on)
 
 
-def _accumulate(model: nn.Module, batches: Sequence, config: D2DMoEConfig, group: set[tuple[int, int]]) -> Pairs:
+def _accumulate(inputs: LayerInputs, config: D2DMoEConfig, group: set[tuple[int, int]], *, name: str) -> Pairs:
     """Moments of these layers and budgets, on the inputs that the layers have in the dense model."""
     moments: Pairs = {}
     turn: dict[int, int] = {}
@@ -143,15 +161,16 @@ def _accumulate(model: nn.Module, batches: Sequence, config: D2DMoEConfig, group
         if index == last and turn[index] % layer.block.calls == 0:
             raise EnoughSeen
 
-    with set_gate(model, tau=0):
-        run_observed(model, batches, collect, name="stand-ins")
+    inputs.observe(collect, name=name, only={index for index, _ in group})
     for pair in moments.values():
         for held in pair:
             held.complete()
     return moments
 
 
-def best_fit(fit_on: Moments, check_on: Moments, layer: DynamicFFN, config: D2DMoEConfig) -> Fit:
+def best_fit(
+    fit_on: Moments, check_on: Moments, layer: DynamicFFN, config: D2DMoEConfig, penalties: Sequence[float] = RIDGES
+) -> Fit:
     """The level asked for, constants alone or nothing, whichever leaves least on held-out tokens; shrunk."""
     n, d = fit_on.cross.shape
     width, experts = layer.block.slots, layer.block.experts
@@ -161,12 +180,11 @@ def best_fit(fit_on: Moments, check_on: Moments, layer: DynamicFFN, config: D2DM
         return best
     ranks = {"constants": (0, 0), "refit": (layer.delta_rank, 0), "linear": (layer.delta_rank, layer.linear_rank)}
     for level in dict.fromkeys(("constants", config.stand_in)):
-        for penalty in RIDGES:
+        for penalty in penalties:
             fit = _solve(fit_on, width, experts, *ranks[level], penalty)
-            scale = check.best_scale(fit.theta)
-            residual = check.error(scale * fit.theta) / check.energy
-            if residual < best.residual:
-                best = _scaled(fit, scale, level, residual)
+            scale, error = check.best_scale(fit.theta)
+            if error / check.energy < best.residual:
+                best = _scaled(fit, scale, level, error / check.energy)
     return best
 
 
@@ -179,11 +197,11 @@ def _scaled(fit: Fit, scale: float, level: str, residual: float) -> Fit:
 def _solve(m: Moments, width: int, experts: int, delta_rank: int, linear_rank: int, penalty: float) -> Fit:
     """Ridge regression; the linear term, then the change of the down projection cut to low rank, the rest refitted."""
     neurons, constants = slice(0, width), slice(width, width + experts)
-    inputs, rest, everything = slice(width + experts, None), slice(0, width + experts), slice(None)
+    inputs, rest = slice(width + experts, None), slice(0, width + experts)
     theta = torch.zeros(m.cross.shape, dtype=torch.float64)
     linear = delta = None
     if linear_rank:
-        theta[:] = _ridge(m, everything, theta, penalty)
+        theta[:] = _ridge(m, slice(None), theta, penalty)
         linear = _cut(m, inputs, theta, linear_rank)
         theta[inputs] = linear[0] @ linear[1]
     if delta_rank:
@@ -197,8 +215,11 @@ def _solve(m: Moments, width: int, experts: int, delta_rank: int, linear_rank: i
 
 
 def _ridge(m: Moments, part: slice, others: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Coefficients of some regressors, given those of the others (zero in `part`)."""
-    left = m.cross[part].double() - (m.gram[part] @ others.to(m.gram)).double()
+    """Coefficients of some regressors, given those of the others ``(n, d)`` (zero in `part`)."""
+    left, given = m.cross[part].double(), others.any(dim=1).nonzero().flatten().tolist()
+    if given:
+        rows = slice(given[0], given[-1] + 1)
+        left -= (m.gram[part, rows] @ others[rows].to(m.gram)).double()
     return ridge(m.gram[part, part], left, penalty)
 
 
@@ -226,7 +247,10 @@ def _store(layer: DynamicFFN, number: int, fit: Fit) -> None:
 
 
 @torch.no_grad()
-def fit_means(model: nn.Module, batches: Sequence, config: D2DMoEConfig, numbers: Sequence[int]) -> None:
+def fit_means(
+    model: nn.Module, batches: Sequence, config: D2DMoEConfig, numbers: Sequence[int],
+    *, inputs: LayerInputs | None = None,
+) -> None:  # fmt: skip
     """Conditional means: `c_e` = mean of `E_e(x)` over the calibration tokens that skip `e`, for some budgets.
 
     Only sums of hidden activations are kept, ``(budgets, E, s)``; the down projection is applied once at the end.
@@ -245,8 +269,7 @@ def fit_means(model: nn.Module, batches: Sequence, config: D2DMoEConfig, numbers
             sums[index][row] += torch.einsum("ets,te->es", hidden, skipped.to(hidden.dtype)).double()
             counts[index][row] += skipped.sum(0)
 
-    with set_gate(model, tau=0):
-        run_observed(model, batches, collect, name="stand-ins")
+    (inputs or LayerInputs(model, batches)).observe(collect, name="stand-ins")
     for index, layer in enumerate(layers(model)):
         if index in sums:
             mean = sums[index] / counts[index].clamp_min(1)[..., None]

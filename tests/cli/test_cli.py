@@ -525,7 +525,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     result = d2dmoe("convert", "--model", home / "dense", *flags, "--dry-run", "--json", "f.json")
     assert names(tmp_path) == {"f.json"}
     assert "| transformer.h.0.mlp | ffn | gelu_pytorch_tanh | 16->64 | 16 | 4 |" in result.out
-    for word in ("stages: split, routers, calibrate", "parameters: ", "peak memory: ", "disk: "):
+    for word in ("stages: split, routers, calibrate", "parameters: ", "peak memory: ", "disk: ", "time: about "):
         assert word in result.out
     (row,) = figures(tmp_path / "f.json")["rows"]
     dense = sum(p.numel() for p in _load(home / "dense").parameters())
@@ -564,6 +564,7 @@ sys.exit(code)
     assert row["dense_parameters"] == 6_738_415_616
     assert row["disk_bytes"] == 2 * (row["dense_parameters"] + row["added_parameters"])
     assert row["peak_memory_bytes"] > 4 * row["dense_parameters"]
+    assert row["seconds"] > 1000
 
 
 # --- list, env, eval -------------------------------------------------------------------------------------------------

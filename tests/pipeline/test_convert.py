@@ -16,10 +16,13 @@ from transformers import AutoModelForCausalLM
 from zoo import tiny
 
 from d2dmoe import ConvertConfig, UserError
+from d2dmoe.config.presets import resolve
 from d2dmoe.convert import convert_model
 from d2dmoe.data import Batches
 from d2dmoe.moe.layer import layers
+from d2dmoe.pipeline.convert import convert
 from d2dmoe.pipeline.plan import fit_to_data, make_plan
+from d2dmoe.stages.routers.fit import fit_routers
 
 QUICK = ConvertConfig(
     experts=8, router_width=8, router_tokens=64, router_batch=16, calibration_tokens=200, active=[0.5]
@@ -47,6 +50,39 @@ def test_half_precision_is_refused_with_the_remedy(dtype):
     with pytest.raises(UserError, match=r"dtype=torch\.float32"):
         convert_model(model, QUICK, token_batches())
     assert not layers(model)
+
+
+def test_low_memory_gives_what_fp32_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of a model in bf16: the same experts and routers, thresholds within rounding, and no fp32 matrix meanwhile."""
+    monkeypatch.chdir(tmp_path)
+    save_model("GPT2LMHeadModel", tmp_path / "gpt2", **GPT2)
+    AutoModelForCausalLM.from_pretrained("gpt2").to(torch.bfloat16).save_pretrained("gpt2")
+    config = replace(QUICK, model="gpt2", max_length=32, router_fit="closed-form", eval_tokens=256, report_samples=0)
+    held: list[torch.dtype] = []
+
+    def fit(model, *arguments, **options):
+        held.append(layers(model)[0].up_weight.dtype)
+        fit_routers(model, *arguments, **options)
+
+    monkeypatch.setattr("d2dmoe.pipeline.model.fit_routers", fit)
+    results = [convert(replace(config, output_dir=str(low), low_memory=low)) for low in (False, True)]
+    assert held == [torch.float32, torch.bfloat16]
+    plain, low = (AutoModelForCausalLM.from_pretrained(str(folder)) for folder in (False, True))
+    assert low.dtype == torch.bfloat16
+    tensors = dict(plain.named_parameters())
+    for name, value in low.named_parameters():
+        if "router" in name or "up_weight" in name:
+            torch.testing.assert_close(value, tensors[name], rtol=2e-2, atol=2e-2, msg=name)
+    rows = [result["rows"][0] for result in results]
+    assert rows[0]["dense"]["value"] == rows[1]["dense"]["value"]
+    assert math.log(rows[1]["metric"]["value"]) == pytest.approx(math.log(rows[0]["metric"]["value"]), abs=0.02)
+    assert rows[1]["active_fraction"] == pytest.approx(rows[0]["active_fraction"], abs=0.05)
+
+
+@pytest.mark.parametrize("other", [{"attention": "auto"}, {"heal": 5}, {"speedup": [1.5]}], ids=lambda d: next(iter(d)))
+def test_low_memory_goes_without(other):
+    with pytest.raises(UserError, match=f"--low-memory and --{next(iter(other))} do not go together"):
+        resolve(ConvertConfig, {"model": "gpt2", "low_memory": True, **other})
 
 
 def test_the_example_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

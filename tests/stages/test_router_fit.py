@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from d2dmoe.config import ConvertConfig
 from d2dmoe.moe.layer import layers
 from d2dmoe.moe.router import expert_norms
-from d2dmoe.stages.routers.fit import fit_routers, select_features
+from d2dmoe.stages.routers.fit import both_signs, fit_routers, select_features
 from d2dmoe.stages.routers.targets import RouterTarget
 from d2dmoe.stages.routers.training import binary_cross_entropy
 
@@ -36,6 +36,21 @@ def test_closed_form_beats_the_mean_and_random_routers():
         error = (layer.router(x) - target).square().mean()
         assert error < 0.7 * (target - target.mean(0)).square().mean()
         assert error < (random - target).square().mean()
+
+
+def test_moments_of_both_signs_are_those_of_the_features():
+    x, targets = torch.randn(200, 6, dtype=torch.float64), torch.rand(200, 3, dtype=torch.float64)
+    x[:, 0] = x[:, 0].abs() + 1  # on one side of 0
+    basis = torch.randn(9, 6, dtype=torch.float64)
+    basis[4] = torch.eye(6)[0]
+    positive, negative = torch.relu(x @ basis.T), torch.relu(-x @ basis.T)
+    features = torch.cat([positive, negative], dim=1)
+    gram, cross = both_signs(basis, x.T @ x, x.T @ targets, positive.T @ positive, positive.T @ targets, x.T @ positive)
+    assert_close(gram, features.T @ features, rtol=0, atol=1e-10)
+    assert_close(cross, features.T @ targets, rtol=0, atol=1e-10)
+    assert not gram[9 + 4].any()
+    assert not gram[:, 9 + 4].any()
+    assert not cross[9 + 4].any()
 
 
 def test_selection_is_orthogonal_matching():

@@ -61,10 +61,11 @@ def test_moments_give_the_squared_error_and_the_best_scale():
     x, y, m = problem()
     theta = torch.randn(12, 4)
     assert m.error(theta) == pytest.approx(float(((y - x @ theta) ** 2).sum()), rel=1e-4)
-    scale = m.best_scale(theta)
+    scale, error = m.best_scale(theta)
     grid = torch.linspace(0, 1, 1001)
     errors = torch.stack([((y - s * (x @ theta)).double() ** 2).sum() for s in grid])
     assert abs(scale - float(grid[errors.argmin()])) <= 1e-3
+    assert error == pytest.approx(float(errors.min()), rel=1e-4)
 
 
 def test_ridge_is_least_squares_with_the_stated_penalty():

@@ -13,12 +13,13 @@ from ...config.record import D2DMoEConfig
 from ...data.batches import Batches
 from ...measure.flops import dense_cost
 from ...measure.observe import model_inputs, pieces
+from ...measure.replay import Replay
 from ...moe.gating import gate_state, set_gate
 from ...moe.layer import layers
 from ...progress import progress
-from ..heal import divergence
+from ..heal import Reference
 
-TOKENS = 4096
+TOKENS = 2048
 SPREAD = 3.0  # no layer gets less than a third of the average share
 SLOPE = -5.0  # of log(cost) against the active fraction where there is only one budget to measure
 
@@ -50,19 +51,19 @@ def allocate(model: nn.Module, batches: Batches, config: D2DMoEConfig) -> Callab
 @torch.no_grad()
 def layer_costs(model: nn.Module, batches: Batches, config: D2DMoEConfig) -> np.ndarray:
     """Divergence from dense ``(layers, budgets)`` with the gate on in one layer at a time."""
-    converted = layers(model)
+    converted, replay = layers(model), Replay(model)
     costs, tokens = np.zeros((len(converted), len(config.budgets))), 0
     with set_gate(model, active=1):
         for batch in progress(list(pieces(batches.first(TOKENS))), desc="layer costs"):
-            inputs, mask = model_inputs(model, batch), batch.get("attention_mask")
+            mask = batch.get("attention_mask")
             mask = None if mask is None else mask.to(model.device)
             count = len(next(iter(batch.values()))) if mask is None else int(mask.sum())
-            reference, tokens = model(**inputs), tokens + count
+            reference, tokens = Reference(replay.first(model_inputs(model, batch)), mask), tokens + count
             for index, layer in enumerate(converted):
                 dense = layer.gate_state
                 for number, budget in enumerate(config.budgets):
                     layer.gate_state = gate_state(config, budget.taus[index], number)
-                    costs[index, number] += count * float(divergence(model(**inputs), reference, mask))
+                    costs[index, number] += count * reference.divergence(replay.again(index))
                 layer.gate_state = dense
     return costs / max(tokens, 1)
 

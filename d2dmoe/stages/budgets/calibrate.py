@@ -10,6 +10,7 @@ from ...config.record import D2DMoEConfig
 from ...config.sizes import Target
 from ...data.batches import Batches
 from ...kernels import dispatching
+from ...measure.layer_inputs import LayerInputs
 from ...moe.layer import layers
 from .curve import threshold_curve
 from .fit import BudgetFits
@@ -29,6 +30,7 @@ def calibrate(
     unseen: Batches | None = None,
     dense: Callable[[], nn.Module] | None = None,
     plan: Plan | None = None,
+    inputs: LayerInputs | None = None,
 ) -> None:
     """Fill `config.curve` and `config.budgets`, and the stand-ins of the model's layers.
 
@@ -43,16 +45,17 @@ def calibrate(
             Routers may have been trained on them.
         dense: Gives the dense model, against which `speedup` targets are measured.
         plan: The projections around attention, and the head.
+        inputs: The layers' inputs on the batches.
 
     Raises:
         UserError: If a target is out of reach.
     """
     plan = plan or Plan()
     even = even_shares(config, plan)
-    fits = BudgetFits(model, batches, config, even)
+    fits = BudgetFits(model, batches, config, even, inputs)
     goals = _goals(targets, fits, unseen or batches, dense, plan)
     config.budgets.replace([])
-    config.curve = threshold_curve(model, batches, config, thresholds)
+    config.curve = threshold_curve(model, batches, config, thresholds, inputs=fits.inputs)
     config.budgets.replace([goal.first_budget() for goal in goals])
     config.budgets.sort()
     config.default_active = 1.0

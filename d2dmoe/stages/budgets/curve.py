@@ -10,8 +10,7 @@ from torch import nn
 from ...config.budgets import LEAST_ACTIVE, Curve
 from ...config.record import D2DMoEConfig
 from ...kernels.gates import GATES
-from ...measure.observe import run_observed
-from ...moe.gating import set_gate
+from ...measure.layer_inputs import LayerInputs
 from ...moe.layer import layers
 
 GRID = (
@@ -39,8 +38,10 @@ CURVE_TOKENS = 4096  # tokens of every layer whose priorities are kept for the q
 
 
 @torch.no_grad()
-def threshold_curve(model: nn.Module, batches: Sequence, config: D2DMoEConfig, thresholds: str) -> Curve:
-    """Quantiles of the gate's priorities on the inputs of the dense model."""
+def threshold_curve(
+    model: nn.Module, batches: Sequence, config: D2DMoEConfig, thresholds: str, *, inputs: LayerInputs | None = None
+) -> Curve:
+    """Quantiles of the gate's priorities on the inputs of the dense model, which are `inputs` if they are known."""
     converted, shared = layers(model), config.shared_experts
     if config.gate == "topk":  # priorities are ranks, so the quantile is known
         return Curve([[active, config.equal_thresholds(active)] for active in GRID])
@@ -50,8 +51,8 @@ def threshold_curve(model: nn.Module, batches: Sequence, config: D2DMoEConfig, t
     def collect(index, layer, x, hidden, scores, run):
         kept[index].append(GATES[config.gate](layer.router(x[::stride]).float()[:, shared:]).cpu())
 
-    with set_gate(model, tau=0):
-        run_observed(model, batches, collect, name="thresholds")
+    collect.needs_hidden = False
+    (inputs or LayerInputs(model, batches)).observe(collect, name="thresholds")
     pools = [torch.cat(rows).flatten().sort(descending=True).values for rows in kept]
     if thresholds == "global":
         pools = [torch.cat(pools).sort(descending=True).values] * len(pools)

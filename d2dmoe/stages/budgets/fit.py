@@ -10,16 +10,20 @@ from torch import nn
 from ...config.budgets import LEAST_ACTIVE
 from ...config.record import D2DMoEConfig
 from ...data.batches import Batches
+from ...measure.layer_inputs import LayerInputs
 from ...measure.observe import ActiveCounter, run_observed
 from ...moe.gating import gate_state, set_gate
 from ...moe.layer import layers
 from ...moe.projection import projections
-from ..standins import fit_means, fit_stand_ins
-from .search import bisect
+from ...progress import progress
+from ..standins import RIDGES, fit_means, fit_stand_ins
+from .search import SEARCH_TOLERANCE, bisect
 from .shares import Shares
 
 REGRESSED = ("constants", "refit", "linear")
 SEARCH_TOKENS = 8192
+ROUGH_PENALTIES = (1e-2,)
+FIRST_TOKENS, FIRST_TOLERANCE = 4096, 0.02  # for thresholds that move once more after the fit of stand-ins
 ROUGH_TOKENS, ROUGH_PER_REGRESSOR = 8192, 6  # for the fits that sharing out among the layers rests on
 
 
@@ -30,12 +34,17 @@ class BudgetFits:
     Attributes:
         batches: Calibration batches.
         shares: Shares a budget out among blocks and projections; equally at first.
+        inputs: The layers' inputs on these batches.
     """
 
     model: nn.Module
     batches: Sequence
     config: D2DMoEConfig
     shares: Callable[[float], Shares] | None = None
+    inputs: LayerInputs | None = None
+
+    def __post_init__(self) -> None:
+        self.inputs = self.inputs or LayerInputs(self.model, self.batches)
 
     def place(self, number: int, active: float) -> None:
         """Give a budget an active fraction, and what blocks and projections do with their shares of it."""
@@ -48,40 +57,52 @@ class BudgetFits:
         """Thresholds and stand-ins of some budgets. Stand-ins move what runs: thresholds are set before and after."""
         if self.config.stand_in == "mean":
             self.fit_stand_ins(numbers)
-        self.match_active(numbers)
+        again = self.config.stand_in in REGRESSED
+        self.match_active(numbers, first=again)
         self.fit_stand_ins(numbers)
-        if self.config.stand_in in REGRESSED:
+        if again:
             self.match_active(numbers)
 
     def fit_roughly(self) -> None:
         """Stand-ins of all budgets on fewer tokens, enough to tell which layers skipping costs most."""
         regressors = max((x.block.slots + x.block.experts + x.block.d_model for x in layers(self.model)), default=0)
         tokens = max(ROUGH_TOKENS, ROUGH_PER_REGRESSOR * regressors)
-        self.fit_stand_ins(range(len(self.config.budgets)), leading(self.batches, tokens))
+        self.fit_stand_ins(range(len(self.config.budgets)), self.inputs.leading(tokens), ROUGH_PENALTIES)
 
-    def fit_stand_ins(self, numbers: Sequence[int], batches: Sequence | None = None) -> None:
-        """Stand-ins of some budgets at their thresholds."""
-        batches = self.batches if batches is None else batches
+    def fit_stand_ins(
+        self, numbers: Sequence[int], inputs: LayerInputs | None = None, penalties: Sequence[float] = RIDGES
+    ) -> None:
+        """Stand-ins of some budgets at their thresholds, by default on all batches."""
+        given = (self.model, self.batches, self.config, numbers)
         if self.config.stand_in == "mean":
-            fit_means(self.model, batches, self.config, numbers)
+            fit_means(*given, inputs=inputs or self.inputs)
         elif self.config.stand_in in REGRESSED:
-            fit_stand_ins(self.model, batches, self.config, numbers)
+            fit_stand_ins(*given, inputs=inputs or self.inputs, penalties=penalties)
 
-    def match_active(self, numbers: Sequence[int]) -> None:
-        """Move the thresholds of some budgets until the active fraction, with every gate on, is the budget's."""
-        batches = leading(self.batches, SEARCH_TOKENS)
-        for number in numbers:
-            self._match_active(number, batches)
+    def match_active(self, numbers: Sequence[int], *, first: bool = False) -> None:
+        """Move the thresholds of some budgets until the active fraction, with every gate on, is the budget's.
 
-    def _match_active(self, number: int, batches: Sequence) -> None:
+        Args:
+            numbers: The budgets.
+            first: They will be moved again: fewer tokens and a wider tolerance will do.
+        """
+        batches = leading(self.batches, FIRST_TOKENS if first else SEARCH_TOKENS)
+        tolerance = FIRST_TOLERANCE if first else SEARCH_TOLERANCE
+        for number in progress(numbers, desc="thresholds of budgets"):
+            self._match_active(number, batches, tolerance)
+
+    def _match_active(self, number: int, batches: Sequence, tolerance: float) -> None:
         config, curve = self.config, self.config.block_curve
         budget = config.budgets[number]
         before, wanted = budget.taus, budget.ffn_active or budget.active
         shares = [curve.active(index, tau) for index, tau in enumerate(before)]
 
-        def measure(point: float) -> float:
+        def move(point: float) -> None:
             scaled = [min(share * point / wanted, 1.0) for share in shares]
             budget.taus = before if point == wanted else curve.thresholds_by_block(scaled)
+
+        def measure(point: float) -> float:
+            move(point)
             for index, layer in enumerate(layers(self.model)):
                 layer.gate_state = gate_state(config, budget.taus[index], number)
             for layer, state in zip(projections(self.model), budget.projection_states, strict=True):
@@ -93,8 +114,8 @@ class BudgetFits:
                 budget.measured = measure(wanted)
                 return
             low = LEAST_ACTIVE * min(1.0, wanted / max(shares))  # where every layer is at the curve's beginning
-            point, budget.measured = bisect(measure, wanted, low=low, high=1.0, start=wanted)
-            measure(point)
+            point, budget.measured = bisect(measure, wanted, low=low, high=1.0, start=wanted, tolerance=tolerance)
+            move(point)
 
 
 def measure_active(model: nn.Module, batches: Sequence) -> float:

@@ -14,10 +14,11 @@ from torch import nn
 from ...config.projections import ProjectionState
 from ...data.batches import Batches
 from ...measure.observe import model_inputs, pieces, run_groups
+from ...measure.replay import Replay
 from ...moe.gating import set_gate
 from ...moe.projection import DynamicProjection, around_attention
 from ...progress import progress
-from ..heal import divergence
+from ..heal import Reference
 
 LEVELS = (0.15, 0.3, 0.5, 0.75)  # shares of a group's work at which its cost is measured
 COST_TOKENS, SCORE_ROWS = 2048, 2048
@@ -176,20 +177,23 @@ def _scores(model: nn.Module, batches: Batches) -> dict[int, torch.Tensor]:
 
 def _measure(model: nn.Module, batches: Batches, groups: list[Group]) -> None:
     """Fill `costs`: the divergence from dense with one group at a time at a level, everything else dense."""
-    trials = [(group, kind, level) for group in groups for kind in group.kinds for level in range(len(LEVELS))]
+    trials = [
+        (n, kind, level) for n, group in enumerate(groups) for kind in group.kinds for level in range(len(LEVELS))
+    ]
     for group in groups:
         group.costs = {kind: [0.0] * len(LEVELS) for kind in group.kinds}
     last = batches.after(max(batches.tokens - COST_TOKENS, 0)) if batches.tokens > COST_TOKENS else batches
-    total = 0
+    total, replay = 0, Replay(model, [group.layers[0] for group in groups])
     with set_gate(model, active=1):
         for batch in progress(list(pieces(last)), desc="projection costs"):
-            inputs, mask = model_inputs(model, batch), batch.get("attention_mask")
+            mask = batch.get("attention_mask")
             mask = None if mask is None else mask.to(model.device)
             count = len(next(iter(batch.values()))) if mask is None else int(mask.sum())
-            reference, total = model(**inputs), total + count
-            for group, kind, level in trials:
+            reference, total = Reference(replay.first(model_inputs(model, batch)), mask), total + count
+            for number, kind, level in trials:
+                group = groups[number]
                 _set(group, group.states(LEVELS[level], kind))
-                group.costs[kind][level] += count * float(divergence(model(**inputs), reference, mask))
+                group.costs[kind][level] += count * reference.divergence(replay.again(number))
                 _set(group, [ProjectionState()] * len(group.layers))
     for group in groups:
         group.costs = {kind: [cost / max(total, 1) for cost in costs] for kind, costs in group.costs.items()}
