@@ -75,7 +75,8 @@ def check(config: Any) -> None:
             f"--also-eval {config.also_eval} is measured beside --data, and --eval-tokens 0 measures nothing"
         )
     if getattr(config, "low_memory", False):
-        others = {"attention": config.attention != "none", "heal": config.heal, "speedup": config.speedup}
+        others = {"attention": config.attention != "none", "head": config.head != "none", "heal": config.heal,
+                  "speedup": config.speedup}  # fmt: skip
         for name in (name for name, given in others.items() if given):
             raise UserError(f"--low-memory and --{name} do not go together; leave one of them out")
     if getattr(config, "heal_tokens", 1) < 1:
