@@ -79,7 +79,11 @@ def test_low_memory_gives_what_fp32_gives(tmp_path: Path, monkeypatch: pytest.Mo
     assert rows[1]["active_fraction"] == pytest.approx(rows[0]["active_fraction"], abs=0.05)
 
 
-@pytest.mark.parametrize("other", [{"attention": "auto"}, {"heal": 5}, {"speedup": [1.5]}], ids=lambda d: next(iter(d)))
+@pytest.mark.parametrize(
+    "other",
+    [{"attention": "auto"}, {"head": "svd-softmax"}, {"heal": 5}, {"speedup": [1.5]}],
+    ids=lambda d: next(iter(d)),
+)
 def test_low_memory_goes_without(other):
     with pytest.raises(UserError, match=f"--low-memory and --{next(iter(other))} do not go together"):
         resolve(ConvertConfig, {"model": "gpt2", "low_memory": True, **other})
