@@ -128,7 +128,8 @@ class LayerInputs:
                 complete = False
                 raise
 
-        call.needs_hidden = getattr(observer, "needs_hidden", True)
+        # The observer is shown activations whatever it needs: which observer comes first (after --resume it is another
+        # one) must not choose the kernels, whose rounding differs.
         run_observed(self.model, self.batches, call, name=name)
         if complete and self._fits:
             self._kept, self._lengths = kept, lengths
