@@ -18,29 +18,6 @@
 
 using namespace d2dmoe;
 
-extern "C" {
-
-// Mirrored in native.py. Null pointers stand for what a layer does not have.
-struct D2dmoeLayer {
-    int32_t bf16, activation, gate, kernels;
-    int32_t rounds, reserved;  // are tokens and hidden values rounded to int8 as well?
-    int64_t d, size, d_out, experts, router_width, linear_rank, top, min_experts, max_experts, shared;
-    float tau;
-    int32_t few;  // at most so many tokens are handled by sharing out the experts
-    const void *router_hidden, *router_score;                           // (width, d), (experts, width)
-    const void *up, *up_bias, *gate_weight, *gate_bias, *down;          // packed
-    const void *constants;                                              // (experts, d_out)
-    const float* base;                                                  // (d_out,): what a token gets without any expert
-    const void *linear_in, *linear_out;                                 // (d, rank), (rank, d_out)
-    const void *up_tiles, *gate_tiles, *down_tiles;                     // as of in_tiles in native.py
-    const float *up_scale, *gate_scale, *down_scale;                    // (experts, size): weights are in int8, or null
-    const D2dmoeSample* samples;
-    int64_t sample_count;
-    uint64_t fingerprint;                                               // of the samples when the layer was prepared
-};
-
-}
-
 EXPORT int d2dmoe_abi() { return 5; }
 
 namespace {
@@ -522,9 +499,6 @@ EXPORT uint64_t d2dmoe_fingerprint(const D2dmoeSample* samples, int64_t count) {
     return hash;
 }
 
-// One layer call: y (tokens, d_out) from x (tokens, d), rows `ld_x` elements apart. `run` (tokens, experts) takes the
-// place of router and gate where it is given. Returns 0, 1 if there is no memory, or 2, having computed nothing, if a
-// source has changed.
 EXPORT int d2dmoe_forward(const D2dmoeLayer* layer, const void* x, int64_t ld_x, const uint8_t* run, int64_t tokens, void* y,
                    int threads) {
     if (tokens == 0) return 0;

@@ -32,6 +32,7 @@ _TENSORS = {  # field of the struct -> argument of the operator
     "base": "base", "linear_in": "linear_in", "linear_out": "linear_out",
 }  # fmt: skip
 _SCALES = {"up_weight": "up_scale", "gate_weight": "gate_scale", "down_weight": "down_scale"}
+FIELDS = {**_TENSORS, **{field: field for field in _SCALES.values()}}  # field of the struct -> key of `Plan.keep`
 _BESIDE = frozenset(("up_bias", "gate_bias", "down_bias", "constants"))  # of experts in int8: fp32
 _TILED = {"up_tiles": "up_weight", "gate_tiles": "gate_weight", "down_tiles": "down_weight"}
 
