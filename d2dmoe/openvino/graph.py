@@ -1,0 +1,221 @@
+"""From a loaded converted model to an OpenVINO model, each converted layer one operation `DynamicFFN`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..config.record import D2DMoEConfig
+from ..errors import UserError
+from ..kernels import Tiles, native
+from ..kernels.quads import SLACK
+from ..moe.gating import set_gate
+from ..moe.layer import DynamicFFN, layers
+from ..moe.prepared import settings
+from .extension import extension_library
+
+BUDGET = "budget"  # name of the input that says which budget runs
+NUMBERS = (
+    "activation", "gate", "rounds", "few", "d", "size", "d_out", "experts", "router_width", "linear_rank",
+    "min_experts", "max_experts", "shared",
+)  # fmt: skip
+
+
+@torch.library.custom_op("d2dmoe::openvino_layer", mutates_args=())
+def marked(x: torch.Tensor, number: int, d_out: int) -> torch.Tensor:
+    """Stands for a converted layer while a model is traced: ``(…, d_model)`` to zeros ``(…, d_out)``."""
+    return x.new_zeros((*x.shape[:-1], d_out))
+
+
+@marked.register_fake
+def _marked(x: torch.Tensor, number: int, d_out: int) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], d_out))
+
+
+class _Mark(nn.Module):
+    """Takes the place of a layer."""
+
+    def __init__(self, place: int, d_out: int):
+        super().__init__()
+        self.place, self.d_out = place, d_out
+
+    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        x = args[0] if args else next(iter(kwargs.values()))
+        return torch.ops.d2dmoe.openvino_layer(x, self.place, self.d_out)
+
+
+class _Traced(nn.Module):
+    """A model whose inputs come in a fixed order, and whose outputs are a tuple of tensors."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]):
+        super().__init__()
+        self.model, self.names = model, tuple(names)
+        self.fixed = {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
+
+    def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self.outputs(*values).values())
+
+    def outputs(self, *values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """By name."""
+        found = self.model(**dict(zip(self.names, values, strict=True)), **self.fixed, return_dict=True)
+        return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def check_record(record: D2DMoEConfig) -> None:
+    """Check, before the weights are read, that nothing but feed-forward blocks was converted.
+
+    Raises:
+        UserError: Naming the first projection around attention.
+    """
+    if record.projections:
+        raise UserError(
+            f"{record.projections[0].name} is a projection around attention that was converted as well; the export to "
+            f"OpenVINO takes blocks of experts only: convert again with --attention none"
+        )
+
+
+def check_layers(model: nn.Module) -> None:
+    """Check that the native library can do every converted layer.
+
+    Raises:
+        UserError: Naming the first one that it cannot.
+    """
+    for layer in layers(model):
+        if layer.activation is None:
+            raise UserError(
+                f"{layer.block.name}: the native library does not have its activation, {layer.block.activation}, so "
+                f"OpenVINO cannot run it as experts; export the dense model with --dense"
+            )
+
+
+def layer_inputs(
+    layer: DynamicFFN, states: Sequence[Any], expert_dtype: str | None
+) -> tuple[dict[str, np.ndarray], dict[str, int | str]]:
+    """What the operation of a layer gets at some settings of its gate.
+
+    Args:
+        layer: In fp32.
+        states: A `GateState` for each budget.
+        expert_dtype: One of `kernels.EXPERT_DTYPES`.
+
+    Returns:
+        Its tensors by field of the library's struct, and its attributes. Tensors that differ from budget to budget
+        have a leading dimension.
+    """
+    shared: Tiles = {}
+    plans = [
+        native.Plan(
+            layer.prepared.tensors(layer, state, None), layer.activation, *settings(state), tiles=shared,
+            expert_dtype=expert_dtype,
+        )
+        for state in states
+    ]  # fmt: skip
+    tensors, varying = {}, []
+    for field, key in native.FIELDS.items():
+        found = [plan.keep.get(key) for plan in plans]
+        present = next((t for t in found if t is not None), None)
+        if present is None:
+            continue
+        values = [torch.zeros_like(present) if t is None else t.detach() for t in found]
+        if all(torch.equal(value, values[0]) for value in values):
+            values = values[:1]
+        else:
+            varying.append(field)
+        tensors[field] = _as_constant(values)
+    fields = [plan.layer for plan in plans]
+    attributes: dict[str, int | str] = {name: max(getattr(each, name) for each in fields) for name in NUMBERS}
+    attributes |= {"tensors": " ".join(tensors), "varying": " ".join(varying)}
+    attributes["taus"] = " ".join(repr(float(each.tau)) for each in fields)
+    attributes["tops"] = " ".join(str(each.top) for each in fields)
+    return tensors, attributes
+
+
+def _as_constant(values: list[torch.Tensor]) -> np.ndarray:
+    """One array of all budgets' values; bytes flat, with those behind them that the library may read."""
+    if values[0].dtype == torch.uint8:
+        return torch.cat([*(v.reshape(-1) for v in values), torch.full((SLACK,), 128, dtype=torch.uint8)]).numpy()
+    return (values[0] if len(values) == 1 else torch.stack(values)).contiguous().numpy()
+
+
+def make_node(x: Any, budget: Any, tensors: Mapping[str, np.ndarray], attributes: Mapping[str, int | str]) -> Any:
+    """The operation as a node of a graph, in C++ or, without a compiler, in Python."""
+    from openvino import opset13
+    from openvino.utils.node_factory import NodeFactory
+
+    inputs = [x, budget, *(opset13.constant(value).output(0) for value in tensors.values())]
+    library = extension_library()
+    if library is None:
+        from .python_operation import DynamicFFN as InPython
+
+        return InPython(inputs, **attributes)
+    factory = NodeFactory()
+    factory.add_extension(str(library))
+    return factory.create("DynamicFFN", inputs, dict(attributes))
+
+
+@torch.no_grad()
+def openvino_model(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], actives: Sequence[float], expert_dtype: str | None = None
+) -> Any:
+    """Trace a converted model.
+
+    Args:
+        model: In fp32, in evaluation mode; its converted layers are taken out of it.
+        inputs: Of a small forward pass; their sizes stay open in the result.
+        actives: Budgets that the result can run at, as of `set_gate`.
+        expert_dtype: One of `kernels.EXPERT_DTYPES`.
+
+    Returns:
+        `openvino.Model` with one more input, the number of the budget in `actives`.
+
+    Raises:
+        UserError: If a layer is of a kind that the native library does not have.
+    """
+    import openvino as ov
+    from openvino import opset13
+    from openvino.frontend.pytorch import ConversionExtension
+
+    check_layers(model)
+    found = layers(model)
+    states: dict[DynamicFFN, list] = {layer: [] for layer in found}
+    for active in actives:
+        with set_gate(model, active=active):
+            for layer in found:
+                states[layer].append(layer.gate_state)
+    held = opset13.constant(np.array(0, dtype=np.int32))  # until the parameter takes its place
+    operations = [(layer, layer_inputs(layer, states[layer], expert_dtype)) for layer in found]
+    names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
+
+    def convert(context: Any) -> list:
+        tensors, attributes = operations[int(context.get_values_from_const_input(1))][1]
+        return make_node(context.get_input(0), held.output(0), tensors, attributes).outputs()
+
+    for place, layer in enumerate(found):
+        model.set_submodule(names[layer], _Mark(place, layer.down_weight.shape[-1]))
+    traced = _Traced(model, list(inputs)).eval()
+    outputs = list(traced.outputs(*inputs.values()))
+    result = _quietly(
+        lambda: ov.convert_model(
+            traced, example_input=tuple(inputs.values()),
+            extension=[ConversionExtension("d2dmoe::openvino_layer", convert)],
+        )
+    )  # fmt: skip
+    parameter = opset13.parameter([], np.int32, name=BUDGET)
+    held.output(0).replace(parameter.output(0))
+    result.add_parameters([parameter])
+    for ports, labels in ((result.inputs, [*inputs, BUDGET]), (result.outputs, outputs)):
+        for port, label in zip(ports, labels, strict=True):
+            port.get_tensor().set_names({label})
+    return result
+
+
+def _quietly(run: Callable[[], Any]) -> Any:
+    """Tracing warns of every size that it takes for a constant; the exported model is compared instead."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return run()
