@@ -10,9 +10,9 @@ import numpy as np
 
 from ..errors import UserError, first_line
 from .extension import add_operation, check_installed
+from .graph import BUDGET
 
 MODEL = "openvino_model.xml"
-BUDGET = "budget"
 
 
 class CompiledModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from ..moe.prepared import settings
 from .extension import extension_library
 
 BUDGET = "budget"  # name of the input that says which budget runs
+Feed = dict[str, np.ndarray]  # inputs of an OpenVINO model by name
 NUMBERS = (
     "activation", "gate", "rounds", "few", "d", "size", "d_out", "experts", "router_width", "linear_rank",
     "min_experts", "max_experts", "shared",
@@ -95,7 +96,7 @@ def check_layers(model: nn.Module) -> None:
 
 def layer_inputs(
     layer: DynamicFFN, states: Sequence[Any], expert_dtype: str | None
-) -> tuple[dict[str, np.ndarray], dict[str, int | str]]:
+) -> tuple[np.ndarray, dict[str, int | str]]:
     """What the operation of a layer gets at some settings of its gate.
 
     Args:
@@ -104,8 +105,8 @@ def layer_inputs(
         expert_dtype: One of `kernels.EXPERT_DTYPES`.
 
     Returns:
-        Its tensors by field of the library's struct, and its attributes. Tensors that differ from budget to budget
-        have a leading dimension.
+        Its tensors as bytes, each at the start of a cache line and once only if all budgets have the same, and the
+        attributes, with the places of the tensors.
     """
     shared: Tiles = {}
     plans = [
@@ -115,39 +116,49 @@ def layer_inputs(
         )
         for state in states
     ]  # fmt: skip
-    tensors, varying = {}, []
+    pieces: list[np.ndarray] = []
+    places, end = {}, 0
     for field, key in native.FIELDS.items():
-        found = [plan.keep.get(key) for plan in plans]
-        present = next((t for t in found if t is not None), None)
-        if present is None:
-            continue
-        values = [torch.zeros_like(present) if t is None else t.detach() for t in found]
-        if all(torch.equal(value, values[0]) for value in values):
-            values = values[:1]
-        else:
-            varying.append(field)
-        tensors[field] = _as_constant(values)
+        values = _of_budgets([plan.keep.get(key) for plan in plans])
+        if values:
+            stride = _padded(values[0].nbytes)
+            places[field] = (end, stride if len(values) > 1 else 0)
+            end += stride * len(values)
+            pieces += [np.pad(_as_bytes(value), (0, stride - value.nbytes)) for value in values]
     fields = [plan.layer for plan in plans]
     attributes: dict[str, int | str] = {name: max(getattr(each, name) for each in fields) for name in NUMBERS}
-    attributes |= {"tensors": " ".join(tensors), "varying": " ".join(varying)}
+    attributes["tensors"] = " ".join(places)
+    attributes["offsets"] = " ".join(str(offset) for offset, _ in places.values())
+    attributes["strides"] = " ".join(str(stride) for _, stride in places.values())
     attributes["taus"] = " ".join(repr(float(each.tau)) for each in fields)
     attributes["tops"] = " ".join(str(each.top) for each in fields)
-    return tensors, attributes
+    return np.concatenate(pieces), attributes
 
 
-def _as_constant(values: list[torch.Tensor]) -> np.ndarray:
-    """One array of all budgets' values; bytes flat, with those behind them that the library may read."""
-    if values[0].dtype == torch.uint8:
-        return torch.cat([*(v.reshape(-1) for v in values), torch.full((SLACK,), 128, dtype=torch.uint8)]).numpy()
-    return (values[0] if len(values) == 1 else torch.stack(values)).contiguous().numpy()
+def _of_budgets(found: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    """One tensor where all budgets have the same, else one for each; none where no budget has any."""
+    present = next((tensor for tensor in found if tensor is not None), None)
+    if present is None:
+        return []
+    values = [torch.zeros_like(present) if tensor is None else tensor.detach() for tensor in found]
+    return values[:1] if all(torch.equal(value, values[0]) for value in values) else values
 
 
-def make_node(x: Any, budget: Any, tensors: Mapping[str, np.ndarray], attributes: Mapping[str, int | str]) -> Any:
+def _padded(size: int) -> int:
+    """Bytes up to the next cache line, with those that the library may read behind a tensor."""
+    return -(-(size + SLACK) // 64) * 64
+
+
+def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.contiguous().numpy().reshape(-1).view(np.uint8)
+
+
+def make_node(x: Any, budget: Any, tensors: np.ndarray, attributes: Mapping[str, int | str]) -> Any:
     """The operation as a node of a graph, in C++ or, without a compiler, in Python."""
     from openvino import opset13
     from openvino.utils.node_factory import NodeFactory
 
-    inputs = [x, budget, *(opset13.constant(value).output(0) for value in tensors.values())]
+    inputs = [x, budget, opset13.constant(tensors).output(0)]
     library = extension_library()
     if library is None:
         from .python_operation import DynamicFFN as InPython
@@ -176,7 +187,6 @@ def openvino_model(
     Raises:
         UserError: If a layer is of a kind that the native library does not have.
     """
-    import openvino as ov
     from openvino import opset13
     from openvino.frontend.pytorch import ConversionExtension
 
@@ -197,25 +207,32 @@ def openvino_model(
 
     for place, layer in enumerate(found):
         model.set_submodule(names[layer], _Mark(place, layer.down_weight.shape[-1]))
-    traced = _Traced(model, list(inputs)).eval()
-    outputs = list(traced.outputs(*inputs.values()))
-    result = _quietly(
-        lambda: ov.convert_model(
-            traced, example_input=tuple(inputs.values()),
-            extension=[ConversionExtension("d2dmoe::openvino_layer", convert)],
-        )
-    )  # fmt: skip
+    result = trace(model, inputs, ConversionExtension("d2dmoe::openvino_layer", convert))
     parameter = opset13.parameter([], np.int32, name=BUDGET)
     held.output(0).replace(parameter.output(0))
     result.add_parameters([parameter])
-    for ports, labels in ((result.inputs, [*inputs, BUDGET]), (result.outputs, outputs)):
-        for port, label in zip(ports, labels, strict=True):
-            port.get_tensor().set_names({label})
+    parameter.output(0).get_tensor().set_names({BUDGET})
     return result
 
 
-def _quietly(run: Callable[[], Any]) -> Any:
-    """Tracing warns of every size that it takes for a constant; the exported model is compared instead."""
-    with warnings.catch_warnings():
+@torch.no_grad()
+def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor], *extensions: Any) -> Any:
+    """The `openvino.Model` of a Hugging Face model, its inputs and outputs named as there.
+
+    Args:
+        model: In evaluation mode.
+        inputs: Of a small forward pass; their sizes stay open in the result.
+        extensions: Of OpenVINO's frontend for PyTorch.
+    """
+    import openvino as ov
+
+    traced = _Traced(model, list(inputs)).eval()
+    outputs = list(traced.outputs(*inputs.values()))
+    given = {"example_input": tuple(inputs.values()), **({"extension": list(extensions)} if extensions else {})}
+    with warnings.catch_warnings():  # of every size that could be taken for a constant; outputs are compared instead
         warnings.simplefilter("ignore")
-        return run()
+        result = ov.convert_model(traced, **given)
+    for ports, labels in ((result.inputs, inputs), (result.outputs, outputs)):
+        for port, label in zip(ports, labels, strict=True):
+            port.get_tensor().set_names({label})
+    return result

@@ -1,15 +1,18 @@
 // `DynamicFFN`: one converted feed-forward layer as an OpenVINO operation, computed by the native library.
 //
-// Inputs: tokens (…, d) in fp32, the number of a budget (scalar, i32), then the layer's tensors, whose names the
-// attribute `tensors` holds in their order. Those named in `varying` have a leading dimension of the budgets. Lists are
-// texts with spaces, which operations in Python can have as well. python_operation.py does the same.
+// Inputs: tokens (…, d) in fp32, the number of a budget (scalar, i32), and all of the layer's tensors as bytes. In these,
+// the tensor of `tensors` number i begins at `offsets` number i, or, for budget b, b times `strides` number i behind
+// that. Lists are texts with spaces, which operations in Python can have as well: python_operation.py does the same.
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <map>
+#include <memory>
+#include <mutex>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -22,8 +25,7 @@
 
 namespace d2dmoe {
 
-// Bytes that the library may read beyond weights in int8, see quads.py.
-constexpr size_t SLACK = 64;
+constexpr size_t LINE = 64;  // bytes of a cache line: vectors that lie across two of them take twice as long to read
 
 // Where in the layer a pointer to this tensor goes.
 size_t offset_of(const std::string& name) {
@@ -49,6 +51,29 @@ std::vector<T> list(const std::string& text) {
     return found;
 }
 
+// The attributes that are lists: tensors, offsets, strides, taus, tops.
+using Texts = std::array<std::string, 5>;
+
+// What they say.
+struct Read {
+    struct Place {
+        size_t field;            // of the layer
+        int64_t offset, stride;  // in the bytes
+    };
+    Texts texts;
+    std::vector<Place> places;  // of the tensors
+    std::vector<float> taus;    // of the budgets
+    std::vector<int64_t> tops;
+
+    explicit Read(const Texts& from) : texts(from), taus(list<float>(from[3])), tops(list<int64_t>(from[4])) {
+        const auto names = list<std::string>(from[0]);
+        const auto offsets = list<int64_t>(from[1]), strides = list<int64_t>(from[2]);
+        OPENVINO_ASSERT(names.size() == offsets.size() && names.size() == strides.size(), "DynamicFFN lacks places");
+        OPENVINO_ASSERT(!taus.empty() && taus.size() == tops.size(), "DynamicFFN has no budgets");
+        for (size_t i = 0; i < names.size(); i++) places.push_back({offset_of(names[i]), offsets[i], strides[i]});
+    }
+};
+
 // The best instruction set of this processor for fp32 and int8; `D2DMOE_ISA` names another.
 int best_kernels() {
     const char* named = std::getenv("D2DMOE_ISA");
@@ -70,17 +95,17 @@ class DynamicFFN : public ov::op::Op {
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
         auto clone = std::make_shared<DynamicFFN>(inputs);
-        clone->layer_ = layer_, clone->tensors_ = tensors_, clone->varying_ = varying_;
-        clone->taus_ = taus_, clone->tops_ = tops_;
+        clone->layer_ = layer_, clone->texts_ = texts_, clone->read_ = read_;
         clone->validate_and_infer_types();
         return clone;
     }
 
     bool visit_attributes(ov::AttributeVisitor& visitor) override {
-        visitor.on_attribute("tensors", tensors_);
-        visitor.on_attribute("varying", varying_);
-        visitor.on_attribute("taus", taus_);
-        visitor.on_attribute("tops", tops_);
+        visitor.on_attribute("tensors", texts_[0]);
+        visitor.on_attribute("offsets", texts_[1]);
+        visitor.on_attribute("strides", texts_[2]);
+        visitor.on_attribute("taus", texts_[3]);
+        visitor.on_attribute("tops", texts_[4]);
         visitor.on_attribute("activation", layer_.activation);
         visitor.on_attribute("gate", layer_.gate);
         visitor.on_attribute("rounds", layer_.rounds);
@@ -98,17 +123,9 @@ class DynamicFFN : public ov::op::Op {
     }
 
     void validate_and_infer_types() override {
-        if (tensors_.empty()) return;  // the attributes follow
-        budget_taus_ = list<float>(taus_), budget_tops_ = list<int64_t>(tops_);
-        const auto varying = list<std::string>(varying_);
-        places_.clear();
-        for (const auto& name : list<std::string>(tensors_)) {
-            const bool varies = std::find(varying.begin(), varying.end(), name) != varying.end();
-            places_.push_back({offset_of(name), varies});
-        }
-        NODE_VALIDATION_CHECK(this, get_input_size() == places_.size() + 2, "expects ", places_.size() + 2, " inputs");
-        NODE_VALIDATION_CHECK(this, !budget_taus_.empty() && budget_taus_.size() == budget_tops_.size(),
-                              "has no budgets");
+        if (texts_[0].empty()) return;  // the attributes follow
+        NODE_VALIDATION_CHECK(this, get_input_size() == 3, "takes tokens, a budget and its tensors");
+        if (!read_ || read_->texts != texts_) read_ = std::make_shared<const Read>(texts_);  // clones share it
         NODE_VALIDATION_CHECK(this, get_input_element_type(0).compatible(ov::element::f32), "takes tokens in fp32");
         NODE_VALIDATION_CHECK(this, get_input_element_type(1).compatible(ov::element::i32), "takes a budget in i32");
         auto shape = get_input_partial_shape(0);
@@ -126,37 +143,52 @@ class DynamicFFN : public ov::op::Op {
         auto shape = inputs[0].get_shape();
         shape.back() = size_t(layer_.d_out);
         outputs[0].set_shape(shape);
-        auto* y = outputs[0].data<float>();
-        // With sizes left open OpenVINO keeps errors to itself: what then is read must not look like an output.
-        std::fill_n(y, outputs[0].get_size(), std::numeric_limits<float>::quiet_NaN());
-        const int64_t budget = inputs[1].data<const int32_t>()[0], budgets = int64_t(budget_taus_.size());
-        OPENVINO_ASSERT(budget >= 0 && budget < budgets, "budget ", budget, ": this model holds ", budgets,
-                        " budgets, counted from 0");
+        const int64_t budget = inputs[1].data<const int32_t>()[0], budgets = int64_t(read_->taus.size());
+        if (budget < 0 || budget >= budgets)
+            fail(outputs[0], "this model holds " + std::to_string(budgets) + " budgets, counted from 0");
         static const int kernels = best_kernels();
         D2dmoeLayer layer = layer_;
-        layer.kernels = kernels, layer.tau = budget_taus_[budget], layer.top = budget_tops_[budget];
-        for (size_t i = 0; i < places_.size(); i++) {
-            const auto& tensor = inputs[i + 2];
-            const size_t bytes = tensor.get_byte_size() - (tensor.get_element_type() == ov::element::u8 ? SLACK : 0);
-            const auto* data = static_cast<const char*>(tensor.data()) + (places_[i].varies ? bytes / budgets * budget : 0);
-            std::memcpy(reinterpret_cast<char*>(&layer) + places_[i].offset, &data, sizeof data);
+        layer.kernels = kernels, layer.tau = read_->taus[budget], layer.top = read_->tops[budget];
+        const char* bytes = aligned(inputs[2]);
+        for (const auto& place : read_->places) {
+            const char* data = bytes + place.offset + place.stride * budget;
+            std::memcpy(reinterpret_cast<char*>(&layer) + place.field, &data, sizeof data);
         }
         const int64_t tokens = int64_t(inputs[0].get_size()) / layer.d;
-        const int failed = d2dmoe_forward(&layer, inputs[0].data(), layer.d, nullptr, tokens, y, 1);
-        OPENVINO_ASSERT(!failed, "no memory for ", tokens, " tokens");
+        if (d2dmoe_forward(&layer, inputs[0].data(), layer.d, nullptr, tokens, outputs[0].data(), 1))
+            fail(outputs[0], "no memory for " + std::to_string(tokens) + " tokens");
         return true;
     }
 
    private:
+    // The tensors, at the start of a cache line. Files do not keep them so: then they are copied, once.
+    const char* aligned(const ov::Tensor& tensor) const {
+        const auto* bytes = static_cast<const char*>(tensor.data());
+        if (reinterpret_cast<uintptr_t>(bytes) % LINE == 0) return bytes;
+        std::lock_guard<std::mutex> lock(mutex_);
+        auto& copy = copies_[bytes];
+        if (copy.empty()) {
+            copy.resize(tensor.get_byte_size() + LINE);
+            std::memcpy(start(copy), bytes, tensor.get_byte_size());
+        }
+        return start(copy);
+    }
+
+    static char* start(std::vector<char>& copy) {
+        return copy.data() + (LINE - reinterpret_cast<uintptr_t>(copy.data()) % LINE) % LINE;
+    }
+
+    // With sizes left open OpenVINO keeps errors to itself: what is read then must not look like an output.
+    static void fail(ov::Tensor& output, const std::string& why) {
+        std::fill_n(output.data<float>(), output.get_size(), std::numeric_limits<float>::quiet_NaN());
+        OPENVINO_THROW("DynamicFFN: ", why);
+    }
+
     D2dmoeLayer layer_{};
-    std::string tensors_, varying_, taus_, tops_;
-    std::vector<float> budget_taus_;
-    std::vector<int64_t> budget_tops_;
-    struct Place {
-        size_t offset;  // in the layer
-        bool varies;    // by budget
-    };
-    std::vector<Place> places_;  // of the tensors
+    Texts texts_;
+    std::shared_ptr<const Read> read_;
+    mutable std::mutex mutex_;
+    mutable std::map<const char*, std::vector<char>> copies_;  // of inputs that never change
 };
 
 }  // namespace d2dmoe

@@ -10,13 +10,12 @@ import openvino as ov
 import torch
 
 from ..kernels import native
-from ..kernels.quads import SLACK
 
 NUMBERS = (
     "activation", "gate", "rounds", "few", "d", "size", "d_out", "experts", "router_width", "linear_rank",
     "min_experts", "max_experts", "shared",
 )  # fmt: skip
-LISTS = ("tensors", "varying", "taus", "tops")
+LISTS = ("tensors", "offsets", "strides", "taus", "tops")
 
 
 class DynamicFFN(ov.Op):
@@ -61,10 +60,9 @@ class DynamicFFN(ov.Op):
         layer = native._Layer(**{name: own[name] for name in NUMBERS})
         layer.kernels, layer.tau = native.kernel_for(torch.float32, True), float(taus[budget])
         layer.top = int(tops[budget])
-        for name, tensor in zip(own["tensors"].split(), inputs[2:], strict=True):
-            data, whole = tensor.data, tensor.byte_size - (SLACK if tensor.element_type == ov.Type.u8 else 0)
-            offset = whole // len(taus) * budget if name in own["varying"].split() else 0
-            setattr(layer, name, data.ctypes.data + offset)
+        data = inputs[2].data
+        for name, offset, stride in zip(*(own[key].split() for key in LISTS[:3]), strict=True):
+            setattr(layer, name, data.ctypes.data + int(offset) + int(stride) * budget)
         tokens = math.prod(list(x.shape)[:-1])
         address, y = x.data.ctypes.data, outputs[0].data.ctypes.data
         if native.library()[0].d2dmoe_forward(ctypes.byref(layer), address, own["d"], None, tokens, y, 1):
