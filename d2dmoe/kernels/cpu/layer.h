@@ -41,4 +41,11 @@ int d2dmoe_kernels_bf16(int number);
 int d2dmoe_forward(const D2dmoeLayer* layer, const void* x, int64_t ld_x, const uint8_t* run, int64_t tokens, void* y,
                    int threads);
 
+// Calls `part` with the context, each number below `parts`, and `parts`; in any order, at once or one after the other.
+typedef void (*D2dmoeParts)(int parts, void (*part)(void* context, int number, int parts), void* context);
+
+// The same by threads of the caller's.
+int d2dmoe_forward_by(const D2dmoeLayer* layer, const void* x, int64_t ld_x, const uint8_t* run, int64_t tokens, void* y,
+                      int threads, D2dmoeParts parts);
+
 }
