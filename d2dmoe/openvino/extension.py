@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import UserError, first_line
 from ..kernels import decisions, native
 
-SOURCES = (Path(__file__).with_name("operation.cpp"), native.LIBRARY.with_name("layer.h"))
+SOURCES = (Path(__file__).with_name("operation.cpp"), Path(native.__file__).with_name("layer.h"))
 FLAGS = ("-O2", "-shared", "-fPIC", "-std=c++17")
 INSTALL = 'pip install "d2dmoe-toolkit[openvino]"'
 
@@ -128,8 +128,9 @@ def _compile(target: Path) -> None:
     os.close(handle)
     try:
         ours = native.LIBRARY.resolve()
-        command = [*compiler, *FLAGS, f"-I{root / 'include'}", f"-I{ours.parent}", str(SOURCES[0]), str(ours)]
-        command += [str(libraries[-1]), f"-Wl,-rpath,{root / 'libs'}", "-o", scratch]
+        command = [*compiler, *FLAGS, f"-I{root / 'include'}", f"-I{SOURCES[1].parent}", str(SOURCES[0]), str(ours)]
+        command += [str(libraries[-1]), *map(str, sorted((root / "libs").glob("libtbb.*"))[-1:])]
+        command += [f"-Wl,-rpath,{root / 'libs'}", "-o", scratch]
         subprocess.run(command, check=True, capture_output=True, text=True)
         os.chmod(scratch, 0o644)
         os.replace(scratch, target)

@@ -17,6 +17,12 @@
 #include <string>
 #include <vector>
 
+#if __has_include(<tbb/parallel_for.h>)
+#define D2DMOE_TBB 1
+#include <tbb/parallel_for.h>
+#include <tbb/task_arena.h>
+#endif
+
 #include "openvino/core/extension.hpp"
 #include "openvino/core/op_extension.hpp"
 #include "openvino/op/op.hpp"
@@ -64,12 +70,14 @@ struct Read {
     std::vector<Place> places;  // of the tensors
     std::vector<float> taus;    // of the budgets
     std::vector<int64_t> tops;
+    int parts = 0;  // that a layer is computed in, for tests; 0: as many as threads
 
     explicit Read(const Texts& from) : texts(from), taus(list<float>(from[3])), tops(list<int64_t>(from[4])) {
         const auto names = list<std::string>(from[0]);
         const auto offsets = list<int64_t>(from[1]), strides = list<int64_t>(from[2]);
         OPENVINO_ASSERT(names.size() == offsets.size() && names.size() == strides.size(), "DynamicFFN lacks places");
         OPENVINO_ASSERT(!taus.empty() && taus.size() == tops.size(), "DynamicFFN has no budgets");
+        if (const char* forced = std::getenv("D2DMOE_PARTS")) parts = std::atoi(forced);
         for (size_t i = 0; i < names.size(); i++) places.push_back({offset_of(names[i]), offsets[i], strides[i]});
     }
 };
@@ -85,6 +93,22 @@ int best_kernels() {
     }
     return best;
 }
+
+#if D2DMOE_TBB
+// As many as OpenVINO computes this inference with, and its own ones.
+int threads() { return tbb::this_task_arena::max_concurrency(); }
+
+void in_parts(int parts, void (*part)(void*, int, int), void* context) {
+    if (parts == 1) return part(context, 0, 1);
+    // Isolated: a thread that waits here must not begin another layer, whose memory is the thread's as well.
+    tbb::this_task_arena::isolate([&] {
+        tbb::parallel_for(0, parts, [&](int number) { part(context, number, parts); }, tbb::simple_partitioner{});
+    });
+}
+#else
+int threads() { return 1; }
+constexpr D2dmoeParts in_parts = nullptr;
+#endif
 
 class DynamicFFN : public ov::op::Op {
    public:
@@ -155,7 +179,8 @@ class DynamicFFN : public ov::op::Op {
             std::memcpy(reinterpret_cast<char*>(&layer) + place.field, &data, sizeof data);
         }
         const int64_t tokens = int64_t(inputs[0].get_size()) / layer.d;
-        if (d2dmoe_forward(&layer, inputs[0].data(), layer.d, nullptr, tokens, outputs[0].data(), 1))
+        if (d2dmoe_forward_by(&layer, inputs[0].data(), layer.d, nullptr, tokens, outputs[0].data(),
+                              read_->parts ? read_->parts : threads(), in_parts))
             fail(outputs[0], "no memory for " + std::to_string(tokens) + " tokens");
         return true;
     }

@@ -147,6 +147,20 @@ def test_a_layer_selects_what_its_module_selects(gate, bounds):
 
 
 @needs_native
+@pytest.mark.parametrize("tokens", [1, 5, 64, 200])
+def test_a_layer_in_parts(tokens, monkeypatch):
+    """What several threads compute; more parts than this machine may have threads."""
+    monkeypatch.setenv("D2DMOE_PARTS", "3")
+    layer = layers(converted("llama"))[0]
+    states = [replace(layer.gate_state, name="share", tau=0.4, stand_in=1)]
+    x = torch.randn(tokens, 32)
+    found = alone(layer, states, None, 32)([x.numpy(), np.array(0, dtype=np.int32)])[0]
+    layer.gate_state = states[0]
+    with torch.no_grad():
+        assert_close(torch.from_numpy(found), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@needs_native
 @pytest.mark.parametrize("expert_dtype", [None, "int8-dynamic"])
 def test_without_a_compiler_python_computes_the_same(expert_dtype, python_only, tmp_path):
     model = converted("gpt2")
