@@ -31,7 +31,7 @@ Run = Callable[[Feed], np.ndarray]
 
 
 def build(arguments: argparse.Namespace) -> tuple[dict[str, Run], dict[str, Any]]:
-    """Functions of the inputs to the last hidden state by name, and the compiled models among them."""
+    """Functions of the inputs to the last hidden state by name, and the `openvino.Model`s among them."""
     config = hub.read_config(arguments.model)
     dense, model = hub.load_dense(arguments.model, config), hub.load_model(arguments.model, config)
     actives = sorted(budget.active for budget in stored_config(model).budgets)
@@ -48,17 +48,21 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Run], dict[str, Any]
         graphs[INT8 if budgets is None else name.replace("rest fp32", "rest int8")] = (
             compressed(graph.clone(), "int8", seen), budgets,
         )  # fmt: skip
-    options = {"INFERENCE_NUM_THREADS": arguments.threads, "PERF_COUNT": arguments.profile}
-    if arguments.precision != "default":
-        options["INFERENCE_PRECISION_HINT"] = arguments.precision
-    core, compiled = openvino.Core(), {}
     runs: dict[str, Run] = {"PyTorch fp32": lambda feed: in_torch(dense, feed)}
     for name, (graph, budgets) in graphs.items():
-        compiled[name] = core.compile_model(graph, "CPU", options)
+        request = compiled(graph, arguments).create_infer_request()
         for number, active in enumerate(budgets or [None]):
             label = name if active is None else f"{name}, {active:.0%} active"
-            runs[label] = at_budget(compiled[name].create_infer_request(), None if active is None else number)
-    return runs, compiled
+            runs[label] = at_budget(request, None if active is None else number)
+    return runs, {name: graph for name, (graph, _) in graphs.items()}
+
+
+def compiled(graph: Any, arguments: argparse.Namespace, counters: bool = False) -> Any:
+    """The compiled model."""
+    options = {"INFERENCE_NUM_THREADS": arguments.threads, "PERF_COUNT": counters}
+    if arguments.precision != "default":
+        options["INFERENCE_PRECISION_HINT"] = arguments.precision
+    return openvino.Core().compile_model(graph, "CPU", options)
 
 
 @torch.no_grad()
@@ -106,12 +110,12 @@ def cosines(runs: dict[str, Run], given: list[Feed]) -> dict[str, float]:
     return {name: float((np.concatenate(rows) * wanted).sum(1).mean()) for name, rows in found.items()}
 
 
-def profile(compiled: dict[str, Any], feed: Feed) -> None:
-    """Print OpenVINO's own counters of one inference: the kinds of operations that take longest."""
-    for name, model in compiled.items():
-        request, totals = model.create_infer_request(), {}
+def profile(graphs: dict[str, Any], feed: Feed, arguments: argparse.Namespace) -> None:
+    """Print OpenVINO's own counters, wall time of an inference at the least budget: the kinds that take longest."""
+    for name, graph in graphs.items():
+        request, totals = compiled(graph, arguments, counters=True).create_infer_request(), {}
         given = {**feed, **({BUDGET: np.array(0, dtype=np.int32)} if name not in (DENSE, INT8) else {})}
-        for _ in range(10):  # counters are means over the calls of a request
+        for _ in range(10):  # counters are means over all calls of a compiled model
             request.infer(given)
         for info in request.profiling_info:
             key = f"{info.node_type} ({info.exec_type})"
@@ -134,15 +138,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--precision", choices=("f32", "bf16", "default"), default="f32", help="of what is not int8")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each row")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="also print OpenVINO's counters by kind of operation")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
-    runs, compiled = build(arguments)
+    runs, graphs = build(arguments)
     config = hub.read_config(arguments.model)
     text = calibration(arguments.model, config, DataConfig(data=arguments.eval_data, max_length=arguments.length))
-    graph = compiled[DENSE]
-    quality = cosines(runs, list(feeds(graph, text, 0, arguments.eval_batches)))
+    quality = cosines(runs, list(feeds(graphs[DENSE], text, 0, arguments.eval_batches)))
     for batch in arguments.batches:
         feed = random_feed(batch, arguments.length, config.vocab_size)
         found = timed(runs, feed, arguments.seconds)
@@ -151,7 +154,7 @@ def main() -> None:
         for name, value in found.items():
             print(f"| {name} | {value:.2f} | {value / found[INT8]:.2f} | {quality[name]:.4f} |", flush=True)
         if arguments.profile:
-            profile(compiled, feed)
+            profile(graphs, feed, arguments)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def check_installed(*names: str) -> None:
     """
     missing = [name for name in ("openvino", *names) if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"{' and '.join(missing)} not found: `{INSTALL}` brings what an export to OpenVINO needs")
+        raise UserError(f"{' and '.join(missing)} not found; {INSTALL} brings what an export to OpenVINO needs")
     live, why = native.live()
     if not live:
         raise UserError(f"the native library computes the experts in OpenVINO, and it is {why}")

@@ -17,14 +17,11 @@ from ..kernels.quads import SLACK
 from ..moe.gating import set_gate
 from ..moe.layer import DynamicFFN, layers
 from ..moe.prepared import settings
+from .attributes import NUMBERS
 from .extension import extension_library
 
 BUDGET = "budget"  # name of the input that says which budget runs
 Feed = dict[str, np.ndarray]  # inputs of an OpenVINO model by name
-NUMBERS = (
-    "activation", "gate", "rounds", "few", "d", "size", "d_out", "experts", "router_width", "linear_rank",
-    "min_experts", "max_experts", "shared",
-)  # fmt: skip
 
 
 @torch.library.custom_op("d2dmoe::openvino_layer", mutates_args=())

@@ -10,12 +10,7 @@ import openvino as ov
 import torch
 
 from ..kernels import native
-
-NUMBERS = (
-    "activation", "gate", "rounds", "few", "d", "size", "d_out", "experts", "router_width", "linear_rank",
-    "min_experts", "max_experts", "shared",
-)  # fmt: skip
-LISTS = ("tensors", "offsets", "strides", "taus", "tops")
+from .attributes import LISTS, NUMBERS
 
 
 class DynamicFFN(ov.Op):

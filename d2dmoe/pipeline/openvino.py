@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -166,8 +169,9 @@ def feeds(model: Any, found: Batches, budgets: int, count: int) -> Iterator[Feed
     names = {port.any_name for port in model.inputs}
     for number, batch in zip(range(count), found, strict=False):
         given = {name: value.numpy() for name, value in batch.items() if name in names}
-        rest = names - {*given, BUDGET}  # segments: all texts are one
-        given |= {name: np.zeros_like(next(iter(given.values()))) for name in rest}
+        for name in names - {*given, BUDGET}:  # a decoder gets the encoder's tokens; of segments there is one
+            ids = given["input_ids"]
+            given[name] = ids if name == "decoder_input_ids" else np.zeros_like(ids)
         yield given | ({BUDGET: np.array(number % budgets, dtype=np.int32)} if BUDGET in names else {})
 
 
@@ -179,14 +183,13 @@ def compressed(model: Any, rest: str, feeds: Sequence[Feed]) -> Any:
         rest: `int8` or `int8-weights`.
         feeds: Inputs by name, on which `int8` measures the ranges of activations.
     """
-    import logging
-
     import nncf
 
     nncf.set_log_level(logging.ERROR)
-    if rest == "int8-weights":
-        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
-    return nncf.quantize(model, nncf.Dataset(feeds), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(feeds))
+    with contextlib.redirect_stdout(sys.stderr):  # progress
+        if rest == "int8-weights":
+            return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+        return nncf.quantize(model, nncf.Dataset(feeds), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(feeds))
 
 
 def _write(result: Any, folder: Path, name: str) -> None:
@@ -196,8 +199,11 @@ def _write(result: Any, folder: Path, name: str) -> None:
     scratch = folder.with_name(folder.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    ov.save_model(result, scratch / MODEL, compress_to_fp16=False)
-    for path, source in hub.companions(name).items():
-        (scratch / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, scratch / path)
-    os.replace(scratch, folder)
+    try:
+        ov.save_model(result, scratch / MODEL, compress_to_fp16=False)
+        for path, source in hub.companions(name).items():
+            (scratch / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, scratch / path)
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -228,6 +228,20 @@ def test_the_command_writes_a_folder(home, d2dmoe, tmp_path):
 
 
 @needs_native
+def test_the_rest_in_int8_is_measured_on_data(home, d2dmoe, tmp_path):
+    pytest.importorskip("nncf")
+    words = ("--rest", "int8", "--data", home / "text.txt", "--max-length", "16", "--batches", "3")
+    result = d2dmoe("export", "--openvino", home / "first", tmp_path / "out", "--expert-dtype", "int8", *words)
+    assert len(result.out.strip().splitlines()) == 1
+    d2dmoe("export", "--openvino", home / "first", tmp_path / "whole", "--expert-dtype", "int8")
+    whole, small = compile_model(tmp_path / "whole"), compile_model(tmp_path / "out")
+    ids = np.arange(20, 32)[None]
+    for active in whole.actives:
+        wanted, found = whole(active, input_ids=ids)["logits"], small(active, input_ids=ids)["logits"]
+        assert 1e-6 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.3
+
+
+@needs_native
 def test_wrong_calls_of_an_exported_model(folders):
     run = compile_model(folders / "exported")
     assert run.active == 0.25
@@ -275,7 +289,7 @@ def without(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
 def test_a_missing_package_is_named_with_its_command(missing, more, home, d2dmoe, tmp_path, monkeypatch):
     without(monkeypatch, missing)
     result = d2dmoe("export", "--openvino", home / "first", tmp_path / "out", *more, code=1)
-    assert f'{missing} not found: `pip install "d2dmoe-toolkit[openvino]"`' in result.err
+    assert f'{missing} not found; pip install "d2dmoe-toolkit[openvino]" brings' in result.err
     assert not list(tmp_path.iterdir())
 
 
