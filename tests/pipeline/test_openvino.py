@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -278,19 +277,6 @@ def test_a_damaged_folder(folders, tmp_path):
 
 
 # --- refusals of the command -----------------------------------------------------------------------------------------
-
-
-def without(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == missing else found(name, *a))
-
-
-@pytest.mark.parametrize(("missing", "more"), [("openvino", ()), ("nncf", ("--rest", "int8-weights"))])
-def test_a_missing_package_is_named_with_its_command(missing, more, home, d2dmoe, tmp_path, monkeypatch):
-    without(monkeypatch, missing)
-    result = d2dmoe("export", "--openvino", home / "first", tmp_path / "out", *more, code=1)
-    assert f'{missing} not found; pip install "d2dmoe-toolkit[openvino]" brings' in result.err
-    assert not list(tmp_path.iterdir())
 
 
 def test_without_the_native_library(home, d2dmoe, tmp_path, monkeypatch):
