@@ -200,7 +200,8 @@ def flags(verb: str) -> set[str]:
 
 # Of the scripts in recipes/, of mkdocs, and the beginning of others.
 NOT_OURS = {"--config", "--log", "--methods", "--seeds", "--only", "--shapes", "--presets", "--folder", "--compile",
-            "--strict", "--sparsify-", "--quick", "--paper", "--base", "--table", "--record"}  # fmt: skip
+            "--strict", "--sparsify-", "--quick", "--paper", "--base", "--table", "--record",
+            "--eval-data"}  # fmt: skip
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

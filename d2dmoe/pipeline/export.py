@@ -56,8 +56,12 @@ def neuron_orders(name: str, blocks: list[Block]) -> dict[str, torch.Tensor]:
     return orders
 
 
-def _opened(name: str) -> tuple[Any, list[Block]]:
-    """Config and blocks of a converted folder."""
+def open_record(name: str) -> tuple[Any, list[Block]]:
+    """Config and blocks of a converted folder.
+
+    Raises:
+        UserError: If it is none.
+    """
     if not Path(name).is_dir():
         raise UserError(f"{name}: no such folder; give one that convert has written")
     config = hub.read_config(name)
@@ -68,7 +72,12 @@ def _opened(name: str) -> tuple[Any, list[Block]]:
     return config, record.blocks
 
 
-def _check_output(output: str) -> Path:
+def check_output(output: str) -> Path:
+    """The folder to write.
+
+    Raises:
+        UserError: If something is there already.
+    """
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{output} is there already, and not an empty folder; name another one")
@@ -89,7 +98,7 @@ def export_dense(name: str, output: str) -> int:
     Raises:
         UserError: If the folder is not a converted one, stores no order, or the output is not empty.
     """
-    folder, (config, blocks) = _check_output(output), _opened(name)
+    folder, (config, blocks) = check_output(output), open_record(name)
     if any(block.role for block in blocks):
         raise UserError(
             f"{name} holds no dense model, because networks stand in the places of projections around attention "
@@ -139,12 +148,12 @@ def export_adapter(adapter: str, name: str, output: str) -> int:
     Raises:
         UserError: If one of the folders is not what it should be, or the adapter changes a block in another way.
     """
-    folder, source = _check_output(output), Path(adapter)
+    folder, source = check_output(output), Path(adapter)
     if not (source / ADAPTER).is_file() or not (source / ADAPTER_CONFIG).is_file():
         raise UserError(
             f"--adapter {adapter}: has no {ADAPTER} and {ADAPTER_CONFIG}; give a folder that peft has saved"
         )
-    config, blocks = _opened(name)
+    config, blocks = open_record(name)
     try:
         tensors, settings = load_file(source / ADAPTER), json.loads((source / ADAPTER_CONFIG).read_text())
     except (SafetensorError, ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import subprocess
 import sys
@@ -269,3 +270,19 @@ def test_a_folder_saved_without_d2dmoe_on_the_hub(tmp_path):
         assert_close(new(**inputs)[0], dense(**inputs)[0], rtol=1e-4, atol=1e-5)
     again = run_python("-c", ON_THE_HUB, json.dumps(runs[1:2]), cwd=tmp_path, environment=environment)
     assert json.loads(again.out)[:2] == dry[:2], again.err  # the hub is gone
+
+
+# --- to OpenVINO, where it is not installed; test_openvino.py has the rest -------------------------------------------
+
+
+def without(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == missing else found(name, *a))
+
+
+@pytest.mark.parametrize(("missing", "more"), [("openvino", ()), ("nncf", ("--rest", "int8-weights"))])
+def test_a_missing_package_is_named_with_its_command(missing, more, home, d2dmoe, tmp_path, monkeypatch):
+    without(monkeypatch, missing)
+    result = d2dmoe("export", "--openvino", home / "first", tmp_path / "out", *more, code=1)
+    assert f'{missing} not found; pip install "d2dmoe-toolkit[openvino]" brings' in result.err
+    assert not list(tmp_path.iterdir())

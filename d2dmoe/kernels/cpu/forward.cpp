@@ -18,30 +18,7 @@
 
 using namespace d2dmoe;
 
-extern "C" {
-
-// Mirrored in native.py. Null pointers stand for what a layer does not have.
-struct D2dmoeLayer {
-    int32_t bf16, activation, gate, kernels;
-    int32_t rounds, reserved;  // are tokens and hidden values rounded to int8 as well?
-    int64_t d, size, d_out, experts, router_width, linear_rank, top, min_experts, max_experts, shared;
-    float tau;
-    int32_t few;  // at most so many tokens are handled by sharing out the experts
-    const void *router_hidden, *router_score;                           // (width, d), (experts, width)
-    const void *up, *up_bias, *gate_weight, *gate_bias, *down;          // packed
-    const void *constants;                                              // (experts, d_out)
-    const float* base;                                                  // (d_out,): what a token gets without any expert
-    const void *linear_in, *linear_out;                                 // (d, rank), (rank, d_out)
-    const void *up_tiles, *gate_tiles, *down_tiles;                     // as of in_tiles in native.py
-    const float *up_scale, *gate_scale, *down_scale;                    // (experts, size): weights are in int8, or null
-    const D2dmoeSample* samples;
-    int64_t sample_count;
-    uint64_t fingerprint;                                               // of the samples when the layer was prepared
-};
-
-}
-
-EXPORT int d2dmoe_abi() { return 5; }
+EXPORT int d2dmoe_abi() { return 6; }
 
 namespace {
 
@@ -268,8 +245,17 @@ struct FewShared {
     uint8_t* run;
     Barrier* barrier;
     std::atomic<bool>* failed;
-    // Of the barrier, in few_body.
-    int waits() const { return int(call->widened() || call->rounds()) + 2 * int(call->routed()) + 1; }
+    // Everything in a phase is there before the next one begins.
+    enum Phase { INPUTS, ROUTER, CHOICE, EXPERTS, SUM, PHASES };
+    bool has(int phase) const {
+        if (phase == INPUTS) return call->widened() || call->rounds();
+        return phase == ROUTER || phase == CHOICE ? call->routed() : true;
+    }
+    int waits() const {
+        int count = -1;
+        for (int phase = 0; phase < PHASES; phase++) count += has(phase);
+        return count;
+    }
     void take(Pieces& p) {
         const auto& l = call->layer;
         int64_t n = call->tokens;
@@ -319,28 +305,11 @@ std::pair<int64_t, int64_t> share_experts(const int32_t* counts, int64_t experts
     return {first, std::max(first, last)};
 }
 
-void few_body(FewShared& s, FewOwn& own, int id, int team) {
+void few_experts(FewShared& s, FewOwn& own, const Inputs& x, int id, int team) {
     const Call& c = *s.call;
     const auto& l = c.layer;
     int64_t n = c.tokens, ld_y = c.padded_out();
-    Inputs x{c.x, c.ld_x, s.rounded};
-    if (c.widened()) x = {reinterpret_cast<const char*>(s.wide), l.d * 4, s.rounded};
-    if (c.widened() || c.rounds()) {
-        auto [first, last] = share(n, id, team);
-        inputs_of(c, first, last - first, s.wide + first * l.d, s.rounded + first * c.rounded_row());
-        s.barrier->wait();
-    }
-    const uint8_t* run = c.run;
-    if (c.routed()) {
-        auto [first_row, last_row] = share(l.router_width, id, team);
-        router_rows(c, x, n, first_row, last_row, s.hidden);
-        s.barrier->wait();
-        auto [first, last] = share(n, id, team);
-        score_and_choose(c, s.hidden + first * l.router_width, last - first, s.scores + first * l.experts,
-                         s.run + first * l.experts, own.scratch);
-        s.barrier->wait();
-        run = s.run;
-    }
+    const uint8_t* run = c.routed() ? s.run : c.run;
     if (run)
         make_lists(c, run, n, own.lists, n, own.counts);
     else
@@ -350,19 +319,44 @@ void few_body(FewShared& s, FewOwn& own, int id, int team) {
     for (int64_t t = 0; t < n; t++) id == 0 ? start_row(c, y + t * ld_y) : (void)std::memset(y + t * ld_y, 0, size_t(ld_y) * 4);
     auto [first, last] = share_experts(own.counts, experts_in_all(l), id, team);
     run_experts(c, first, last, {x, y, ld_y}, n, run ? own.lists : nullptr, n, own.counts, own.calls, own.room);
-    s.barrier->wait();
-    auto [first_token, last_token] = share(n, id, team);
+}
+
+void few_sum(const FewShared& s, int id, int team) {
+    const Call& c = *s.call;
+    int64_t n = c.tokens, ld_y = c.padded_out();
+    auto [first, last] = share(n, id, team);
     if (n == 1) {
         if (id) return;
-        first_token = 0, last_token = 1;
+        first = 0, last = 1;
     }
-    for (int64_t t = first_token; t < last_token; t++) {
+    for (int64_t t = first; t < last; t++) {
         float* sum = s.partial + t * ld_y;
         for (int other = 1; other < team; other++) {
             const float* part = s.partial + (other * n + t) * ld_y;
             for (int64_t i = 0; i < ld_y; i++) sum[i] += part[i];
         }
         write_row(c, sum, t);
+    }
+}
+
+// The part of thread `id` in a phase.
+void few_part(FewShared& s, FewOwn& own, int phase, int id, int team) {
+    const Call& c = *s.call;
+    const auto& l = c.layer;
+    Inputs x{c.x, c.ld_x, s.rounded};
+    if (c.widened()) x = {reinterpret_cast<const char*>(s.wide), l.d * 4, s.rounded};
+    auto [first, last] = share(phase == FewShared::ROUTER ? l.router_width : c.tokens, id, team);
+    if (phase == FewShared::INPUTS) {
+        inputs_of(c, first, last - first, s.wide + first * l.d, s.rounded + first * c.rounded_row());
+    } else if (phase == FewShared::ROUTER) {
+        router_rows(c, x, c.tokens, first, last, s.hidden);
+    } else if (phase == FewShared::CHOICE) {
+        score_and_choose(c, s.hidden + first * l.router_width, last - first, s.scores + first * l.experts,
+                         s.run + first * l.experts, own.scratch);
+    } else if (phase == FewShared::EXPERTS) {
+        few_experts(s, own, x, id, team);
+    } else {
+        few_sum(s, id, team);
     }
 }
 
@@ -388,7 +382,31 @@ void few_enter(void* context, int id, int team) {
         for (int i = 0; i < start.shared->waits(); i++) start.shared->barrier->wait();
         return;
     }
-    few_body(*start.shared, own, id, team);
+    int left = start.shared->waits();
+    for (int phase = 0; phase < FewShared::PHASES; phase++) {
+        if (!start.shared->has(phase)) continue;
+        few_part(*start.shared, own, phase, id, team);
+        if (left-- > 0) start.shared->barrier->wait();
+    }
+}
+
+// One phase, by threads that may take their parts one after the other.
+struct FewPhase {
+    FewShared* shared;
+    std::atomic<bool>* failed;
+    int phase;
+};
+
+void few_phase(void* context, int id, int team) {
+    auto& step = *static_cast<FewPhase*>(context);
+    FewOwn own{step.shared->call, {}, {}, {}, {}, {}};
+    try {
+        own = lay_out(own_buffer, own);
+    } catch (const std::bad_alloc&) {
+        step.failed->store(true);
+        return;
+    }
+    few_part(*step.shared, own, step.phase, id, team);
 }
 
 // ---- many tokens
@@ -522,11 +540,8 @@ EXPORT uint64_t d2dmoe_fingerprint(const D2dmoeSample* samples, int64_t count) {
     return hash;
 }
 
-// One layer call: y (tokens, d_out) from x (tokens, d), rows `ld_x` elements apart. `run` (tokens, experts) takes the
-// place of router and gate where it is given. Returns 0, 1 if there is no memory, or 2, having computed nothing, if a
-// source has changed.
-EXPORT int d2dmoe_forward(const D2dmoeLayer* layer, const void* x, int64_t ld_x, const uint8_t* run, int64_t tokens, void* y,
-                   int threads) {
+EXPORT int d2dmoe_forward_by(const D2dmoeLayer* layer, const void* x, int64_t ld_x, const uint8_t* run, int64_t tokens,
+                             void* y, int threads, D2dmoeParts parts) {
     if (tokens == 0) return 0;
     if (stale(layer->samples, layer->sample_count, layer->fingerprint)) return 2;
     Call call{*layer, *all_kernels[layer->kernels], static_cast<const char*>(x), ld_x * (layer->bf16 ? 2 : 4), run, tokens,
@@ -535,15 +550,24 @@ EXPORT int d2dmoe_forward(const D2dmoeLayer* layer, const void* x, int64_t ld_x,
         if (tokens <= layer->few) {
             FewShared shared = lay_out(shared_buffer, FewShared{&call, {}, {}, {}, {}, {}, {}, nullptr, nullptr});
             FewStart start{&shared, {}, {false}};
-            run_team(call.team, few_enter, &start);
+            if (!parts) run_team(call.team, few_enter, &start);
+            for (int phase = 0; parts && phase < FewShared::PHASES && !start.failed.load(); phase++) {
+                FewPhase step{&shared, &start.failed, phase};
+                if (shared.has(phase)) parts(call.team, few_phase, &step);
+            }
             return start.failed.load() ? 1 : 0;
         }
         ManyShared shared{&call, tile_size(call), {0}, {false}};
-        run_team(call.team, many_body, &shared);
+        parts ? parts(call.team, many_body, &shared) : run_team(call.team, many_body, &shared);
         return shared.failed.load() ? 1 : 0;
     } catch (const std::bad_alloc&) {
         return 1;
     }
+}
+
+EXPORT int d2dmoe_forward(const D2dmoeLayer* layer, const void* x, int64_t ld_x, const uint8_t* run, int64_t tokens, void* y,
+                   int threads) {
+    return d2dmoe_forward_by(layer, x, ld_x, run, tokens, y, threads, nullptr);
 }
 
 EXPORT void d2dmoe_limit_allocations(int left) { allocations_left.store(left); }

@@ -3,16 +3,11 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "layer.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 extern "C" {
-
-// A word of a tensor that a derived one was made from: four bytes, or two where the tensor has no more.
-struct D2dmoeSample {
-    const uint16_t* at;
-    int64_t halves;
-};
 
 uint64_t d2dmoe_fingerprint(const D2dmoeSample* samples, int64_t count);
 

@@ -490,25 +490,82 @@ void dot_tile(const X* x, int64_t ld_x, const W* w, int64_t depth, float* out, i
         }
 }
 
+#if defined(__AVX512F__)
+// Lane 4 i + j is the sum of all lanes of v[i][j].
+inline vf totals(const vf (&v)[4][4]) {
+    vf four[4];
+    for (int i = 0; i < 4; i++) {
+        vf ab = (vf)_mm512_unpacklo_ps((__m512)v[i][0], (__m512)v[i][1]) + (vf)_mm512_unpackhi_ps((__m512)v[i][0], (__m512)v[i][1]);
+        vf cd = (vf)_mm512_unpacklo_ps((__m512)v[i][2], (__m512)v[i][3]) + (vf)_mm512_unpackhi_ps((__m512)v[i][2], (__m512)v[i][3]);
+        four[i] = (vf)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd) + (vf)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
+    }
+    auto halves = [](vf a, vf b) {
+        return (vf)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88) + (vf)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xdd);
+    };
+    return halves(halves(four[0], four[1]), halves(four[2], four[3]));
+}
+
+// dot_tile for four tokens and rows: sixteen sums are added up in a tree. `depth` is a whole number of steps in bf16.
+template <class X, class W>
+void dot_square(const X* x, int64_t ld_x, const W* w, int64_t depth, float* out, int64_t ld_out, int32_t end) {
+    constexpr int64_t STEP = sizeof(X) == 2 ? 2 * LANES : LANES;
+    vf sum[4][4] = {};
+    int64_t k = 0;
+    for (; k + STEP <= depth; k += STEP) {
+#pragma GCC unroll 4
+        for (int t = 0; t < 4; t++)
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; r++) pair_product(sum[t][r], x + t * ld_x + k, w + r * depth + k);
+    }
+    if constexpr (STEP == LANES)
+        if (k < depth) {
+#pragma GCC unroll 4
+            for (int t = 0; t < 4; t++)
+#pragma GCC unroll 4
+                for (int r = 0; r < 4; r++)
+                    sum[t][r] += load_some(x + t * ld_x + k, depth - k) * load_some(w + r * depth + k, depth - k);
+        }
+    vf all = totals(sum);
+    if (end == DOTS_ABS) all = (vf)((vi)all & 0x7fffffff);
+    if (end == DOTS_RELU) all = select(all < 0.0f, vf{}, all);
+    float values[16];
+    store(values, all);
+    for (int t = 0; t < 4; t++) std::memcpy(out + t * ld_out, values + 4 * t, 16);
+}
+#endif
+
+template <class X, class W, int TOKENS, int ROWS>
+void dots_from(int64_t first, const X* x, int64_t ld_x, int64_t tokens, const W* w, int64_t rows, int64_t depth, float* out,
+               int64_t ld_out, int32_t end) {
+    int64_t r = first;
+    for (; r + ROWS <= rows; r += ROWS) {
+        int64_t t = 0;
+        for (; t + TOKENS <= tokens; t += TOKENS)
+            dot_tile<X, W, TOKENS, ROWS>(x + t * ld_x, ld_x, w + r * depth, depth, out + t * ld_out + r, ld_out, end);
+        for (; t < tokens; t++)
+            dot_tile<X, W, 1, ROWS>(x + t * ld_x, ld_x, w + r * depth, depth, out + t * ld_out + r, ld_out, end);
+    }
+    if constexpr (ROWS > 1)
+        if (r < rows) dots_from<X, W, TOKENS, 1>(r, x, ld_x, tokens, w, rows, depth, out, ld_out, end);
+}
+
 template <class X, class W>
 void dots(const X* x, int64_t ld_x, int64_t tokens, const W* w, int64_t rows, int64_t depth, float* out, int64_t ld_out,
           int32_t end) {
-#if defined(D2DMOE_32_REGISTERS)
-    constexpr int T = 4, R = 5;
+#if defined(__AVX512F__)
+    if (tokens < 4 || (sizeof(X) == 2 && depth % (2 * LANES)))
+        return dots_from<X, W, 4, 5>(0, x, ld_x, tokens, w, rows, depth, out, ld_out, end);
+    int64_t r = 0, whole = tokens / 4 * 4;
+    for (; r + 4 <= rows; r += 4)
+        for (int64_t t = 0; t < whole; t += 4)
+            dot_square<X, W>(x + t * ld_x, ld_x, w + r * depth, depth, out + t * ld_out + r, ld_out, end);
+    dots_from<X, W, 4, 1>(r, x, ld_x, whole, w, rows, depth, out, ld_out, end);
+    dots_from<X, W, 1, 4>(0, x + whole * ld_x, ld_x, tokens - whole, w, rows, depth, out + whole * ld_out, ld_out, end);
+#elif defined(D2DMOE_32_REGISTERS)
+    dots_from<X, W, 4, 5>(0, x, ld_x, tokens, w, rows, depth, out, ld_out, end);
 #else
-    constexpr int T = 3, R = 3;
+    dots_from<X, W, 3, 3>(0, x, ld_x, tokens, w, rows, depth, out, ld_out, end);
 #endif
-    int64_t r = 0;
-    for (; r + R <= rows; r += R) {
-        int64_t t = 0;
-        for (; t + T <= tokens; t += T)
-            dot_tile<X, W, T, R>(x + t * ld_x, ld_x, w + r * depth, depth, out + t * ld_out + r, ld_out, end);
-        for (; t < tokens; t++)
-            dot_tile<X, W, 1, R>(x + t * ld_x, ld_x, w + r * depth, depth, out + t * ld_out + r, ld_out, end);
-    }
-    for (; r < rows; r++)
-        for (int64_t t = 0; t < tokens; t++)
-            dot_tile<X, W, 1, 1>(x + t * ld_x, ld_x, w + r * depth, depth, out + t * ld_out + r, ld_out, end);
 }
 
 // ---- channels

@@ -15,7 +15,7 @@ import torch
 from ..gates import topk_priority
 from ..quads import INPUTS, in_quads
 
-ABI = 5
+ABI = 6
 LIBRARY = Path(os.environ.get("D2DMOE_LIBRARY") or Path(__file__).with_name("libd2dmoe.so"))
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "silu": 4}
 GATES = {"max": 0, "share": 1, "topk": 2, "topp": 3, "absolute": 4}
@@ -32,6 +32,7 @@ _TENSORS = {  # field of the struct -> argument of the operator
     "base": "base", "linear_in": "linear_in", "linear_out": "linear_out",
 }  # fmt: skip
 _SCALES = {"up_weight": "up_scale", "gate_weight": "gate_scale", "down_weight": "down_scale"}
+FIELDS = {**_TENSORS, **{field: field for field in _SCALES.values()}}  # field of the struct -> key of `Plan.keep`
 _BESIDE = frozenset(("up_bias", "gate_bias", "down_bias", "constants"))  # of experts in int8: fp32
 _TILED = {"up_tiles": "up_weight", "gate_tiles": "gate_weight", "down_tiles": "down_weight"}
 

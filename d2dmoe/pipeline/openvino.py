@@ -1,0 +1,209 @@
+"""A way out of a converted folder: an OpenVINO model, its converted layers computed by the native library."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .. import hub
+from ..config.checks import check_active
+from ..config.options import DataConfig
+from ..data.batches import Batches, make_batches
+from ..data.documents import read_documents
+from ..discovery.inputs import on_small_inputs
+from ..discovery.positions import fit_to_positions
+from ..errors import UserError
+from ..moe.gating import set_gate
+from ..moe.memory import set_expert_dtype
+from ..openvino.compiled import MODEL
+from ..openvino.extension import check_installed, extension_library
+from ..openvino.graph import BUDGET, Feed, check_record, openvino_model
+from .export import check_output, open_record
+from .verify import MODEL_TOLERANCE
+
+RESTS = ("int8", "int8-weights")
+ROUNDED_TOLERANCE = 0.1  # where one tipped rounding of a token goes through all layers behind it
+
+
+def export_openvino(
+    name: str,
+    output: str,
+    *,
+    actives: Sequence[float] | None = None,
+    expert_dtype: str | None = None,
+    rest: str | None = None,
+    data: DataConfig | None = None,
+    batches: int = 64,
+) -> dict[str, Any]:
+    """Write a converted model in OpenVINO's form, after a comparison with what PyTorch computes.
+
+    Args:
+        name: Converted folder.
+        output: New folder: `openvino_model.xml` and `.bin`, and the tokenizer's and other files beside the weights.
+        actives: Active fractions that it can run at; by default the stored budgets.
+        expert_dtype: One of `kernels.EXPERT_DTYPES`.
+        rest: What NNCF makes of everything else: `int8` (weights and activations, whose ranges are measured on
+            `data`), `int8-weights`, or `None` for fp32.
+        data: Text or images for `int8`.
+        batches: How many batches of them.
+
+    Returns:
+        `layers`, `actives`, and `error`, the relative error against PyTorch before NNCF.
+
+    Raises:
+        UserError: If a package is missing, the folder is not a converted one, a layer is of a kind that the native
+            library does not have, or the output is not empty.
+    """
+    folder, (config, _) = check_output(output), open_record(name)
+    check_installed(*(("nncf",) if rest else ()))
+    record = hub.conversion_record(config)
+    check_record(record)
+    for active in actives or ():
+        check_active(active)
+    actives = list(dict.fromkeys(actives or sorted(budget.active for budget in record.budgets)))
+    if not actives:
+        raise UserError(f"{name} stores no budgets; name one with --active")
+    extension_library()  # says here, before the work, if there is no compiler
+    found = calibration(name, config, data or DataConfig()) if rest == "int8" else None
+    model = hub.load_model(name, config)
+    result, error = traced(model, actives, expert_dtype)
+    if rest:
+        result = compressed(result, rest, list(feeds(result, found, len(actives), batches)) if found else [])
+    result.set_rt_info(" ".join(map(repr, actives)), ["d2dmoe", "active"])
+    _write(result, folder, name)
+    return {"layers": len(record.blocks), "actives": actives, "error": error}
+
+
+def traced(model: nn.Module, actives: Sequence[float], expert_dtype: str | None = None) -> tuple[Any, float]:
+    """The `openvino.Model` of a converted model, and its relative error against it.
+
+    Args:
+        model: In fp32; its converted layers are taken out of it.
+        actives: Active fractions that it can run at.
+        expert_dtype: One of `kernels.EXPERT_DTYPES`.
+
+    Raises:
+        UserError: If it does not compute what the model does.
+    """
+    set_expert_dtype(model, expert_dtype)
+    inputs = example_inputs(model)
+    wanted = []
+    with torch.no_grad():
+        for active in actives:
+            with set_gate(model, active=active):
+                wanted.append(next(iter(model(**inputs).values())))
+    result = openvino_model(model, inputs, actives, expert_dtype)
+    allowed = ROUNDED_TOLERANCE if expert_dtype == "int8-dynamic" else MODEL_TOLERANCE
+    return result, _compare(result, inputs, wanted, actives, allowed)
+
+
+def example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Small inputs for a trace, with the mask and the segments of texts where the model takes them."""
+    accepted = inspect.signature(model.forward).parameters
+
+    @torch.no_grad()
+    def run(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if "input_ids" in inputs and "attention_mask" in accepted:
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            inputs["attention_mask"][0, -2:] = 0
+        if "input_ids" in inputs and "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 0) > 1:
+            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        model(**inputs)
+        return inputs
+
+    return on_small_inputs(model, run, None)
+
+
+def _compare(
+    result: Any, inputs: dict[str, torch.Tensor], wanted: list[torch.Tensor], actives: Sequence[float], allowed: float
+) -> float:
+    """The largest error of all budgets: the median of the rows' relative errors.
+
+    Sums in another order can tip a choice of the router that was close, or the rounding of a token, and then the rest
+    of that text differs by more than rounding. The median leaves such texts out.
+    """
+    import openvino as ov
+
+    run = ov.Core().compile_model(result, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
+    worst = 0.0
+    for number, value in enumerate(wanted):
+        feed = {k: v.numpy() for k, v in inputs.items()} | {BUDGET: np.array(number, dtype=np.int32)}
+        found = torch.from_numpy(run(feed)[0]).reshape(-1, value.shape[-1])
+        rows = value.reshape(found.shape)
+        error = float(((found - rows).norm(dim=-1) / rows.norm(dim=-1).clamp_min(1e-12)).quantile(0.5))
+        if not error <= allowed:
+            raise UserError(
+                f"active={actives[number]:g}: in OpenVINO the model differs by {error:.2g} relative from PyTorch "
+                f"(allowed {allowed:g}), so it is not exported"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def calibration(name: str, config: Any, data: DataConfig) -> Batches:
+    """Batches of the data for a model.
+
+    Raises:
+        UserError: If they do not fit.
+    """
+    kind = hub.model_class(config, name)
+    data = fit_to_positions(data, kind, config)
+    documents = read_documents(data.data, "calibration", data.text_column, data.label_column, data.header)
+    processor, facts = hub.load_processor(name, config), hub.token_facts(name, config)
+    return make_batches(documents, processor, data, packed=hub.is_causal(kind), **facts)
+
+
+def feeds(model: Any, found: Batches, budgets: int, count: int) -> Iterator[Feed]:
+    """Inputs of an OpenVINO model for at most `count` batches, its budgets in turn."""
+    names = {port.any_name for port in model.inputs}
+    for number, batch in zip(range(count), found, strict=False):
+        given = {name: value.numpy() for name, value in batch.items() if name in names}
+        for name in names - {*given, BUDGET}:  # a decoder gets the encoder's tokens; of segments there is one
+            ids = given["input_ids"]
+            given[name] = ids if name == "decoder_input_ids" else np.zeros_like(ids)
+        yield given | ({BUDGET: np.array(number % budgets, dtype=np.int32)} if BUDGET in names else {})
+
+
+def compressed(model: Any, rest: str, feeds: Sequence[Feed]) -> Any:
+    """What NNCF makes of an `openvino.Model`; operations that it does not know, ours among them, stay as they are.
+
+    Args:
+        model: The `openvino.Model`.
+        rest: `int8` or `int8-weights`.
+        feeds: Inputs by name, on which `int8` measures the ranges of activations.
+    """
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    with contextlib.redirect_stdout(sys.stderr):  # progress
+        if rest == "int8-weights":
+            return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+        return nncf.quantize(model, nncf.Dataset(feeds), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(feeds))
+
+
+def _write(result: Any, folder: Path, name: str) -> None:
+    """Under a temporary name, which becomes the folder's when all files are there."""
+    import openvino as ov
+
+    scratch = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        ov.save_model(result, scratch / MODEL, compress_to_fp16=False)
+        for path, source in hub.companions(name).items():
+            (scratch / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, scratch / path)
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
