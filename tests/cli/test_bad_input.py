@@ -19,6 +19,7 @@ from hub_mirror import hub_mirror, mirror_environment
 from zoo import tiny
 
 from d2dmoe import UserError, hub
+from d2dmoe.config.record import CHECKPOINT_VERSION
 
 pytestmark = pytest.mark.usefixtures("_offline")
 SOON = 5  # seconds
@@ -267,7 +268,7 @@ def test_a_checkpoint_of_a_newer_version(home: Path, refused, tmp_path: Path) ->
     config["quantization_config"]["version"] = 999
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     text = refused("eval", "--model", tmp_path / "model", "--data", home / "text.txt", "--max-length", 32)
-    has(text, "version 999", "up to version 2", "install a newer d2dmoe-toolkit")
+    has(text, "version 999", f"up to version {CHECKPOINT_VERSION}", "install a newer d2dmoe-toolkit")
     with pytest.raises(UserError) as error:
         AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert text == f"d2dmoe: {error.value}"
