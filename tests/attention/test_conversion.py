@@ -40,8 +40,13 @@ def wide(name: str) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5"])
-@pytest.mark.parametrize("way", ["auto", "low-rank", "channels"])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *((name, way) for name in ("gpt2", "llama", "bert") for way in ("auto", "low-rank", "channels")),
+        ("t5", "auto"), *(pytest.param("t5", way, marks=pytest.mark.slow) for way in ("low-rank", "channels")),
+    ],
+)  # fmt: skip
 def test_convert_save_and_open(name, way, tmp_path):
     model, data = wide(name), batches()
     inputs = model_inputs(model, data[0])
