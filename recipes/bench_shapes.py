@@ -50,7 +50,7 @@ def head_record(model: torch.nn.Module, share: float, group: int) -> tuple[Proje
     """The head with one token in a hundred exact and factors for the rest of this share."""
     head = head_projection(HeadConfig(head_active=share), *find_head(model), group)
     candidates = head.outputs // 100
-    rank = int((share * head.macs - candidates * head.inputs) / (head.inputs + head.outputs))
+    rank = head.affordable_rank(share, candidates)
     return head, ProjectionState("svd-softmax", (rank,), candidates=candidates)
 
 

@@ -54,8 +54,7 @@ def rows_of(config: ConvertConfig, eval_data: str, eval_limit: int, shares: list
 
 def rough_only(head: Projection, share: float) -> ProjectionState:
     """No exact logits: a low-rank head of the same work."""
-    rank = int(share * head.macs / (head.inputs + head.outputs))
-    return ProjectionState("svd-softmax", (max(1, min(rank, head.rank)),))
+    return ProjectionState("svd-softmax", (max(1, min(head.affordable_rank(share), head.rank)),))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..config.projections import HEAD, Projection, ProjectionState
+from ..config.projections import Projection, ProjectionState
 from ..data.batches import Batches
 from ..measure.observe import model_inputs, observing_projections, pieces
 from ..moe.gating import set_gate
 from ..moe.head import DynamicHead
-from ..moe.projection import DynamicProjection, projections
+from ..moe.projection import DynamicProjection, head_of
 from ..progress import progress
 from .bases import roots
 
@@ -18,11 +18,6 @@ CANDIDATES = (0.003, 0.01, 0.03, 0.1)  # shares of the vocabulary that are tried
 HELD_OUT = 1024  # rows on which they are compared
 ROWS = 128  # rows at once
 TOKENS = 8192
-
-
-def head_of(model: nn.Module) -> DynamicHead | None:
-    """The converted head of a model, if it has one."""
-    return next((layer for layer in projections(model) if layer.projection.role == HEAD), None)
 
 
 @torch.no_grad()
@@ -50,12 +45,13 @@ def fit_head(model: nn.Module, batches: Batches, share: float) -> ProjectionStat
     centred = fitting - mean
     root, inverse = roots(_output_moments(head, fitting).double().cpu(), 0.01)
     covariance = (centred.T @ centred / len(centred)).double().cpu()
-    values, directions = torch.linalg.eigh(root @ covariance @ root)
-    directions = directions[:, values.argsort(descending=True)][:, : head.projection.rank]
+    directions = torch.linalg.eigh(root @ covariance @ root)[1].flip(1)[:, : head.projection.rank]
     head.low_rank_in.copy_(inverse @ directions)
     head.low_rank_out.copy_(directions.T @ root)
     head.output_mean.copy_(mean)
-    return min(_settings(head.projection, share), key=lambda state: _divergence(head, unseen, state))
+    settings = _settings(head.projection, share)
+    losses = _divergences(head, unseen, settings)
+    return settings[losses.index(min(losses))]
 
 
 def _hidden_states(model: nn.Module, head: DynamicHead, batches: Batches) -> torch.Tensor:
@@ -92,21 +88,23 @@ def _settings(projection: Projection, share: float) -> list[ProjectionState]:
     found = []
     for part in CANDIDATES:
         candidates = max(1, round(part * projection.outputs))
-        room = share * projection.macs - candidates * projection.inputs
-        rank = min(int(room / (projection.inputs + projection.outputs)), projection.rank)
+        rank = min(projection.affordable_rank(share, candidates), projection.rank)
         if rank > 0:
             found.append(ProjectionState("svd-softmax", (rank,), candidates=candidates))
     return found or [ProjectionState("svd-softmax", (1,), candidates=1)]
 
 
-def _divergence(head: DynamicHead, hidden: torch.Tensor, state: ProjectionState) -> float:
-    """Kullback-Leibler divergence of the dense distribution from that of a setting, nats a row."""
-    total, before = 0.0, head.gate_state
+def _divergences(head: DynamicHead, hidden: torch.Tensor, states: list[ProjectionState]) -> list[float]:
+    """For each setting the Kullback-Leibler divergence of the dense distribution from its own, nats a row."""
+
+    def logs(rows: torch.Tensor, state: ProjectionState) -> torch.Tensor:
+        head.gate_state = state
+        return head(rows).float().log_softmax(-1)
+
+    totals, before = [0.0] * len(states), head.gate_state
     for rows in hidden.to(head.weight.dtype).split(ROWS):
-        logs = []
-        for setting in (ProjectionState(), state):
-            head.gate_state = setting
-            logs.append(head(rows).float().log_softmax(-1))
-        total += float((logs[0].exp() * (logs[0] - logs[1])).sum())
+        dense = logs(rows, ProjectionState())
+        for number, state in enumerate(states):
+            totals[number] += float((dense.exp() * (dense - logs(rows, state))).sum())
     head.gate_state = before
-    return total / len(hidden)
+    return [total / len(hidden) for total in totals]

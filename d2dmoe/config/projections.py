@@ -47,9 +47,14 @@ class Projection:
         """Multiply-accumulates per row of the dense map."""
         return self.inputs * self.outputs
 
-    def factored_macs(self, ranks: Sequence[int]) -> int:
-        """The same for two factors of these ranks, one for each section."""
-        return sum(rank * (self.inputs + width) for rank, width in zip(ranks, self.sections, strict=True))
+    def factored_macs(self, ranks: Sequence[int], candidates: int = 0) -> int:
+        """The same for two factors of these ranks, one for each section, and so many exact outputs."""
+        factors = sum(rank * (self.inputs + width) for rank, width in zip(ranks, self.sections, strict=True))
+        return factors + candidates * self.inputs
+
+    def affordable_rank(self, share: float, candidates: int = 0) -> int:
+        """The rank of factors of all outputs that this share of the dense work pays for beside exact outputs."""
+        return int((share * self.macs - candidates * self.inputs) / (self.inputs + self.outputs))
 
     @property
     def added(self) -> int:

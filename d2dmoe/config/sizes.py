@@ -68,7 +68,7 @@ def head_projection(config: HeadConfig, name: str, inputs: int, outputs: int, gr
         group: Its number as a reader of a tensor of its own.
     """
     head = Projection(name, HEAD, group, inputs, outputs, [outputs])
-    head.rank = max(1, min(int(config.head_active * head.macs / (inputs + outputs)), inputs))
+    head.rank = max(1, min(head.affordable_rank(config.head_active), inputs))
     return head
 
 

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config.projections import HEAD, ProjectionState
+from ..config.projections import ProjectionState
 from ..moe.gating import set_gate
 from ..moe.layer import DynamicFFN, GateState, layers
-from ..moe.projection import DynamicProjection, around_attention, projections
+from ..moe.projection import DynamicProjection, around_attention, head_of, projections
 from .observe import observing, observing_projections
 
 
@@ -63,11 +63,9 @@ def projection_flops(layer: DynamicProjection, active: float = 1.0, state: Proje
     Factors count as the two products that they are; the score of a channel is one multiplication.
     """
     p, state = layer.projection, state or layer.gate_state
-    factors = 2 * p.factored_macs(state.ranks) if state.ranks else 0
-    if state.method == "low-rank":
+    factors = 2 * p.factored_macs(state.ranks, state.candidates) if state.ranks else 0
+    if state.method in ("low-rank", "svd-softmax"):
         return factors * p.calls
-    if state.method == "svd-softmax":
-        return (factors + 2 * state.candidates * p.inputs) * p.calls
     return (2 * p.macs if state.method == "dense" else active * 2 * p.macs + factors + p.inputs) * p.calls
 
 
@@ -99,47 +97,48 @@ class DenseCost:
         total: FLOPs of the whole model.
         rows: For each converted layer, the rows that one of its calls has for each token. Layers differ where a model
             merges patches (Swin), or reads more than it writes (T5).
-        projection_rows: The same for each projection around attention, and the head.
+        projection_rows: The same for each projection around attention.
+        head_rows: The same for the head, where it is converted.
     """
 
     total: float
     rows: list[float]
     projection_rows: list[float] = field(default_factory=list)
+    head_rows: float = 0.0
 
     def blocks(self, flops: Iterable[float]) -> float:
         """FLOPs per token of all blocks, from those per row of each."""
         return sum(row * each for row, each in zip(self.rows, flops, strict=True))
 
     def projections(self, flops: Iterable[float]) -> float:
-        """FLOPs per token of the first projections around attention, from those per row of each."""
-        return sum(row * each for row, each in zip(self.projection_rows, flops, strict=False))
+        """FLOPs per token of all projections around attention, from those per row of each."""
+        return sum(row * each for row, each in zip(self.projection_rows, flops, strict=True))
 
     def dense_projections(self, model: nn.Module) -> float:
-        """The same of all of them, dense."""
+        """The same with all of them dense."""
         return self.projections(projection_flops(layer, state=ProjectionState()) for layer in around_attention(model))
 
     def saved_by_head(self, model: nn.Module, state: ProjectionState | None = None) -> float:
         """FLOPs per token that the head saves with this setting, or with its own; 0 where it is not converted."""
-        heads = [layer for layer in projections(model) if layer.projection.role == HEAD]
-        return sum(
-            self.projection_rows[x.number]
-            * (projection_flops(x, state=ProjectionState()) - projection_flops(x, state=state))
-            for x in heads
-        )
+        head = head_of(model)
+        if head is None:
+            return 0.0
+        dense = projection_flops(head, state=ProjectionState())
+        return self.head_rows * (dense - projection_flops(head, state=state))
 
 
 def dense_cost(model: nn.Module, inputs: dict[str, torch.Tensor]) -> DenseCost:
     """Count the dense model on this batch."""
     with set_gate(model, active=1):
-        rows, others = _rows_of_calls(model, inputs)
+        rows, others, head = _rows_of_calls(model, inputs)
         relative = [[count / rows[0] for count in counts] for counts in (rows, others)]
-        cost = DenseCost(model_flops(model, inputs) / rows[0], *relative)
+        cost = DenseCost(model_flops(model, inputs) / rows[0], *relative, head_rows=head / rows[0])
     cost.total += cost.blocks(dense_ffn_flops(x) - neuron_flops(x) - padding_flops(x) for x in layers(model))
     return cost
 
 
-def _rows_of_calls(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[list[float], list[float]]:
-    """For each converted block and projection, the rows of one call in one pass."""
+def _rows_of_calls(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[list[float], list[float], float]:
+    """For each converted block, each projection around attention and the head, the rows of one call in one pass."""
     seen, projected = [0] * len(layers(model)), dict.fromkeys(projections(model), 0)
 
     def count(index, layer, x, hidden, scores, run):
@@ -152,5 +151,8 @@ def _rows_of_calls(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[l
     with observing(model, count), observing_projections(model, count_rows):
         model(**inputs)
     seen = [total / layer.block.calls for total, layer in zip(seen, layers(model), strict=True)]
-    others = [total / layer.projection.calls for layer, total in projected.items()]
-    return (seen, others) if seen[0] else ([1.0] * len(seen), [1.0] * len(others))
+    others = [projected[layer] / layer.projection.calls for layer in around_attention(model)]
+    if not seen[0]:
+        return [1.0] * len(seen), [1.0] * len(others), 1.0
+    head = head_of(model)
+    return seen, others, projected[head] / head.projection.calls if head is not None else 0.0

@@ -12,12 +12,12 @@ import torch
 
 from ..config.projections import ProjectionState
 from ..tensors import PROJECTED
-from .projection import DynamicProjection, Factors, linear
+from .projection import DynamicLinear, Factors, linear
 
 FEW = 8  # rows up to which the weights of candidates are gathered; more take the whole product
 
 
-class DynamicHead(DynamicProjection, torch.nn.Linear):
+class DynamicHead(DynamicLinear):
     """A `Linear` to the vocabulary, see `DynamicProjection`.
 
     Parameters beside the dense map's own `weight` and `bias`: the basis `low_rank_in` ``(inputs, rank)`` and
@@ -32,10 +32,6 @@ class DynamicHead(DynamicProjection, torch.nn.Linear):
         """Shapes of the parameters beside the dense ones."""
         p = self.projection
         return (p.inputs, p.rank), (p.rank, p.inputs), (p.inputs,)
-
-    def matrix(self) -> torch.Tensor:
-        """The weights as ``(outputs, inputs)``."""
-        return self.weight
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``(…, inputs)`` to ``(…, outputs)``."""
@@ -56,7 +52,7 @@ class DynamicHead(DynamicProjection, torch.nn.Linear):
             return linear((x - mean) @ self.low_rank_out[:rank].T @ self.low_rank_in[:, :rank].T + mean, self.weight,
                           self.bias)  # fmt: skip
         few = None
-        if not torch.compiler.is_compiling() and self.observer is None:
+        if not torch.compiler.is_compiling():
             few = self.few_tokens.run(self, ProjectionState("low-rank", ranks), x)
         return self._factored(x, self.factors(ranks), ranks) if few is None else few
 

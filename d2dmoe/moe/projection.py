@@ -258,3 +258,8 @@ def projections(model: nn.Module) -> list[DynamicProjection]:
 def around_attention(model: nn.Module) -> list[DynamicProjection]:
     """The same without the head."""
     return [layer for layer in projections(model) if layer.projection.role != HEAD]
+
+
+def head_of(model: nn.Module) -> DynamicProjection | None:
+    """The converted head of a model, if it has one."""
+    return next((layer for layer in projections(model) if layer.projection.role == HEAD), None)

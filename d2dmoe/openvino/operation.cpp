@@ -203,7 +203,7 @@ class DynamicFFN : public ov::op::Op {
         return copy.data() + (LINE - reinterpret_cast<uintptr_t>(copy.data()) % LINE) % LINE;
     }
 
-    // With sizes left open OpenVINO keeps errors to itself: what is read then must not look like an output.
+    // With sizes left open and one thread OpenVINO keeps errors to itself: what is read then must not look like an output.
     static void fail(ov::Tensor& output, const std::string& why) {
         std::fill_n(output.data<float>(), output.get_size(), std::numeric_limits<float>::quiet_NaN());
         OPENVINO_THROW("DynamicFFN: ", why);

@@ -19,8 +19,8 @@ from torch import nn
 from .. import hub
 from ..config.checks import check_active
 from ..config.options import DataConfig
-from ..data.batches import Batches, make_batches
-from ..data.documents import read_documents
+from ..data.batches import Batches
+from ..data.reading import read_batches
 from ..discovery.inputs import on_small_inputs
 from ..discovery.positions import fit_to_positions
 from ..errors import UserError
@@ -75,7 +75,9 @@ def export_openvino(
     if not actives:
         raise UserError(f"{name} stores no budgets; name one with --active")
     extension_library()  # says here, before the work, if there is no compiler
-    found = calibration(name, config, data or DataConfig()) if rest == "int8" else None
+    data = data or DataConfig()
+    wanted = batches * data.batch_size * data.max_length
+    found = calibration(name, config, data, wanted) if rest == "int8" else None
     model = hub.load_model(name, config)
     result, error = traced(model, actives, expert_dtype)
     if rest:
@@ -151,17 +153,16 @@ def _compare(
     return worst
 
 
-def calibration(name: str, config: Any, data: DataConfig) -> Batches:
-    """Batches of the data for a model.
+def calibration(name: str, config: Any, data: DataConfig, tokens: int = 0) -> Batches:
+    """Batches of the data for a model, from the beginning; of so many tokens at least, 0 for all.
 
     Raises:
         UserError: If they do not fit.
     """
     kind = hub.model_class(config, name)
     data = fit_to_positions(data, kind, config)
-    documents = read_documents(data.data, "calibration", data.text_column, data.label_column, data.header)
     processor, facts = hub.load_processor(name, config), hub.token_facts(name, config)
-    return make_batches(documents, processor, data, packed=hub.is_causal(kind), **facts)
+    return read_batches(data, "calibration", processor, tokens=tokens, packed=hub.is_causal(kind), **facts)
 
 
 def feeds(model: Any, found: Batches, budgets: int, count: int) -> Iterator[Feed]:

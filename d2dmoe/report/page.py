@@ -209,7 +209,7 @@ def _what_it_does(projection: Projection, state: ProjectionState) -> str:
     if state.method == "low-rank":
         return f"rank {ranks} ({projection.factored_macs(state.ranks) / projection.macs:.0%})"
     if state.method == "svd-softmax":
-        work = (projection.factored_macs(state.ranks) + state.candidates * projection.inputs) / projection.macs
+        work = projection.factored_macs(state.ranks, state.candidates) / projection.macs
         return f"rank {ranks}, {state.candidates} exact outputs ({work:.0%})"
     return state.method + (f", rank {ranks} for the rest" if ranks else "")
 

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from zoo import tiny
 
 from d2dmoe import ConvertConfig, UserError
-from d2dmoe.attention.head import fit_head, head_of
+from d2dmoe.attention.head import fit_head
 from d2dmoe.config import D2DMoEConfig
 from d2dmoe.config.budgets import Budget
 from d2dmoe.config.options import HeadConfig
@@ -31,6 +31,7 @@ from d2dmoe.moe.head import FEW, DynamicHead
 from d2dmoe.moe.loader import attach
 from d2dmoe.moe.memory import merge
 from d2dmoe.moe.projected import make_projection
+from d2dmoe.moe.projection import head_of
 
 QUICK = ConvertConfig(
     experts=8, router_width=8, router_tokens=64, router_batch=16, calibration_tokens=400, active=[0.5],

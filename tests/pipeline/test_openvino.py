@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -242,7 +243,7 @@ def test_the_rest_in_int8_is_measured_on_data(home, d2dmoe, tmp_path):
 
 @needs_native
 def test_wrong_calls_of_an_exported_model(folders):
-    run = compile_model(folders / "exported")
+    run = compile_model(folders / "exported", threads=1)
     assert run.active == 0.25
     ids = np.arange(6)[None]
     with pytest.raises(UserError, match=r"active=0\.4: this export holds 0\.25, 0\.6, 1"):
@@ -255,9 +256,11 @@ def test_wrong_calls_of_an_exported_model(folders):
         compile_model(folders / "exported", threads=0)
     with pytest.raises(UserError, match=r"has no openvino_model\.xml"):
         compile_model(folders / "bert")
-    for wrong in (3, -1):  # OpenVINO itself does not pass the error on
-        found = run.compiled({**dict.fromkeys(run.names, ids), "budget": np.array(wrong, dtype=np.int32)})[0]
-        assert np.isnan(found).all()
+    for wrong in (3, -1):
+        feed = {**dict.fromkeys(run.names, ids), "budget": np.array(wrong, dtype=np.int32)}
+        assert np.isnan(run.compiled(feed)[0]).all()  # with one thread OpenVINO does not pass the error on
+        with suppress(RuntimeError):  # with several it may
+            assert np.isnan(compile_model(folders / "exported", threads=2).compiled(feed)[0]).all()
     assert np.isfinite(run(input_ids=ids)["logits"]).all()
 
 
