@@ -305,3 +305,26 @@ def check_generation(model: PreTrainedModel, beams: int, *, static: bool) -> Non
     assert torch.equal(*tokens)
     if static:
         assert torch.equal(model.generate(ids, cache_implementation="static", **run), tokens[0])
+
+
+def converted_tiny(name: str) -> Any:
+    """A tiny model with random routers, budgets at 0.25 and 0.5, and weights so large that skipped experts matter."""
+    import torch
+    from conftest import randomise_routers, randomise_vectors
+
+    from d2dmoe.config import Budget, D2DMoEConfig
+    from d2dmoe.discovery import discover
+    from d2dmoe.moe.loader import attach
+
+    model = tiny(name)
+    for parameter in model.parameters():
+        parameter.data *= 4
+    randomise_vectors(model)
+    blocks = discover(model).blocks
+    for block in blocks:
+        block.experts = 8
+    budgets = [Budget(active, [1 - active] * len(blocks)) for active in (0.25, 0.5)]
+    config = D2DMoEConfig(blocks=blocks, router_width=8, gate="topk", budgets=budgets)
+    attach(model, config, [torch.arange(b.width) for b in blocks], budgets=0)
+    randomise_routers(model)
+    return model

@@ -12,39 +12,19 @@ import numpy as np
 import pytest
 import torch
 from cli_support import BERT, GPT2, WORDS, byte_tokenizer, convert_argv, run_in_process, save_model, sentences
-from conftest import randomise_routers, randomise_vectors
 from torch.nn.functional import cosine_similarity, cross_entropy
-from zoo import tiny
+from zoo import converted_tiny, tiny
 
 from d2dmoe import UserError, hub, set_gate
-from d2dmoe.config import Budget, D2DMoEConfig
 from d2dmoe.data import Batches
-from d2dmoe.discovery import discover
 from d2dmoe.measure.evaluate import evaluate
 from d2dmoe.measure.metrics import METRICS, choose_metric, possible_metrics
 from d2dmoe.moe.layer import layers
-from d2dmoe.moe.loader import attach
 from d2dmoe.report import compare_table, eval_table
 
 HALF, QUARTER = {"active": 0.5}, {"active": 0.25}
 SPECIAL, MASK = [0, 1, 2], 3
 TOKENIZER = SimpleNamespace(all_special_ids=[*SPECIAL, MASK], mask_token_id=MASK)
-
-
-def converted(name: str) -> torch.nn.Module:
-    """A tiny model with random routers and weights large enough that skipped experts matter."""
-    model = tiny(name)
-    for parameter in model.parameters():
-        parameter.data *= 4
-    randomise_vectors(model)
-    blocks = discover(model).blocks
-    for block in blocks:
-        block.experts = 8
-    budgets = [Budget(active, [1 - active] * len(blocks)) for active in (0.25, 0.5)]
-    config = D2DMoEConfig(blocks=blocks, router_width=8, gate="topk", budgets=budgets)
-    attach(model, config, [torch.arange(b.width) for b in blocks], budgets=0)
-    randomise_routers(model)
-    return model
 
 
 def sequences(count: int, lengths: tuple[int, int] = (4, 12), labels: int = 0) -> list[dict]:
@@ -75,7 +55,7 @@ def values(row: dict) -> dict[str, float]:
 
 
 def test_perplexity_of_padded_text():
-    model, items = converted("gpt2"), sequences(9)
+    model, items = converted_tiny("gpt2"), sequences(9)
     rows = evaluate(model, Batches(items, 4), [QUARTER, HALF, {"active": 1.0}])
     for row, setting in zip(rows, (QUARTER, HALF, {"active": 1.0}), strict=True):
         nats = 0.0
@@ -91,7 +71,7 @@ def test_perplexity_of_padded_text():
 
 
 def test_masked_lm_masks_the_same_ordinary_tokens_for_every_row(monkeypatch):
-    model, items = converted("bert"), sequences(60)
+    model, items = converted_tiny("bert"), sequences(60)
     for item in items:
         item["input_ids"] = [1, *item["input_ids"], 2]
     seen, forward = [], model.forward
@@ -128,7 +108,7 @@ def test_masked_lm_masks_the_same_ordinary_tokens_for_every_row(monkeypatch):
 
 
 def test_accuracy_and_kl_of_a_classifier():
-    model, items = converted("bert-classifier"), sequences(30, labels=3)
+    model, items = converted_tiny("bert-classifier"), sequences(30, labels=3)
     rows = evaluate(model, Batches(items, 7), [QUARTER, {"active": 1}])
     dense = torch.cat([o.logits for o in alone(model, items, {"active": 1})]).double().softmax(-1).numpy()
     ours = torch.cat([o.logits for o in alone(model, items, QUARTER)]).double().softmax(-1).numpy()
@@ -150,7 +130,7 @@ def test_accuracy_and_kl_of_a_classifier():
 
 
 def test_accuracy_of_an_image_classifier():
-    model = converted("vit")
+    model = converted_tiny("vit")
     images = torch.randn(12, 3, 16, 16)
     labels = torch.arange(12) % 2
     batches = [{"pixel_values": images[i : i + 5], "labels": labels[i : i + 5]} for i in (0, 5, 10)]
@@ -167,8 +147,8 @@ def ranks(numbers: np.ndarray) -> np.ndarray:
 
 def test_embeddings_leave_padding_out(monkeypatch):
     monkeypatch.setattr("d2dmoe.measure.metrics.SENTENCES_RANKED", 11)
-    model, items = converted("bert").bert, sequences(20)
-    model.config.quantization_config = converted("bert").config.quantization_config
+    model, items = converted_tiny("bert").bert, sequences(20)
+    model.config.quantization_config = converted_tiny("bert").config.quantization_config
     (row,) = evaluate(model, Batches(items, 6), [QUARTER])
     ours, dense = (
         torch.stack([o.last_hidden_state[0].mean(0) for o in alone(model, items, setting)])
@@ -188,7 +168,7 @@ def test_embeddings_leave_padding_out(monkeypatch):
 
 
 def test_cosine_of_every_token_that_is_not_padding():
-    model, items = converted("bert"), sequences(9)
+    model, items = converted_tiny("bert"), sequences(9)
     (row,) = evaluate(model, Batches(items, 4), [QUARTER], metric="cosine_to_dense")
     ours, dense = (torch.cat([o.logits[0] for o in alone(model, items, s)]) for s in (QUARTER, {"active": 1}))
     assert row["metric"]["value"] == pytest.approx(cosine_similarity(ours, dense, dim=-1).mean().item(), rel=1e-5)
@@ -211,7 +191,7 @@ def test_the_dense_model_runs_once_for_all_rows_and_batches_are_not_kept(monkeyp
             return batch
 
     monkeypatch.setattr("d2dmoe.measure.evaluate._milliseconds", lambda *_: 0.0)
-    model, batches = converted("bert-classifier"), Watched(sequences(20, labels=3), 5)
+    model, batches = converted_tiny("bert-classifier"), Watched(sequences(20, labels=3), 5)
     model.register_forward_pre_hook(lambda *_: seen.append(layers(model)[0].gate_state.tau))
     evaluate(model, batches, [QUARTER, HALF, {"tau": 0.0}])
     passes = seen[seen.index(0) - 1 :]  # without the looks at the first batch

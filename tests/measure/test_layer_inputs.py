@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_replay import converted
+from zoo import converted_tiny
 
 from d2dmoe.data import Batches
 from d2dmoe.measure import layer_inputs
@@ -32,7 +32,7 @@ def passes(model: torch.nn.Module) -> list[int]:
 def test_kept_inputs_are_those_of_the_dense_pass(room, in_file, monkeypatch, tmp_path):
     """With room for them the model runs once, otherwise every time; what is seen is the same, padding left out."""
     monkeypatch.setattr(layer_inputs, "KEPT", room)
-    model = converted("gpt2")
+    model = converted_tiny("gpt2")
     count, inputs = passes(model), LayerInputs(model, Batches(ITEMS, 2), tmp_path if in_file else None)
     first, second = seen(inputs), seen(inputs)
     assert count[0] == (3 if inputs.kept else 6)
@@ -50,13 +50,13 @@ def test_kept_inputs_are_those_of_the_dense_pass(room, in_file, monkeypatch, tmp
 def test_a_full_disk_is_not_filled(monkeypatch, tmp_path):
     monkeypatch.setattr(layer_inputs, "KEPT", 0)
     monkeypatch.setattr(layer_inputs, "ROOM", 10**15)
-    inputs = LayerInputs(converted("gpt2"), Batches(ITEMS, 2), tmp_path)
+    inputs = LayerInputs(converted_tiny("gpt2"), Batches(ITEMS, 2), tmp_path)
     seen(inputs)
     assert not inputs.kept
 
 
 def test_only_some_layers_and_only_the_first_tokens():
-    model = converted("gpt2")
+    model = converted_tiny("gpt2")
     inputs = LayerInputs(model, Batches(ITEMS, 2))
     seen(inputs)
     count = passes(model)
@@ -71,7 +71,7 @@ def test_a_pass_that_an_observer_ends_is_not_kept():
     def enough(*_):
         raise EnoughSeen
 
-    inputs = LayerInputs(converted("gpt2"), Batches(ITEMS, 2))
+    inputs = LayerInputs(converted_tiny("gpt2"), Batches(ITEMS, 2))
     inputs.observe(enough)
     assert not inputs.kept
     assert set(seen(inputs)) == {0, 1}

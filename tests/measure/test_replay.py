@@ -4,31 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import randomise_routers, randomise_vectors
-from zoo import tiny
+from zoo import converted_tiny
 
 from d2dmoe import set_gate
-from d2dmoe.config import Budget, D2DMoEConfig
-from d2dmoe.discovery import discover
 from d2dmoe.measure.replay import Replay
 from d2dmoe.moe.layer import layers
-from d2dmoe.moe.loader import attach
 
 QUARTER = {"active": 0.25}
-
-
-def converted(name: str) -> torch.nn.Module:
-    model = tiny(name)
-    for parameter in model.parameters():
-        parameter.data *= 4
-    randomise_vectors(model)
-    blocks = discover(model).blocks
-    for block in blocks:
-        block.experts = 8
-    config = D2DMoEConfig(blocks=blocks, router_width=8, gate="topk", budgets=[Budget(0.25, [0.75] * len(blocks))])
-    attach(model, config, [torch.arange(b.width) for b in blocks], budgets=0)
-    randomise_routers(model)
-    return model
 
 
 def inputs_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -38,7 +20,7 @@ def inputs_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "llama"])
 def test_a_repetition_with_one_layer_changed_is_the_pass_of_the_whole_model(name):
-    model = converted(name)
+    model = converted_tiny(name)
     inputs, runs = inputs_of(model), []
     for number, layer in enumerate(layers(model)):
         layer.register_forward_hook(lambda *_, number=number: runs.append(number))
@@ -57,7 +39,7 @@ def test_a_repetition_with_one_layer_changed_is_the_pass_of_the_whole_model(name
 
 
 def test_the_whole_model_runs_where_a_part_gives_something_on_by_another_way():
-    model = converted("gpt2")
+    model = converted_tiny("gpt2")
     inputs, held = inputs_of(model), {}
     first, last = model.transformer.h[0], model.transformer.h[-1]
     first.attn.register_forward_hook(lambda *_: held.update(runs=held.get("runs", 0) + 1))
@@ -69,7 +51,7 @@ def test_the_whole_model_runs_where_a_part_gives_something_on_by_another_way():
 
 
 def test_the_whole_model_runs_where_no_list_holds_the_layers():
-    model = converted("gpt2")
+    model = converted_tiny("gpt2")
     inputs = inputs_of(model)
     model.transformer.h = torch.nn.Sequential(*model.transformer.h)
     with torch.no_grad(), set_gate(model, active=1):
