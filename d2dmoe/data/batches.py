@@ -100,6 +100,10 @@ class Batches(Sequence[dict[str, torch.Tensor]]):
         """What `first` leaves over."""
         return self.with_items(self.items[len(self.first(tokens).items) :])
 
+    def last(self, tokens: int) -> Batches:
+        """All but what leads up to the last `tokens` tokens; everything where there are no more."""
+        return self.after(self.tokens - tokens) if self.tokens > tokens else self
+
     @property
     def tokens(self) -> int:
         """Tokens in all items, padding left out."""

@@ -11,7 +11,7 @@ from torch import nn
 from ..config.options import ConvertConfig
 from ..config.record import Block
 from ..config.sizes import targets
-from ..stages.budgets.allocate import TOKENS as COST_TOKENS
+from ..stages.budgets.costs import TOKENS as COST_TOKENS
 from ..stages.budgets.fit import (
     FIRST_TOKENS,
     REGRESSED,

@@ -297,7 +297,7 @@ def _calibrate(
     if spectra:
         way, _ = attention_way(config.attention)
         text = unseen.first(config.calibration_tokens) if unseen.tokens >= LEAST_UNSEEN else fitting
-        plan = Plan(groups_of(model, text, spectra, way), config.attention_active)
+        plan = Plan(groups_of(model, text, spectra, way), config.attention_active, text=text)
     if config.head != "none":
         plan.head = fit_head(model, fitting, config.head_active)
     calibrate(

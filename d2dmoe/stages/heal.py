@@ -56,16 +56,28 @@ class Reference:
     Args:
         output: What its forward pass returned.
         mask: As for `divergence`.
+        centred: Where a whole sequence or image has one row of logits, compare by the variance over the classes of
+            their difference. Classifiers are sure of most of the text that they were trained on, so that a few
+            sentences make up nearly all of their KL, and a mean over hundreds of them says little about others.
+
+    Attributes:
+        outputs: How many rows are compared: positions without padding, or sequences.
     """
 
-    def __init__(self, output: Any, mask: torch.Tensor | None = None):
+    def __init__(self, output: Any, mask: torch.Tensor | None = None, *, centred: bool = False):
         self.output, self.mask, self._logits = output, mask, None
+        rows = output["logits"] if "logits" in output else _hidden(output)
+        self.outputs = int(mask.sum()) if mask is not None and mask.shape == rows.shape[:-1] else rows[..., 0].numel()
+        self._centred = centred and "logits" in output and rows.dim() == 2 and rows.shape[-1] > 1
         if "logits" in output and not output["logits"].requires_grad:
             logs = output["logits"].float().log_softmax(-1)
             self._logits = (logs, logs.exp())
 
     def divergence(self, output: Any) -> float:
-        """`divergence` of an output from this one, without gradients."""
+        """`divergence` of an output from this one, without gradients, or the centred squared difference."""
+        if self._centred:
+            difference = output["logits"].float() - self.output["logits"].float()
+            return float(difference.var(-1, correction=0).mean())
         if self._logits is None:
             return float(divergence(output, self.output, self.mask))
         logits, width = output["logits"], output["logits"].shape[-1]

@@ -149,6 +149,7 @@ def main() -> None:
         arguments.bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
     (images, labels), test = (read(arguments.data_dir / "cifar10" / f"{part}.parquet") for part in ("train", "test"))
     model = ViTForImageClassification.from_pretrained(arguments.base) if arguments.base else new_model(arguments.seed)
+    model.set_attn_implementation("eager")  # on processors the gradients of the fused one take ten times as long
     per_epoch = len(images) // arguments.batch_size
     steps, latest = round(arguments.epochs * per_epoch), 0
 
@@ -177,6 +178,7 @@ def main() -> None:
         state_dir=arguments.output_dir.with_name(arguments.output_dir.name + ".state"),
         evaluate=lambda m: {"test_accuracy": accuracy(m, test[0][:2000], test[1][:2000])},
     )  # fmt: skip
+    model.set_attn_implementation("sdpa")
     model.save_pretrained(arguments.output_dir)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(arguments.output_dir)
     results = {

@@ -12,7 +12,15 @@ from test_calibrate import converted, documents, points
 from d2dmoe import set_gate
 from d2dmoe.moe.gating import gate_state
 from d2dmoe.moe.layer import layers
-from d2dmoe.stages.budgets.allocate import SPREAD, _interpolate, allocate, layer_costs, share_out
+from d2dmoe.stages.budgets.allocate import (
+    SPREAD,
+    _interpolate,
+    _savings,
+    allocate,
+    give_out,
+    layer_costs,
+    share_out,
+)
 from d2dmoe.stages.budgets.calibrate import calibrate
 from d2dmoe.stages.budgets.fit import measure_active
 from d2dmoe.stages.heal import divergence
@@ -31,6 +39,29 @@ def test_the_best_of_all_shares_is_found():
     assert sum(found) == pytest.approx(1.5)
     assert total([round(8 * share) for share in found]) == pytest.approx(min(map(total, allowed)))
     assert found[2] > found[0] > found[1]
+
+
+def test_a_flat_part_of_a_curve_does_not_hide_what_comes_after():
+    """The first layer's next experts save nothing, the four after them nearly everything that there is to save."""
+    stuck, other = [9.0, 2.0, 2.0, 2.0, 2.0, 0.1, 0.05, 0.02, 0.0], [1.0, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.01, 0.0]
+    found = give_out(0.5, [stuck, other], [8, 8], [1, 1])
+    best = min(range(1, 8), key=lambda n: stuck[n] + other[8 - n])
+    assert [8 * share for share in found] == [best, 8 - best]
+    assert best == 5
+
+
+def test_savings_are_those_of_the_convex_hull():
+    generator = np.random.default_rng(1)
+    for _ in range(20):
+        curve = np.sort(generator.random(12))[::-1]
+        saved = _savings(curve.tolist())
+        hull = curve[0] - np.concatenate([[0], saved.cumsum()])
+        assert (np.diff(saved) <= 1e-12).all()
+        assert (hull <= curve + 1e-12).all()
+        assert hull[-1] == pytest.approx(curve[-1])
+        touching = np.isclose(hull, curve)
+        for n in np.flatnonzero(~touching):  # elsewhere it is straight
+            assert saved[n - 1] == pytest.approx(saved[n])
 
 
 @pytest.mark.parametrize("active", [0.125, 0.3, 0.5, 0.9])

@@ -6,20 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from torch import nn
 
 from ...config.record import D2DMoEConfig
 from ...data.batches import Batches
 from ...measure.flops import dense_cost
 from ...measure.observe import model_inputs, pieces
-from ...measure.replay import Replay
-from ...moe.gating import gate_state, set_gate
+from ...moe.gating import gate_state
 from ...moe.layer import layers
-from ...progress import progress
-from ..heal import Reference
+from .costs import Trial, output_costs
 
-TOKENS = 2048
 SPREAD = 3.0  # no layer gets less than a third of the average share
 SLOPE = -5.0  # of log(cost) against the active fraction where there is only one budget to measure
 
@@ -27,8 +23,8 @@ SLOPE = -5.0  # of log(cost) against the active fraction where there is only one
 def allocate(model: nn.Module, batches: Batches, config: D2DMoEConfig) -> Callable[[float], list[float]]:
     """Measure what skipping costs in each layer; returns the rule that shares an active fraction out among them.
 
-    The cost of a layer at a budget is the divergence from the dense model with the gate on in that layer alone. The
-    costs of layers are taken to add up; experts are given out one at a time where the next one saves most per FLOP.
+    The cost of a layer at a budget is the distance from the dense model's output with the gate on in that layer alone.
+    The costs of layers are taken to add up; experts are given out one at a time where the next one saves most per FLOP.
 
     Args:
         model: Converted model with thresholds and stand-ins fitted at equal shares.
@@ -48,24 +44,15 @@ def allocate(model: nn.Module, batches: Batches, config: D2DMoEConfig) -> Callab
     return lambda active: share_out(active, actives, costs, experts, weights, config.shared_experts)
 
 
-@torch.no_grad()
 def layer_costs(model: nn.Module, batches: Batches, config: D2DMoEConfig) -> np.ndarray:
-    """Divergence from dense ``(layers, budgets)`` with the gate on in one layer at a time."""
-    converted, replay = layers(model), Replay(model)
-    costs, tokens = np.zeros((len(converted), len(config.budgets))), 0
-    with set_gate(model, active=1):
-        for batch in progress(list(pieces(batches.first(TOKENS))), desc="layer costs"):
-            mask = batch.get("attention_mask")
-            mask = None if mask is None else mask.to(model.device)
-            count = len(next(iter(batch.values()))) if mask is None else int(mask.sum())
-            reference, tokens = Reference(replay.first(model_inputs(model, batch)), mask), tokens + count
-            for index, layer in enumerate(converted):
-                dense = layer.gate_state
-                for number, budget in enumerate(config.budgets):
-                    layer.gate_state = gate_state(config, budget.taus[index], number)
-                    costs[index, number] += count * reference.divergence(replay.again(index))
-                layer.gate_state = dense
-    return costs / max(tokens, 1)
+    """Cost for the output ``(layers, budgets)`` with the gate on in one layer at a time, see `output_costs`."""
+    converted, budgets = layers(model), range(len(config.budgets))
+    trials = [
+        Trial(index, [layer], [gate_state(config, config.budgets[number].taus[index], number)])
+        for index, layer in enumerate(converted)
+        for number in budgets
+    ]
+    return output_costs(model, batches, converted, trials, "layer costs").reshape(len(converted), len(budgets))
 
 
 def share_out(
@@ -106,7 +93,7 @@ def cost_curves(actives: Sequence[float], costs: np.ndarray, experts: Sequence[i
 def give_out(
     active: float, curves: Sequence[Sequence[float]], weights: Sequence[float], least: Sequence[int]
 ) -> list[float]:
-    """Share work out, one unit after the other to whom it saves most per unit of work.
+    """Share work out, one unit after the other to whom it saves most per unit of work, see `_savings`.
 
     Args:
         active: The share of all work to give out.
@@ -119,17 +106,36 @@ def give_out(
     """
     counts, chosen = [len(curve) - 1 for curve in curves], list(least)
     sizes = [weight / count for weight, count in zip(weights, counts, strict=True)]
+    savings = [_savings(curve[n:]) for curve, n in zip(curves, least, strict=True)]
     room = active * sum(weights) - sum(n * size for n, size in zip(chosen, sizes, strict=True))
     while True:
         gains = [
-            (curve[n] - curve[n + 1]) / size if n < count and size <= room + size / 2 else -1.0
-            for curve, n, count, size in zip(curves, chosen, counts, sizes, strict=True)
+            saved[n - first] / size if n < count and size <= room + size / 2 else -1.0
+            for saved, n, first, count, size in zip(savings, chosen, least, counts, sizes, strict=True)
         ]
         best = int(np.argmax(gains))
         if gains[best] < 0:
             return [n / count for n, count in zip(chosen, counts, strict=True)]
         chosen[best] += 1
         room -= sizes[best]
+
+
+def _savings(curve: Sequence[float]) -> np.ndarray:
+    """What each further unit saves on the lower convex hull of a curve, falling.
+
+    On the curve itself a receiver whose next units save little would never be given those after them that save much
+    (Shoham and Gersho, 1988, on sharing bits out).
+    """
+    corners = [0]
+    for n in range(1, len(curve)):
+        while len(corners) > 1 and _slope(curve, *corners[-2:]) >= _slope(curve, corners[-2], n):
+            corners.pop()
+        corners.append(n)
+    return -np.diff(np.interp(np.arange(len(curve)), corners, [curve[n] for n in corners]))
+
+
+def _slope(curve: Sequence[float], start: int, end: int) -> float:
+    return (curve[end] - curve[start]) / (end - start)
 
 
 def _interpolate(actives: Sequence[float], costs: np.ndarray, active: float) -> float:

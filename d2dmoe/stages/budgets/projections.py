@@ -13,15 +13,13 @@ from torch import nn
 
 from ...config.projections import ProjectionState
 from ...data.batches import Batches
-from ...measure.observe import model_inputs, pieces, run_groups
-from ...measure.replay import Replay
+from ...measure.observe import run_groups
 from ...moe.gating import set_gate
 from ...moe.projection import DynamicProjection, around_attention
-from ...progress import progress
-from ..heal import Reference
+from .costs import Trial, output_costs
 
 LEVELS = (0.15, 0.3, 0.5, 0.75)  # shares of a group's work at which its cost is measured
-COST_TOKENS, SCORE_ROWS = 2048, 2048
+SCORE_ROWS = 2048
 STEPS = 64  # parts in which the work of a group is given out
 DENSE_FROM = 0.97  # share of the work from which a group runs dense
 STAND_IN = 0.3  # share of the work that the low-rank term for skipped channels takes
@@ -37,7 +35,7 @@ class Group:
         spectra: For each, what every further column of its sections' bases saves, see `Basis`.
         scores: Channel scores of some rows, falling.
         kinds: Ways that may be taken, `low-rank`, `channels` or `channels+` (with the low-rank term).
-        costs: For each way, the divergence from the dense model at `LEVELS`.
+        costs: For each way, what it costs the output at `LEVELS`, falling.
     """
 
     members: list[int]
@@ -94,7 +92,7 @@ class Group:
         return self._sorted
 
     def cost(self, kind: str, share: float) -> float:
-        """Divergence that one way is taken to cost at a share of the work.
+        """What one way is taken to cost the output at a share of the work.
 
         Low rank has the sum of the eigenvalues left out, times what the measured costs are of it at the levels around;
         other ways are interpolated, log-linear between and beyond the levels.
@@ -176,29 +174,15 @@ def _scores(model: nn.Module, batches: Batches) -> dict[int, torch.Tensor]:
 
 
 def _measure(model: nn.Module, batches: Batches, groups: list[Group]) -> None:
-    """Fill `costs`: the divergence from dense with one group at a time at a level, everything else dense."""
+    """Fill `costs`: with one group at a time at a level, everything else dense, see `output_costs`."""
     trials = [
-        (n, kind, level) for n, group in enumerate(groups) for kind in group.kinds for level in range(len(LEVELS))
+        Trial(n, group.layers, group.states(level, kind))
+        for n, group in enumerate(groups)
+        for kind in group.kinds
+        for level in LEVELS
     ]
+    found = iter(output_costs(model, batches, [x.layers[0] for x in groups], trials, "projection costs").tolist())
     for group in groups:
-        group.costs = {kind: [0.0] * len(LEVELS) for kind in group.kinds}
-    last = batches.after(max(batches.tokens - COST_TOKENS, 0)) if batches.tokens > COST_TOKENS else batches
-    total, replay = 0, Replay(model, [group.layers[0] for group in groups])
-    with set_gate(model, active=1):
-        for batch in progress(list(pieces(last)), desc="projection costs"):
-            mask = batch.get("attention_mask")
-            mask = None if mask is None else mask.to(model.device)
-            count = len(next(iter(batch.values()))) if mask is None else int(mask.sum())
-            reference, total = Reference(replay.first(model_inputs(model, batch)), mask), total + count
-            for number, kind, level in trials:
-                group = groups[number]
-                _set(group, group.states(LEVELS[level], kind))
-                group.costs[kind][level] += count * reference.divergence(replay.again(number))
-                _set(group, [ProjectionState()] * len(group.layers))
-    for group in groups:
-        group.costs = {kind: [cost / max(total, 1) for cost in costs] for kind, costs in group.costs.items()}
-
-
-def _set(group: Group, states: Sequence[ProjectionState]) -> None:
-    for layer, state in zip(group.layers, states, strict=True):
-        layer.gate_state = state
+        for kind in group.kinds:
+            measured = [next(found) for _ in LEVELS]
+            group.costs[kind] = np.maximum.accumulate(measured[::-1])[::-1].tolist()  # less work never costs less

@@ -43,11 +43,13 @@ class Plan:
         share: Share of the projections' work that runs at every budget, or `TOGETHER`: the budget holds for blocks
             and projections as a whole, and each gets what saves most.
         head: What the head does at every budget, where it is converted.
+        text: What the groups' costs were measured on, and those of blocks that they are weighed against should be.
     """
 
     groups: list[Group] = field(default_factory=list)
     share: float = TOGETHER
     head: ProjectionState | None = None
+    text: Batches | None = None
 
     def states(self, shares: Sequence[float]) -> list[ProjectionState]:
         """Settings of everything in the record, in its order, at shares of the groups' work."""
@@ -99,7 +101,7 @@ def _works(model: nn.Module, batches: Batches, groups: Sequence[Group]) -> tuple
 
 def _joint(model: nn.Module, batches: Batches, config: D2DMoEConfig, plan: Plan) -> Callable[[float], Shares]:
     groups = plan.groups
-    costs = layer_costs(model, batches, config)
+    costs = layer_costs(model, plan.text or batches, config)
     measured = [budget.active for budget in config.budgets]
     actives = sorted(set(measured))
     experts = [layer.block.experts for layer in layers(model)]
