@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +174,12 @@ def layer_table(conversion: Conversion) -> Table | None:
     usage = conversion.usage
     if not usage or not usage["budgets"]:
         return None
-    header = ["block", "experts"]
+    blocks, prefix = _shortened(usage["blocks"])
+    header = [f"block in {prefix}" if prefix else "block", "experts"]
     for budget in usage["budgets"]:
         header += [f"active at {percent(budget['active'])}", "k, 5–50–95 %", "experts used by no token"]
     body = []
-    for number, block in enumerate(usage["blocks"]):
+    for number, block in enumerate(blocks):
         cells = [block, str(usage["budgets"][0]["layers"][number]["experts"])]
         for budget in usage["budgets"]:
             layer = budget["layers"][number]
@@ -198,10 +200,23 @@ def projection_table(conversion: Conversion) -> Table | None:
         return None
     if record is None or not record.projections or not record.budgets:
         return None
-    header = ["projection", *(f"at {percent(budget.active)}" for budget in record.budgets)]
+    names, prefix = _shortened([p.name for p in record.projections])
+    header = [f"projection in {prefix}" if prefix else "projection"]
+    header += [f"at {percent(budget.active)}" for budget in record.budgets]
     states = [budget.projection_states for budget in record.budgets]
-    body = [[p.name, *(_what_it_does(p, each[n]) for each in states)] for n, p in enumerate(record.projections)]
-    return {"header": header, "rows": body}
+    rows = enumerate(zip(names, record.projections, strict=True))
+    return {
+        "header": header,
+        "rows": [[name, *(_what_it_does(p, each[n]) for each in states)] for n, (name, p) in rows],
+    }
+
+
+def _shortened(names: list[str]) -> tuple[list[str], str]:
+    """Module paths without the beginning that they share, and this beginning: a phone has room for little more."""
+    parts = [name.split(".") for name in names]
+    alike = takewhile(lambda level: len(set(level)) == 1, zip(*(path[:-1] for path in parts), strict=False))
+    shared = len(list(alike)) if len(names) > 1 else 0
+    return [".".join(path[shared:]) for path in parts], ".".join(parts[0][:shared])
 
 
 def _what_it_does(projection: Projection, state: ProjectionState) -> str:

@@ -450,8 +450,15 @@ def test_what_projections_do_is_told_by_budget(folder):
         budget.projection_states = states
     record = {"quant_method": "d2dmoe", **stored.to_dict()}
     table = page.projection_table(replace(read_conversion(folder), record=record))
-    assert table["header"] == ["projection", "at 25 %", "at 50 %", "at 75 %"]
+    assert table["header"] == ["projection in h.0.attn", "at 25 %", "at 50 %", "at 75 %"]
     assert table["rows"] == [
-        ["h.0.attn.c_attn", "rank 2+1+0 (25%)", "channels", "dense"],
-        ["h.0.attn.c_proj", "channels, rank 1 for the rest", "rank 2 (50%)", "dense"],
+        ["c_attn", "rank 2+1+0 (25%)", "channels", "dense"],
+        ["c_proj", "channels, rank 1 for the rest", "rank 2 (50%)", "dense"],
     ]
+
+
+def test_names_lose_the_beginning_that_they_share():
+    names = ["bert.encoder.layer.0.output.dense", "bert.encoder.layer.10.output.dense"]
+    assert page._shortened(names) == (["0.output.dense", "10.output.dense"], "bert.encoder.layer")
+    assert page._shortened(["a.b", "lm_head"]) == (["a.b", "lm_head"], "")
+    assert page._shortened(["a.b.c"]) == (["a.b.c"], "")
