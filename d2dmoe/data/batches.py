@@ -105,6 +105,11 @@ class Batches(Sequence[dict[str, torch.Tensor]]):
         return self.after(self.tokens - tokens) if self.tokens > tokens else self
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest item."""
+        return max(map(self._length, self.items), default=0)
+
+    @property
     def tokens(self) -> int:
         """Tokens in all items, padding left out."""
         return sum(map(self._length, self.items))

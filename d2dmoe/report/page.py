@@ -216,7 +216,7 @@ def _shortened(names: list[str]) -> tuple[list[str], str]:
     parts = [name.split(".") for name in names]
     alike = takewhile(lambda level: len(set(level)) == 1, zip(*(path[:-1] for path in parts), strict=False))
     shared = len(list(alike)) if len(names) > 1 else 0
-    return [".".join(path[shared:]) for path in parts], ".".join(parts[0][:shared])
+    return [".".join(path[shared:]) for path in parts], ".".join(parts[0][:shared]) if shared else ""
 
 
 def _what_it_does(projection: Projection, state: ProjectionState) -> str:
