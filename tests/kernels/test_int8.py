@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -200,3 +205,33 @@ def test_quads():
     quads, scale = in_quads(weight, "down_weight")
     assert_close(scale, torch.arange(1.0, 6)[None] * 10 / 127)
     assert (quads[0, 0, 0].int() - 128).tolist() == [13] * 4
+
+
+CPUINFO = Path("/proc/cpuinfo")
+SAVED = """
+import sys
+import torch
+from test_int8 import by_native
+from test_operator import problem
+found = []
+for glu, size, d_out in ((False, 32, 128), (True, 64, 48), (True, 40, 33)):
+    arguments = problem(131, 320, size, 3, d_out, glu=glu) | {"linear_in": None, "linear_out": None}
+    found += [by_native(arguments, expert_dtype="int8-dynamic")]
+    found += [by_native(arguments | {"run": None, "tau": 0.0, "constants": None}, expert_dtype="int8-dynamic")]
+torch.save(found, sys.argv[1])
+"""
+
+
+@needs_native
+@pytest.mark.skipif(not CPUINFO.exists() or "amx_int8" not in CPUINFO.read_text(), reason="needs AMX-int8")
+def test_tiles_give_the_same_as_vectors(tmp_path):
+    found = {}
+    for tiles in ("0", "1"):
+        file = tmp_path / f"{tiles}.pt"
+        variables = {**os.environ, "D2DMOE_AMX_INT8": tiles, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        subprocess.run([sys.executable, "-c", SAVED, str(file)], env=variables, check=True)
+        found[tiles] = torch.load(file, weights_only=True)
+    assert len(found["0"]) == 6
+    for vectors, tiles in zip(found["0"], found["1"], strict=True):
+        assert (vectors - tiles).norm() / vectors.norm() < 1e-3  # sums in another order can round the next hidden value
+    assert not all(map(torch.equal, found["0"], found["1"]))  # or the tiles have not run

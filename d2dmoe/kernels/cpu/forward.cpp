@@ -65,6 +65,15 @@ auto expert_rounded(const D2dmoeLayer& l, const Kernels& kernels) {
     return kernels.expert_rounded;
 }
 
+// Whether rounded tokens go through tiles, several experts at a time.
+bool by_tiles(const D2dmoeLayer& l, const Kernels& kernels) {
+#if defined(__x86_64__) && !defined(D2DMOE_NO_VNNI) && !defined(D2DMOE_NO_AMX) && !defined(D2DMOE_NO_AMXINT8)
+    return l.rounds && &kernels == &kernels_avx512 && std::max(l.d, l.size) <= DEEPEST && amx_int8_usable(l.d, l.size);
+#else
+    return false;
+#endif
+}
+
 thread_local Buffer shared_buffer, own_buffer;
 
 struct Call {
@@ -91,6 +100,7 @@ struct Call {
     int64_t beside() const { return int8() ? 4 : element(); }
     // All experts of a tile of tokens in one go; that keeps its own order of things in the caches.
     bool by_experts() const { return layer.bf16 && !int8() && kernels.experts_bf16; }
+    const bool tiled = by_tiles(layer, kernels);
     int64_t padded_out() const { return round_up(layer.d_out, kernels.lanes); }
     // Tokens can be added up where they belong if they are fp32 and whole vectors.
     bool in_place() const { return !layer.bf16 && layer.d_out % kernels.lanes == 0; }
@@ -208,9 +218,16 @@ void run_experts(const Call& c, int64_t first, int64_t last, const Rows& rows, i
     }
     if (c.by_experts()) return c.kernels.experts_bf16(calls, n, tokens);
     for (int64_t i = 0; i + 1 < n; i++) calls[i].next = calls[i + 1].up;
+    const ExpertCall* rest = calls;
+#if defined(__x86_64__) && !defined(D2DMOE_NO_AMXINT8)
+    if (c.tiled) {
+        while (rest < calls + n && rest->up_scale) rest++;  // the linear term comes last
+        experts_rounded_amx(calls, rest - calls, tokens);
+    }
+#endif
     const auto plain = c.layer.bf16 ? c.kernels.expert_bf16 : c.kernels.expert_f32;  // also of the linear term
     const auto int8 = c.rounds() ? expert_rounded(c.layer, c.kernels) : c.kernels.expert_int8;
-    for (int64_t i = 0; i < n; i++) (calls[i].up_scale ? int8 : plain)(calls[i]);
+    for (; rest < calls + n; rest++) (rest->up_scale ? int8 : plain)(*rest);
 }
 
 void start_row(const Call& c, float* y) {
@@ -233,6 +250,9 @@ int64_t experts_in_all(const D2dmoeLayer& l) { return l.experts + (l.linear_in &
 
 int64_t scratch_for(const Call& c, int64_t tokens) {
     int64_t one = expert_scratch(tokens, widest(c.layer));
+#if defined(__x86_64__) && !defined(D2DMOE_NO_AMXINT8)
+    if (c.tiled) return std::max(one, experts_rounded_scratch(tokens, c.layer.d, c.layer.size));
+#endif
     return !c.by_experts() ? one : std::max(one, c.kernels.experts_scratch(tokens, c.layer.d, widest(c.layer), c.layer.d_out));
 }
 
@@ -490,7 +510,7 @@ int64_t tile_size(const Call& c) {
     int64_t bytes = c.layer.d * (c.widened() ? 4 : c.element()) + c.layer.d_out * 4;
     int64_t matrices = c.matrix(c.layer.d, c.layer.size) * (c.layer.gate_weight ? 2 : 1);
     matrices += c.matrix(c.layer.size, c.layer.d_out);
-    bool fit = c.layer.experts * matrices <= LAST_CACHE && !c.by_experts();
+    bool fit = c.layer.experts * matrices <= LAST_CACHE && !c.by_experts() && !c.tiled;
     int64_t most = forced ? std::atoll(forced) : fit ? std::clamp<int64_t>(SECOND_CACHE / bytes, 128, 256) : 512;
     int64_t rounds = (c.tokens + most * c.team - 1) / (most * c.team);
     return (c.tokens + rounds * c.team - 1) / (rounds * c.team);

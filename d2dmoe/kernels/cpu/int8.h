@@ -19,6 +19,26 @@ struct Rounded {
     int8_t bytes[];
 };
 
+#if defined(__AVX512F__)
+inline float largest_of(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+inline int32_t sum_of(vi v) { return _mm512_reduce_add_epi32((__m512i)v); }
+inline void store_bytes(int8_t* p, vi v, int64_t n) { _mm512_mask_cvtepi32_storeu_epi8(p, first_lanes(n), (__m512i)v); }
+#else
+inline float largest_of(vf v) {
+    float most = 0;
+    for (int64_t i = 0; i < LANES; i++) most = std::max(most, v[i]);
+    return most;
+}
+inline int32_t sum_of(vi v) {
+    int32_t all = 0;
+    for (int64_t i = 0; i < LANES; i++) all += v[i];
+    return all;
+}
+inline void store_bytes(int8_t* p, vi v, int64_t n) {
+    for (int64_t i = 0; i < std::min(LANES, n); i++) p[i] = int8_t(v[i]);
+}
+#endif
+
 // To the largest value 127; a row with a value that is not finite gets the scale NaN and zeros.
 inline void round_row(const float* x, int64_t n, char* out) {
     auto* row = reinterpret_cast<Rounded*>(out);
@@ -27,8 +47,7 @@ inline void round_row(const float* x, int64_t n, char* out) {
         vf v = load_some(x + i, n - i), size = (vf)((vi)v & 0x7fffffff);
         largest = select(size > largest, size, largest), bad += v * 0.0f;
     }
-    float most = 0;
-    for (int64_t i = 0; i < LANES; i++) most = std::max(most, largest[i]);
+    float most = largest_of(largest);
     bool finite = total(bad) == 0;
     row->scale = finite ? most / 127.0f : __builtin_nanf("");
     bool some = finite && row->scale > 0;
@@ -40,13 +59,11 @@ inline void round_row(const float* x, int64_t n, char* out) {
         v = select(v > 127.0f, vf{} + 127.0f, select(v < -127.0f, vf{} - 127.0f, v));
         vi whole = (vi)(v + 12582912.0f) - 0x4b400000;  // rounds to an integer in the low bits
         sum += whole;
-        for (int64_t j = 0; j < std::min(LANES, n - i); j++) row->bytes[i + j] = int8_t(whole[j]);
+        store_bytes(row->bytes + i, whole, n - i);
     }
     if (!some) std::memset(row->bytes, 0, size_t(n));
     std::memset(row->bytes + n, 0, size_t(-n & 3));
-    int32_t all = 0;
-    for (int64_t j = 0; j < LANES; j++) all += sum[j];
-    row->offset = 128 * all;
+    row->offset = 128 * sum_of(sum);
 }
 
 inline float value_at(const float* x, int64_t k) { return x[k]; }

@@ -25,22 +25,14 @@ namespace d2dmoe {
 namespace amx {
 namespace {
 
-constexpr int64_t SIDE = 16, DEPTH = 32, BLOCK = 2 * SIDE;
-constexpr int64_t LINE = 64;                       // bytes: one row of a tile
-constexpr int64_t TILE = SIDE * LINE, PAIR = 2 * TILE;
-constexpr int64_t FEWEST = 8;                      // tokens of an expert that pay for filling tiles
-constexpr int64_t HIDDEN = 512 * 1024, OUTPUT = 256 * 1024;  // bytes kept in the second cache
+#include "tiles.h"
 
-int64_t tiles(int64_t n, int64_t of) { return (n + of - 1) / of; }
+constexpr int64_t DEPTH = 32;
+constexpr int64_t TILE = SIDE * LINE, PAIR = 2 * TILE;
+
 // Bytes from row to row of left operands: whole tiles, and an odd number of lines so that rows fall into different sets.
 int64_t row_bytes(int64_t depth) { return (tiles(depth, DEPTH) | 1) * LINE; }
 int64_t hidden_bytes(int64_t count, int64_t size) { return round_up(count, BLOCK) * row_bytes(size); }
-
-struct alignas(64) TileShapes {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // Right operands: for every BLOCK columns the pairs of tiles from the first rows of weights to the last, `next` bytes from
 // one BLOCK to the next. Zeros where tiles reach beyond the weights.
@@ -107,21 +99,6 @@ inline void multiply(const char* a, int64_t stride, const char* b, int64_t deep,
         }
         meanwhile(k, deep);
     }
-}
-
-inline void no_sums() {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-}
-
-template <int M, int N>
-inline void store_sums(float* to, int64_t stride) {
-    _tile_stored(0, to, stride * 4);
-    if (N > 1) _tile_stored(1, to + SIDE, stride * 4);
-    if (M > 1) _tile_stored(2, to + SIDE * stride, stride * 4);
-    if (M > 1 && N > 1) _tile_stored(3, to + SIDE * stride + SIDE, stride * 4);
 }
 
 // BLOCK x BLOCK sums, or fewer where there are fewer rows or columns.

@@ -91,6 +91,10 @@ extern const Kernels kernels_portable;
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16, kernels_amx;
 void expert_rounded_vnni(const ExpertCall&);  // expert_rounded of kernels_avx512, with the VNNI instructions
 bool amx_usable();  // asks the system for the tiles, once
+// The same for several experts of one size, by tiles, where the processor has them and the widths suit them.
+bool amx_int8_usable(int64_t d, int64_t size);
+void experts_rounded_amx(const ExpertCall* calls, int64_t n, int64_t tokens);
+int64_t experts_rounded_scratch(int64_t tokens, int64_t d, int64_t size);
 #endif
 
 }  // namespace d2dmoe
