@@ -86,7 +86,10 @@ ORDERS = {
 
 @pytest.mark.parametrize(
     "order",
-    [pytest.param(o, marks=pytest.mark.slow if o in ("ours twice", "the loader itself") else ()) for o in ORDERS],
+    [
+        pytest.param(o, marks=pytest.mark.slow if o in ("ours twice", "the loader itself", "theirs begun") else ())
+        for o in ORDERS
+    ],
 )
 def test_the_loader_is_there_whatever_was_imported_first(order, folder):
     assert run(ORDERS[order] + LOAD, folder).split() == ["DynamicFFN", "FATReLU"]

@@ -141,7 +141,8 @@ class Prepared:
     def _drop_tiles(self, layer: Layer) -> None:
         """Let go of tiles of weights that no entry uses."""
         used = {identity(t) for e in self.entries.values() for t in e.tensors.values() if t is not None}
-        self.tiles = {key: tiled for key, tiled in self.tiles.items() if key in used}
+        for key in [key for key in self.tiles if key not in used]:
+            self.tiles.pop(key, None)  # in place: plans put theirs into this very mapping later on
 
     def tensors(self, layer: Layer, state: GateState, versions: Versions | None) -> dict[str, torch.Tensor | None]:
         """The operator's tensors at a gate setting."""

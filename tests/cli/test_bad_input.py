@@ -512,7 +512,7 @@ def test_a_disk_without_room_keeps_what_can_be_resumed(
         has(convert(flag), "GB free")  # `convert` checks that no file went away
 
 
-@pytest.mark.parametrize("stage", ["split", "routers", "save"])
+@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("split", "routers")), "save"])
 def test_the_disk_fills_up_on_the_way(
     stage: str, home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

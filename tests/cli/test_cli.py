@@ -539,6 +539,7 @@ def _load(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_dry_run_of_seven_billion_parameters_takes_no_memory(tmp_path: Path) -> None:
     LlamaConfig(architectures=["LlamaForCausalLM"], dtype="bfloat16").save_pretrained(tmp_path / "llama")
     code = """
@@ -659,6 +660,7 @@ def test_convert_and_eval_an_encoder(bert: Path, home: Path, d2dmoe, tmp_path: P
 # --- the hub, and the program itself ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # tests/test_hub_mirror.py has the model, and is not
 def test_model_and_data_from_the_hub_equal_local_ones(home: Path, d2dmoe, tmp_path: Path) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()

@@ -216,11 +216,11 @@ def test_plans_of_a_layer_share_tiles_and_old_ones_go():
     x = torch.randn(64, 32).bfloat16()
     layer.gate_state = GateState("topk", 0.5)
     layer(x)
-    held = {key: tiled.data_ptr() for key, (_, tiled) in layer.prepared.tiles.items()}
+    held = {key: tiled.data_ptr() for key, (_, tiled, _) in layer.prepared.tiles.items()}
     assert len(held) == 2  # up and down
     layer.gate_state = GateState("topk", 0.25)
     layer(x)
-    assert {key: tiled.data_ptr() for key, (_, tiled) in layer.prepared.tiles.items()} == held
+    assert {key: tiled.data_ptr() for key, (_, tiled, _) in layer.prepared.tiles.items()} == held
     layer.up_weight.mul_(2)
     y = layer(x)
     assert len(layer.prepared.tiles) == 2

@@ -112,8 +112,8 @@ SOME = ("gpt2", "llama", "bert", "vit", "t5-gated")  # the others take minutes t
     ("name", "shard", "experts"),
     [
         *(pytest.param(*pair, 8, marks=() if pair[0] in SOME else pytest.mark.slow) for pair in WHOLE),
-        *((*pair, 8) for pair in SHARDED),
-        *PADDED,
+        *(pytest.param(*pair, 8, marks=() if pair[0] == "gpt2" else pytest.mark.slow) for pair in SHARDED),
+        *(pytest.param(*case, marks=() if case[0] in ("gpt2", "t5-gated") else pytest.mark.slow) for case in PADDED),
     ],
 )
 def test_opens_with_and_without_d2dmoe(name, shard, experts, tmp_path):

@@ -38,7 +38,10 @@ CASES = {  # class, sizes, experts (7: padded), and modules for an adapter
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+SLOW = ("gpt2-padded", "bert")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CASES])
 def case(request, tmp_path_factory) -> tuple[Path, type, list[str]]:
     """A folder with `dense` and `moe` in it, the class, and the modules of an adapter."""
     return made(request.param, tmp_path_factory.mktemp(request.param))

@@ -125,7 +125,10 @@ def test_a_relu_checkpoint_opens_without_us(relu: dict[str, Path], tmp_path: Pat
         assert torch.equal(load_file(found)["logits"], logits), found.name
 
 
-@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM", "BertForSequenceClassification"])
+@pytest.mark.parametrize(
+    "name",
+    ["GPT2LMHeadModel", "LlamaForCausalLM", pytest.param("BertForSequenceClassification", marks=pytest.mark.slow)],
+)
 def test_a_relu_checkpoint_converts(name: str, data: Path, relu: dict[str, Path], d2dmoe, tmp_path: Path) -> None:
     file = "labels.jsonl" if name.startswith("Bert") else "text.txt"
     argv = ("--model", relu[name], "--data", data / file, "--output-dir", tmp_path / "out", *SMALL)
