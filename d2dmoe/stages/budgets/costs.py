@@ -40,7 +40,7 @@ class Trial:
 def output_costs(
     model: nn.Module, batches: Batches, parts: Sequence[nn.Module], trials: Sequence[Trial], name: str
 ) -> np.ndarray:
-    """Distance from the dense model's output, see `distance`, with one trial at a time and everything else dense.
+    """Distance from the dense model's output, see `Reference`, with one trial at a time and everything else dense.
 
     Args:
         model: Converted model.
