@@ -212,13 +212,14 @@ SAVED = """
 import sys
 import torch
 from test_int8 import by_native
-from test_operator import problem
+from test_operator import LIBRARY, problem
 found = []
 for glu, size, d_out in ((False, 32, 128), (True, 64, 48), (True, 40, 33)):
     arguments = problem(131, 320, size, 3, d_out, glu=glu) | {"linear_in": None, "linear_out": None}
     found += [by_native(arguments, expert_dtype="int8-dynamic")]
     found += [by_native(arguments | {"run": None, "tau": 0.0, "constants": None}, expert_dtype="int8-dynamic")]
 torch.save(found, sys.argv[1])
+print([LIBRARY.d2dmoe_int8_tiles(320, size) for size in (32, 40, 57)])
 """
 
 
@@ -229,9 +230,11 @@ def test_tiles_give_the_same_as_vectors(tmp_path):
     for tiles in ("0", "1"):
         file = tmp_path / f"{tiles}.pt"
         variables = {**os.environ, "D2DMOE_AMX_INT8": tiles, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        subprocess.run([sys.executable, "-c", SAVED, str(file)], env=variables, check=True)
+        ran = subprocess.run(
+            [sys.executable, "-c", SAVED, str(file)], env=variables, check=True, stdout=subprocess.PIPE, text=True
+        )
+        assert ran.stdout.strip() == ("[1, 1, 1]" if tiles == "1" else "[0, 0, 0]")
         found[tiles] = torch.load(file, weights_only=True)
     assert len(found["0"]) == 6
     for vectors, tiles in zip(found["0"], found["1"], strict=True):
         assert (vectors - tiles).norm() / vectors.norm() < 1e-3  # sums in another order can round the next hidden value
-    assert not all(map(torch.equal, found["0"], found["1"]))  # or the tiles have not run

@@ -16,6 +16,10 @@
 #include "memory.h"
 #include "team.h"
 
+#if defined(__x86_64__) && !defined(D2DMOE_NO_VNNI) && !defined(D2DMOE_NO_AMX) && !defined(D2DMOE_NO_AMXINT8)
+#define D2DMOE_INT8_TILES
+#endif
+
 using namespace d2dmoe;
 
 EXPORT int d2dmoe_abi() { return 6; }
@@ -67,7 +71,7 @@ auto expert_rounded(const D2dmoeLayer& l, const Kernels& kernels) {
 
 // Whether rounded tokens go through tiles, several experts at a time.
 bool by_tiles(const D2dmoeLayer& l, const Kernels& kernels) {
-#if defined(__x86_64__) && !defined(D2DMOE_NO_VNNI) && !defined(D2DMOE_NO_AMX) && !defined(D2DMOE_NO_AMXINT8)
+#if defined(D2DMOE_INT8_TILES)
     return l.rounds && &kernels == &kernels_avx512 && std::max(l.d, l.size) <= DEEPEST && amx_int8_usable(l.d, l.size);
 #else
     return false;
@@ -219,7 +223,7 @@ void run_experts(const Call& c, int64_t first, int64_t last, const Rows& rows, i
     if (c.by_experts()) return c.kernels.experts_bf16(calls, n, tokens);
     for (int64_t i = 0; i + 1 < n; i++) calls[i].next = calls[i + 1].up;
     const ExpertCall* rest = calls;
-#if defined(__x86_64__) && !defined(D2DMOE_NO_AMXINT8)
+#if defined(D2DMOE_INT8_TILES)
     if (c.tiled) {
         while (rest < calls + n && rest->up_scale) rest++;  // the linear term comes last
         experts_rounded_amx(calls, rest - calls, tokens);
@@ -250,7 +254,7 @@ int64_t experts_in_all(const D2dmoeLayer& l) { return l.experts + (l.linear_in &
 
 int64_t scratch_for(const Call& c, int64_t tokens) {
     int64_t one = expert_scratch(tokens, widest(c.layer));
-#if defined(__x86_64__) && !defined(D2DMOE_NO_AMXINT8)
+#if defined(D2DMOE_INT8_TILES)
     if (c.tiled) return std::max(one, experts_rounded_scratch(tokens, c.layer.d, c.layer.size));
 #endif
     return !c.by_experts() ? one : std::max(one, c.kernels.experts_scratch(tokens, c.layer.d, widest(c.layer), c.layer.d_out));
@@ -528,6 +532,15 @@ EXPORT const char* d2dmoe_kernels_name(int number) { return all_kernels[number]-
 EXPORT int d2dmoe_kernels_supported(int number) { return supported(number); }
 EXPORT int d2dmoe_kernels_bf16(int number) { return all_kernels[number]->bf16_inputs; }
 EXPORT int d2dmoe_kernels_tiles(int number) { return all_kernels[number]->experts_bf16 != nullptr; }
+
+// Whether `int8-dynamic` layers of these widths go through tiles where enough tokens come at once.
+EXPORT int d2dmoe_int8_tiles(int64_t d, int64_t size) {
+#if defined(D2DMOE_INT8_TILES)
+    return amx_int8_usable(d, size);
+#else
+    return 0;
+#endif
+}
 
 EXPORT void d2dmoe_use_openmp(void* parallel, void* thread_number, void* team_size) {
     use_openmp(parallel, thread_number, team_size);
