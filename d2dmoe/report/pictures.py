@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .conversions import Conversion, percent
-from .plots import LOG_METRICS
+from .plots import set_scale
 from .tables import short_names
 
 INK = "#2a2c31"  # text and axes: readable as it is in a PNG, replaced by the page's text colour in an SVG
@@ -225,10 +225,7 @@ def _colours() -> Iterator[str]:
 
 
 def _finish(axes: Any, metric: str | None, **legend: Any) -> None:
-    if metric in LOG_METRICS:
-        values = [v for line in axes.lines for v in line.get_ydata()]
-        if max(values) > 4 * min(values) > 0:
-            axes.set_yscale("log")
+    set_scale(axes, metric)
     axes.locator_params(axis="x", nbins=6)
     axes.grid(alpha=0.25, color=INK, linewidth=0.6)
     axes.legend(**legend)

@@ -38,12 +38,18 @@ def plot_curves(rows: list[dict[str, Any]], path: str | Path) -> None:
         (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=name)
         axes.axhline(mine[0]["dense"]["value"], color=line.get_color(), linestyle="--", linewidth=1)
     metric = rows[0]["metric"]["name"]
-    if metric in LOG_METRICS:
-        axes.set_yscale("log")
+    set_scale(axes, metric)
     axes.set(xlabel="FLOPs of the whole model, relative to dense", ylabel=metric, title="dashed: dense")
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
+
+
+def set_scale(axes: Any, metric: str | None) -> None:
+    """A logarithmic axis for one of `LOG_METRICS` whose values lie far apart."""
+    values = [value for line in axes.lines for value in line.get_ydata()]
+    if metric in LOG_METRICS and max(values) > 4 * min(values) > 0:
+        axes.set_yscale("log")
 
 
 def plot_times(rows: list[dict[str, Any]], path: str | Path) -> None:
