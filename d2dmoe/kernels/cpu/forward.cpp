@@ -72,7 +72,7 @@ auto expert_rounded(const D2dmoeLayer& l, const Kernels& kernels) {
 // Whether rounded tokens go through tiles, several experts at a time.
 bool by_tiles(const D2dmoeLayer& l, const Kernels& kernels) {
 #if defined(D2DMOE_INT8_TILES)
-    return l.rounds && &kernels == &kernels_avx512 && std::max(l.d, l.size) <= DEEPEST && amx_int8_usable(l.d, l.size);
+    return l.rounds && expert_rounded(l, kernels) == expert_rounded_vnni && amx_int8_usable(l.d, l.size);
 #else
     return false;
 #endif

@@ -106,21 +106,10 @@ template <class Meanwhile = Nothing>
 inline void block(const char* a, int64_t stride, const char* b, int64_t deep, int64_t rows, int64_t cols, float* sums,
                   const Meanwhile& meanwhile = {}) {
     no_sums();
-    if (rows > SIDE) {
-        if (cols > SIDE) {
-            multiply<2, 2>(a, stride, b, deep, meanwhile);
-            store_sums<2, 2>(sums, BLOCK);
-        } else {
-            multiply<2, 1>(a, stride, b, deep, meanwhile);
-            store_sums<2, 1>(sums, BLOCK);
-        }
-    } else if (cols > SIDE) {
-        multiply<1, 2>(a, stride, b, deep, meanwhile);
-        store_sums<1, 2>(sums, BLOCK);
-    } else {
-        multiply<1, 1>(a, stride, b, deep, meanwhile);
-        store_sums<1, 1>(sums, BLOCK);
-    }
+    by_size(rows, cols, [&](auto m, auto n) {
+        multiply<m, n>(a, stride, b, deep, meanwhile);
+        store_sums<m, n>(sums, BLOCK);
+    });
 }
 
 struct Room {
@@ -340,10 +329,10 @@ void dots_bf16(const void* x, int64_t ld_x, int64_t tokens, const bf16* w, int64
             int64_t deep = std::min(CHUNK, (depth - k) / DEPTH), cols = std::min(whole_rows - r, BLOCK);
             turn(w + r * depth + k, depth, cols, deep, turned);
             for (int64_t t = 0; t < whole_tokens; t += BLOCK) {
-                auto add = whole_tokens - t > SIDE ? cols > SIDE ? add_products<2, 2> : add_products<2, 1>
-                           : cols > SIDE           ? add_products<1, 2>
-                                                   : add_products<1, 1>;
-                add(start + (t * ld_x + k) * 2, ld_x * 2, turned, deep, k == 0, out + t * ld_out + r, ld_out);
+                by_size(whole_tokens - t, cols, [&](auto m, auto n) {
+                    add_products<m, n>(start + (t * ld_x + k) * 2, ld_x * 2, turned, deep, k == 0, out + t * ld_out + r,
+                                       ld_out);
+                });
             }
         }
     _tile_release();

@@ -71,21 +71,10 @@ inline void multiply(const char* a, int64_t stride, const char* b, int64_t ld_b,
 inline void block(const char* rows, int64_t stride, const uint8_t* quads, int64_t width, const Steps& steps, int64_t count,
                   int64_t cols, int32_t* sums) {
     const char *a = rows + LINE, *b = reinterpret_cast<const char*>(quads);
-    if (count > SIDE) {
-        if (cols > SIDE) {
-            multiply<2, 2>(a, stride, b, width * 4, steps);
-            store_sums<2, 2>(sums, BLOCK);
-        } else {
-            multiply<2, 1>(a, stride, b, width * 4, steps);
-            store_sums<2, 1>(sums, BLOCK);
-        }
-    } else if (cols > SIDE) {
-        multiply<1, 2>(a, stride, b, width * 4, steps);
-        store_sums<1, 2>(sums, BLOCK);
-    } else {
-        multiply<1, 1>(a, stride, b, width * 4, steps);
-        store_sums<1, 1>(sums, BLOCK);
-    }
+    by_size(count, cols, [&](auto m, auto n) {
+        multiply<m, n>(a, stride, b, width * 4, steps);
+        store_sums<m, n>(sums, BLOCK);
+    });
 }
 
 inline vf value_of(const int32_t* sums, const Rounded* row) {

@@ -21,6 +21,17 @@ inline void no_sums() {
     _tile_zero(3);
 }
 
+// Calls `part` with the tiles, 1 or 2, that so many rows and columns of a block take, as constants.
+template <class Part>
+inline void by_size(int64_t rows, int64_t cols, const Part& part) {
+    constexpr std::integral_constant<int, 1> one{};
+    constexpr std::integral_constant<int, 2> two{};
+    if (rows > SIDE)
+        cols > SIDE ? part(two, two) : part(two, one);
+    else
+        cols > SIDE ? part(one, two) : part(one, one);
+}
+
 template <int M, int N>
 inline void store_sums(void* sums, int64_t stride) {
     float* to = static_cast<float*>(sums);  // or int32_t: four bytes as well
