@@ -26,7 +26,8 @@ FLAGS = {
     "isa_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     "isa_amxint8": [*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
 }
-LATE = ("isa_vnni", "isa_avx512bf16", "isa_amx", "isa_amxint8")  # GCC has them from 8, 10 and 11 on; done without where it does not
+# GCC has them from 8, 10 and 11 on; done without where it does not
+LATE = ("isa_vnni", "isa_avx512bf16", "isa_amx", "isa_amxint8")
 COMMON = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-pthread"]
 
 

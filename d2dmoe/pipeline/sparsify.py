@@ -33,7 +33,7 @@ from ..sparsify.states import Epochs, Marks, any_state, last_complete
 from ..sparsify.statistics import activation_shares
 from ..sparsify.tasks import choose_task, collator
 from ..sparsify.trainer import SparsifyTrainer
-from ..training import accelerate_state_kept, broadcast, on_cpu, pick_device
+from ..training import accelerate_state_kept, attention_for, broadcast, on_cpu, pick_device
 from ..twin import read_dense_config
 from ..version import __version__
 from .parts import both_parts
@@ -49,9 +49,6 @@ from .workdir import (
 )
 
 Say = Callable[[str], None]
-# Up to so many tokens a sequence, on processors and in bf16, plain attention with its gradients takes a fifth to two
-# fifths of the time of torch's fused one; at 256 the same, at 512 over twice as long (recipes/attention_gradients.py).
-SHORT = 128
 
 
 @dataclass
@@ -165,17 +162,12 @@ def _train(
     """Train, from the last state in the working folder of an interrupted run on; see `_trained` for the model."""
     model = hub.load_model(config.model, job.changed, config.revision, changed=True)
     hub.check_finite(config.model, model)
-    fused = model.config._attn_implementation
-    if arguments.bf16 and arguments.device.type == "cpu" and fused == "sdpa" and job.train.longest <= SHORT:
-        model.set_attn_implementation("eager")
     trainer = _trainer(model, job, config, arguments, loss)
     last = last_complete(interrupted / "training") if interrupted else None
     say(f"{job.task} on {len(job.train.items)} samples, {config.regulariser} α {config.alpha:g}")
-    trainer.train(resume_from_checkpoint=last)
-    model = _trained(trainer, job, config)
-    if model is not None and model.config._attn_implementation != fused:
-        model.set_attn_implementation(fused)
-    return trainer, model
+    with attention_for(model, job.train.longest, bf16=arguments.bf16, device=arguments.device):
+        trainer.train(resume_from_checkpoint=last)
+    return trainer, _trained(trainer, job, config)
 
 
 def _record(

@@ -53,22 +53,23 @@ def divergence(output: Any, reference: Any, mask: torch.Tensor | None = None) ->
 class Reference:
     """What the dense model gives for one batch, in the form in which many other outputs are compared with it.
 
+    Where a whole sequence or image has one row of logits, outputs are compared by the variance over the classes of
+    their difference. Classifiers are sure of most of the text that they were trained on, so that a few sentences make
+    up nearly all of their KL, and a mean over hundreds of them says little about others.
+
     Args:
         output: What its forward pass returned.
         mask: As for `divergence`.
-        centred: Where a whole sequence or image has one row of logits, compare by the variance over the classes of
-            their difference. Classifiers are sure of most of the text that they were trained on, so that a few
-            sentences make up nearly all of their KL, and a mean over hundreds of them says little about others.
 
     Attributes:
         outputs: How many rows are compared: positions without padding, or sequences.
     """
 
-    def __init__(self, output: Any, mask: torch.Tensor | None = None, *, centred: bool = False):
+    def __init__(self, output: Any, mask: torch.Tensor | None = None):
         self.output, self.mask, self._logits = output, mask, None
         rows = output["logits"] if "logits" in output else _hidden(output)
         self.outputs = int(mask.sum()) if mask is not None and mask.shape == rows.shape[:-1] else rows[..., 0].numel()
-        self._centred = centred and "logits" in output and rows.dim() == 2 and rows.shape[-1] > 1
+        self._centred = "logits" in output and rows.dim() == 2 and rows.shape[-1] > 1
         if "logits" in output and not output["logits"].requires_grad:
             logs = output["logits"].float().log_softmax(-1)
             self._logits = (logs, logs.exp())

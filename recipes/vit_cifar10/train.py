@@ -26,7 +26,7 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from d2dmoe.config import TrainingConfig
-from d2dmoe.training import train
+from d2dmoe.training import attention_for, train
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 WHOLE = 0.9  # share of the steps after which every patch is seen
@@ -149,7 +149,6 @@ def main() -> None:
         arguments.bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
     (images, labels), test = (read(arguments.data_dir / "cifar10" / f"{part}.parquet") for part in ("train", "test"))
     model = ViTForImageClassification.from_pretrained(arguments.base) if arguments.base else new_model(arguments.seed)
-    model.set_attn_implementation("eager")  # on processors the gradients of the fused one take ten times as long
     per_epoch = len(images) // arguments.batch_size
     steps, latest = round(arguments.epochs * per_epoch), 0
 
@@ -173,12 +172,12 @@ def main() -> None:
         steps=steps, learning_rate=arguments.learning_rate, weight_decay=0.05, adam_betas=(0.9, 0.99),
         bf16=arguments.bf16, seed=arguments.seed, save_every=500, log_every=50,
     )  # fmt: skip
-    log = train(
-        model, batch_at, loss, config, name="vit", resume=arguments.resume,
-        state_dir=arguments.output_dir.with_name(arguments.output_dir.name + ".state"),
-        evaluate=lambda m: {"test_accuracy": accuracy(m, test[0][:2000], test[1][:2000])},
-    )  # fmt: skip
-    model.set_attn_implementation("sdpa")
+    with attention_for(model, 65, bf16=arguments.bf16):
+        log = train(
+            model, batch_at, loss, config, name="vit", resume=arguments.resume,
+            state_dir=arguments.output_dir.with_name(arguments.output_dir.name + ".state"),
+            evaluate=lambda m: {"test_accuracy": accuracy(m, test[0][:2000], test[1][:2000])},
+        )  # fmt: skip
     model.save_pretrained(arguments.output_dir)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(arguments.output_dir)
     results = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from cli_support import run_in_process
 
+from d2dmoe import training
 from d2dmoe.pipeline import sparsify
 from d2dmoe.sparsify.trainer import SparsifyTrainer
 
@@ -26,7 +27,7 @@ def test_short_sequences_in_bf16_train_by_plain_attention(home, tmp_path, capsys
 
     monkeypatch.setattr(SparsifyTrainer, "train", watched)
     monkeypatch.setattr(sparsify, "_trained", kept)
-    monkeypatch.setattr(sparsify, "SHORT", longest)
+    monkeypatch.setattr(training, "SHORT", longest)
     result = run_in_process(
         capsys, "sparsify", "--model", home / "gpt2", "--data", home / "text.txt", "--max-length", 32, "--max-steps", 1,
         "--output-dir", tmp_path / "out", "--device", "cpu", *(["--bf16", "true"] if bf16 else []),

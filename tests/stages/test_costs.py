@@ -27,7 +27,7 @@ def classifier() -> BertForSequenceClassification:
 def test_logits_of_sequences_are_compared_by_their_centred_difference():
     torch.manual_seed(0)
     dense, ours = torch.randn(5, 3), torch.randn(5, 3)
-    reference = Reference({"logits": dense}, torch.ones(5, 7), centred=True)
+    reference = Reference({"logits": dense}, torch.ones(5, 7))
     gap = ours - dense
     expected = (gap - gap.mean(1, keepdim=True)).square().mean()
     assert reference.outputs == 5
@@ -40,7 +40,7 @@ def test_others_by_their_divergence(shape):
     torch.manual_seed(0)
     dense, ours = ({"logits": torch.randn(shape)} for _ in range(2))
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
-    reference = Reference(dense, mask, centred=True)
+    reference = Reference(dense, mask)
     assert reference.outputs == (10 if len(shape) == 3 else 4)
     assert reference.divergence(ours) == pytest.approx(float(divergence(ours, dense, mask)))
 

@@ -57,9 +57,8 @@ def output_costs(
     with set_gate(model, active=1):
         for batch in progress(list(pieces(_text(model, batches))), desc=name):
             mask = batch.get("attention_mask")
-            reference = Reference(
-                replay.first(model_inputs(model, batch)), None if mask is None else mask.to(model.device), centred=True
-            )
+            mask = None if mask is None else mask.to(model.device)
+            reference = Reference(replay.first(model_inputs(model, batch)), mask)
             outputs += reference.outputs
             for number, trial in enumerate(trials):
                 dense = [layer.gate_state for layer in trial.layers]
