@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from .config.options import TrainingConfig
 from .errors import UserError
+from .muon import MuonWithAdamW, inner_matrices
 from .progress import progress
 from .training_state import load_state, recover, remove, save_state
 
@@ -229,10 +230,14 @@ def _step(
 
 
 def _optimiser(model: nn.Module, config: TrainingConfig) -> tuple[torch.optim.Optimizer, Any]:
-    """AdamW and the schedule of its learning rate."""
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=tuple(config.adam_betas)
-    )
+    """AdamW, or Muon with AdamW, and the schedule of the learning rate."""
+    matrices = inner_matrices(model) if config.optimizer == "muon" else []
+    rates = {"lr": config.learning_rate, "betas": tuple(config.adam_betas)}
+    groups = _parameter_groups(model, config.weight_decay, apart=matrices)
+    if matrices:
+        optimizer = MuonWithAdamW(matrices, groups, **rates, weight_decay=config.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(groups, **rates)
     scheduler = get_scheduler(
         SCHEDULES[config.schedule],
         optimizer,
@@ -288,13 +293,15 @@ def _row(
     return row
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def _parameter_groups(
+    model: nn.Module, weight_decay: float, apart: list[nn.Parameter] | None = None
+) -> list[dict[str, Any]]:
     """Matrices are decayed, vectors (biases, norms) are not; a bias stays one when it is laid out by expert."""
-    decayed, plain = [], []
+    decayed, plain, done = [], [], {id(parameter) for parameter in apart or ()}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and id(parameter) not in done:
             (decayed if parameter.ndim > 1 and not name.endswith("bias") else plain).append(parameter)
-    if not decayed and not plain:
+    if not decayed and not plain and not done:
         raise ValueError("the model has no parameter that requires a gradient")
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

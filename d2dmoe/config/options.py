@@ -55,7 +55,10 @@ class TrainingConfig:
     """The one training loop (`d2dmoe.training`). Learning rates are per optimiser step."""
 
     steps: int = knob(1000, "optimiser steps")
-    learning_rate: float = knob(1e-3, "peak learning rate (AdamW)")
+    optimizer: str = knob(
+        "adamw", "adamw, or muon for a model's inner matrices with adamw for the rest", choices=("adamw", "muon")
+    )
+    learning_rate: float = knob(1e-3, "peak learning rate")
     weight_decay: float = knob(0.0, "decoupled weight decay on matrices; vectors are never decayed")
     adam_betas: tuple[float, float] = knob((0.9, 0.95), "AdamW betas")
     schedule: str = knob("cosine", "learning-rate schedule after warm-up", choices=("cosine", "linear", "constant"))
