@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..config.projections import ProjectionState
-from ..kernels import ProjectionPlan, StaleWeights, Watch, identity, projects
+from ..kernels import ProjectionPlan, StaleWeights, Watch, bucket, choose_way, identity, projects
 from .prepared import offloaded
 
 KEPT = 8  # settings of a projection whose plans are kept
 MOST = {  # tokens up to which the library is faster than torch's products; LAB.md, 2026-11-27
-    (torch.float32, "low-rank"): 64, (torch.float32, "channels"): 16,
+    (torch.float32, "low-rank"): 8, (torch.float32, "channels"): 16,
     (torch.bfloat16, "low-rank"): 8, (torch.bfloat16, "channels"): 4,
 }  # fmt: skip
+TIMED = 256  # up to which it may be at low rank: torch's products are fast on some processors only
 Layer = Any  # a `DynamicProjection`, which imports this
 Versions = tuple[tuple[int, int], ...]
 
@@ -62,7 +64,7 @@ class FewTokens:
             if known[1] is None:
                 return None
             try:
-                return known[1](x)
+                return known[1](x) if _faster(layer, state, known[1], x) else None
             except StaleWeights:
                 self.invalidate()
         return None  # somebody writes to the weights meanwhile
@@ -97,6 +99,16 @@ class FewTokens:
         return known[2]
 
 
+def _faster(layer: Layer, state: ProjectionState, plan: ProjectionPlan, x: torch.Tensor) -> bool:
+    """Is the library faster than torch's products for projections of this kind and so many tokens?"""
+    p = layer.projection
+    if x.numel() <= MOST[x.dtype, state.method] * p.inputs:
+        return True
+    place = ("low-rank", p.inputs, p.outputs, len(p.sections), bucket(sum(state.ranks)), x.dtype)
+    ways = {"library": plan, "torch": partial(layer._readable, state=state)}
+    return choose_way(place, ways, x.reshape(-1, p.inputs)) == "library"
+
+
 def _few(layer: Layer, state: ProjectionState, weight: torch.Tensor, x: torch.Tensor) -> bool:
     """May and should the library do this? It has no gradients, and nobody can watch its steps."""
     if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack():
@@ -104,6 +116,7 @@ def _few(layer: Layer, state: ProjectionState, weight: torch.Tensor, x: torch.Te
     if torch.jit.is_tracing() or type(x) is not torch.Tensor or type(weight) is not torch.nn.Parameter:
         return False
     inputs, most = layer.projection.inputs, MOST.get((x.dtype, state.method), 0)
+    most = TIMED if most and state.method == "low-rank" else most
     if x.dtype != weight.dtype or x.shape[-1:] != (inputs,) or not 0 < x.numel() <= most * inputs or not x.is_cpu:
         return False
     if state.method == "channels" and state.threshold <= 0:  # everything runs: the dense product, bit for bit

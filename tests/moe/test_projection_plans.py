@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from d2dmoe.config.projections import Projection, ProjectionState
-from d2dmoe.kernels import ProjectionPlan, native, use_backend
+from d2dmoe.kernels import ProjectionPlan, forget_ways, native, use_backend
+from d2dmoe.moe import few_tokens
 from d2dmoe.moe.few_tokens import MOST
 from d2dmoe.moe.gate import gates_here
 from d2dmoe.moe.projected import make_projection
@@ -50,9 +51,10 @@ def calls(monkeypatch) -> list[int]:
 @BY_STATE
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_few_tokens_by_the_library_many_by_torch(kind, bias, state, calls):
+def test_few_tokens_by_the_library_many_by_torch(kind, bias, state, calls, monkeypatch):
     layer = layer_of(kind, bias=bias)
     layer.gate_state, most = state, MOST[torch.float32, state.method]
+    monkeypatch.setattr(few_tokens, "TIMED", most)
     for shape in ((24,), (1, 1, 24), (2, 3, 24), (most, 24), (most + 1, 24), (0, 24)):
         x = torch.randn(shape)
         with use_backend("reference"):
@@ -64,6 +66,39 @@ def test_few_tokens_by_the_library_many_by_torch(kind, bias, state, calls):
         tokens = x.numel() // 24
         assert calls == [tokens] * (0 < tokens <= most), shape
         calls.clear()
+
+
+@pytest.mark.parametrize("faster", ["library", "torch"])
+def test_a_number_between_goes_the_faster_way(faster, calls, monkeypatch):
+    layer, state = layer_of(), STATES["low-rank"]
+    layer.gate_state, asked = state, []
+
+    def choose(place, ways, x):
+        asked.append((place, len(x)))
+        results = [way(x) for way in ways.values()]
+        assert_close(*results, rtol=1e-5, atol=1e-5)
+        calls.clear()
+        return faster
+
+    monkeypatch.setattr(few_tokens, "choose_way", choose)
+    for tokens in (8, 9, 256, 257):
+        x = torch.randn(1, tokens, 24)
+        assert_close(layer(x), by_formula(layer, x, state), rtol=1e-4, atol=1e-4)
+        assert calls == [tokens] * (tokens == 8 or (tokens < 257 and faster == "library"))
+        calls.clear()
+    assert asked == [(("low-rank", 24, 48, 3, 3, torch.float32), tokens) for tokens in (9, 256)]
+
+
+def test_the_faster_way_is_timed_once_and_kept(calls):
+    layer, x = layer_of(), torch.randn(20, 24)
+    layer.gate_state = STATES["low-rank"]
+    forget_ways()
+    layer(x)
+    timed = len(calls)
+    assert timed >= 2  # warming up, and at least one round
+    layer(x)
+    assert len(calls) <= timed + 1
+    forget_ways()
 
 
 @BY_STATE
