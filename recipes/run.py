@@ -96,7 +96,7 @@ class Recipe:
             words = [*D2DMOE, "convert", *flags(keys)]
             found.append(Step(f"convert-{name}", words, out / name / "results.json", resumable=True))
             found.append(self._evaluation(name, str(out / name), test))
-        times = {"model": out / "ours", "json": out / "bench.json", **sections["bench"]}
+        times = {"model": out / "ours", "json": out / "bench.json", "data": self.eval_data, **sections["bench"]}
         found.append(Step("bench", [*D2DMOE, "bench", *flags(times)], out / "bench.json"))
         page = out / "report.html"
         words = [*D2DMOE, "report", str(out / "ours"), str(out / "theirs"), "--output", str(page)]

@@ -25,6 +25,11 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--tokens", type=numbers, default=[1, 16, 128, 512], metavar="N,M,…", help="for --layer")
     sub.add_argument("--batch", type=numbers, default=[1, 8, 64], metavar="N,M,…", help="texts or images, for --model")
     sub.add_argument("--length", type=int, default=128, help="tokens of each text, for --model")
+    sub.add_argument(
+        "--data", help="for --model: text cut into pieces of --length tokens, or images (default: random tokens, on "
+        "which a converted model runs more experts than on text)",
+    )  # fmt: skip
+    sub.add_argument("--text-column", help="as for eval")
     sub.add_argument("--active", type=numbers, metavar="A,B,…", help="fractions (default: 0.25, or the stored budgets)")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and inputs")
     sub.add_argument("--threads", type=int, default=0, help="0 leaves them as they are")
@@ -59,6 +64,8 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
     for active in arguments.active or []:
         check_active(active)
     _check_numbers(arguments)
+    if arguments.data and arguments.layer:
+        raise UserError(f"--data {arguments.data}: a single layer has random inputs; give --model")
     if arguments.plot:
         if arguments.layer:
             raise UserError("--plot draws the quality of a model, and a single layer has none; give --model")
@@ -131,9 +138,23 @@ def _bench_model(arguments: argparse.Namespace, options: dict[str, Any]) -> list
             f"{arguments.model} holds no dense model (--attention mlp): dense times are of one with its shapes and "
             f"random weights", stacklevel=1
         )  # fmt: skip
-    model, dense = hub.load_model(arguments.model, config, dtype=dtype), hub.load_dense(arguments.model, config, dtype)
     batches = [int(n) for n in arguments.batch]
+    if arguments.data:
+        options["prompts"] = _real(arguments, config, max(batches))
+    model, dense = hub.load_model(arguments.model, config, dtype=dtype), hub.load_dense(arguments.model, config, dtype)
     rows = bench.bench_model(
         model, dense, batches=batches, length=arguments.length, settings=[{"active": a} for a in actives], **options
     )
     return [{**row, **quality[row["active"]]} for row in rows]
+
+
+def _real(arguments: argparse.Namespace, config: Any, most: int) -> Any:
+    """Inputs from `--data`, enough for the largest batch."""
+    from .. import hub
+    from ..config.options import DataConfig
+    from ..config.presets import resolve
+    from ..measure.prompts import real_prompts
+
+    keys = {"data": arguments.data, "text_column": arguments.text_column, "max_length": arguments.length}
+    processor = hub.load_processor(arguments.model, config)
+    return real_prompts(arguments.model, config, processor, resolve(DataConfig, keys), most)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..discovery.inputs import dummy_inputs
 from ..kernels import chosen, dispatching, use_backend
 from ..kernels.gates import select
 from ..moe.gating import set_gate
@@ -24,10 +23,10 @@ from ..moe.layer import DynamicFFN, GateState, layers
 from ..moe.memory import twin_in
 from .observe import ActiveCounter, model_inputs, observing
 from .pairs import make_pair
+from .prompts import INPUTS, Prompts, random_prompts
 from .rivals import RIVAL_FUNCTIONS, dense_columns, works
 from .timing import Function, measure, row
 
-INPUTS = 8  # different inputs, used in turn
 DENSE = ("eager", "compiled", "frozen")
 RIVALS = ("grouped_mm", "loop")
 COLUMNS = (*DENSE, "sparse", "dispatched", *RIVALS)
@@ -155,6 +154,7 @@ def speedup(model: nn.Module, dense: nn.Module, batches: Sequence[dict[str, Any]
 def bench_model(
     model: nn.Module, dense: nn.Module, *, batches: list[int], length: int, settings: list[dict], seconds: float = 4.0,
     columns: tuple[str, ...] = COLUMNS, clock: str = "wall", keep_dense: bool = False, expert_dtype: str | None = None,
+    prompts: Prompts | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of prefill (all tokens or patches at once) and, for generative models, of decode (one token each).
 
@@ -169,7 +169,9 @@ def bench_model(
         clock: `wall`, or `cpu` for one thread on a busy machine.
         keep_dense: Hold the dense layout as well.
         expert_dtype: A further column, the model with its experts in that dtype.
+        prompts: What to time them on, by default random tokens.
     """
+    make = prompts or random_prompts(length)
     for layer in layers(model):
         layer.keep_dense = keep_dense
     twin = twin_in(model, expert_dtype) if expert_dtype else None
@@ -177,16 +179,17 @@ def bench_model(
     text = model.main_input_name == "input_ids"
     decodes = text and hasattr(model, "can_generate") and model.can_generate() and not model.config.is_encoder_decoder
     for batch in batches:
-        prompts = [dummy_inputs(model, batch, length, seed) for seed in range(INPUTS)]
+        given = make(model, batch)
         for phase in ("prefill", "decode") if decodes else ("prefill",):
             caches: dict[int, Any] = {}
-            call = _prefill if phase == "prefill" else lambda m, x, c=caches, p=prompts[0]: _decode(m, x, p, c)
-            inputs: list[Any] = prompts if phase == "prefill" else [p["input_ids"][:, :1] for p in prompts]
+            call = _prefill if phase == "prefill" else lambda m, x, c=caches, p=given[0]: _decode(m, x, p, c)
+            inputs: list[Any] = given if phase == "prefill" else [p["input_ids"][:, :1] for p in given]
             dense_functions = dense_columns(dense, inputs[0], columns, call)
             for setting in settings:
                 with _gate(model, setting), _gate(twin, setting) if twin else nullcontext():
-                    single = {k: v[:1] for k, v in prompts[0].items()}
+                    single = {k: v[:1] for k, v in given[0].items()}
                     active, each = check_model(model, single)
+                    active = active_fraction(model, given) if prompts and phase == "prefill" else active
                     caches.clear()
                     functions = {**dense_functions, "sparse": lambda x, c=call: c(model, x)}
                     if twin:
@@ -255,6 +258,15 @@ def _rival(model: nn.Module, function: Callable, call: Callable) -> Function:
                 del layer.forward
 
     return run
+
+
+def active_fraction(model: nn.Module, batches: Sequence[dict[str, torch.Tensor]]) -> float:
+    """The share of the experts that run on these inputs, with the gate in force."""
+    counter = ActiveCounter()
+    with observing(model, counter):
+        for inputs in batches:
+            model(**inputs)
+    return counter.fraction
 
 
 def check_model(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[float, int]:

@@ -15,14 +15,15 @@ from transformers import GPT2LMHeadModel
 from zoo import tiny
 
 from d2dmoe.cli import main
-from d2dmoe.config import Budget, D2DMoEConfig, UserError
+from d2dmoe.config import Budget, D2DMoEConfig, DataConfig, UserError
 from d2dmoe.discovery import discover
 from d2dmoe.kernels import use_backend
 from d2dmoe.measure import bench
 from d2dmoe.measure.pairs import make_pair, parse_layer
+from d2dmoe.measure.prompts import real_prompts
 from d2dmoe.measure.rivals import RIVAL_FUNCTIONS
 from d2dmoe.measure.timing import measure
-from d2dmoe.moe.layer import GateState
+from d2dmoe.moe.layer import GateState, layers
 from d2dmoe.moe.loader import attach
 
 
@@ -174,6 +175,67 @@ def test_the_plot_shows_recorded_quality_at_measured_times(folder, tmp_path, mon
         assert dense.get_xydata().tolist() == [[pytest.approx(both), DENSE_QUALITY]]
         assert [text.get_text() for text in axes.texts] == ["25%", "50%"]
     assert drawn[0].axes[0].get_ylabel() == "perplexity"
+
+
+# --- real text -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def text(folder, tmp_path) -> Path:
+    """Token ids in two rows of 16 and 19."""
+    file = tmp_path / "ids.jsonl"
+    file.write_text("".join(json.dumps({"input_ids": list(ids)}) + "\n" for ids in (range(1, 17), range(30, 49))))
+    return file
+
+
+def test_data_is_what_is_timed(folder, text, monkeypatch, capsys):
+    seen = []
+    forward = GPT2LMHeadModel.forward
+
+    def watched(self, input_ids=None, **options):
+        seen.append(input_ids)
+        return forward(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", watched)
+    active = ["--active", "0.5"]
+    assert main(["bench", "--model", str(folder), "--batch", "2", *BENCH, *active, "--data", str(text)]) == 0
+    pieces = [list(range(first, first + 8)) for first in (1, 9, 30, 38)]
+    batches = {tuple(map(tuple, ids.tolist())) for ids in seen if ids.shape == (2, 8)}
+    assert batches == {tuple(map(tuple, pieces[:2])), tuple(map(tuple, pieces[2:]))}
+    assert "prefill" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_the_active_fraction_is_that_of_the_data(folder, text):
+    model = GPT2LMHeadModel.from_pretrained(folder)
+    for layer in layers(model):
+        layer.gate_state = GateState("max", 0.9)  # as many experts as each token asks for
+    prompts = [{"input_ids": torch.arange(first, first + 8)[None]} for first in range(1, 80, 8)]
+    each = [bench.active_fraction(model, [prompt]) for prompt in prompts]
+    assert bench.active_fraction(model, prompts) == pytest.approx(sum(each) / len(each))
+    assert len(set(each)) > 1
+
+
+DATA_REFUSED = {
+    "a layer": (["--layer", "d=8,f=16,experts=4"], "a single layer has random inputs"),
+    "too little": (["--batch", "5"], "4 pieces of 8 tokens, and --batch 5 takes as many"),
+}
+
+
+@pytest.mark.parametrize("case", DATA_REFUSED)
+def test_data_that_cannot_be_timed_is_refused(case, folder, text, monkeypatch, capsys):
+    words, said = DATA_REFUSED[case]
+    for function in ("bench_layer", "bench_model"):
+        monkeypatch.setattr(bench, function, lambda *_, **__: pytest.fail("timed"))
+    what = words if "--layer" in words else ["--model", str(folder), *words]
+    assert main(["bench", *what, *BENCH, "--data", str(text)]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_encoder_decoders_are_timed_on_random_tokens_only():
+    config = tiny("t5").config
+    with pytest.raises(UserError, match="encoder-decoder"):
+        real_prompts("t5", config, None, DataConfig(data="x.txt"), 1)
 
 
 PLOTS_REFUSED = {
