@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,24 @@ MOST = {  # tokens up to which the library is faster than torch's products; LAB.
 TIMED = 256  # up to which it may be at low rank: torch's products are fast on some processors only
 Layer = Any  # a `DynamicProjection`, which imports this
 Versions = tuple[tuple[int, int], ...]
+
+
+class Ways(NamedTuple):
+    """What computes a projection at one setting, good for tensors of these versions."""
+
+    versions: Versions
+    plan: ProjectionPlan | None  # of the library
+    factors: Any  # for torch's products, as of `DynamicProjection.factors`; `None` without any
+
+    def by_torch(self, layer: Layer, state: ProjectionState, x: torch.Tensor) -> torch.Tensor:
+        """At low rank.
+
+        Raises:
+            StaleWeights: If what the factors were made from has changed.
+        """
+        if self.plan.watch.changed():
+            raise StaleWeights
+        return layer._factored(x, self.factors, state.ranks)
 
 
 class FewTokens:
@@ -37,7 +55,7 @@ class FewTokens:
 
     def invalidate(self) -> None:
         """Drop everything."""
-        self._plans: dict[ProjectionState, tuple[Versions, ProjectionPlan | None]] = {}
+        self._plans: dict[ProjectionState, Ways] = {}
         self._turned: tuple[tuple[int, int], Watch, torch.Tensor] | None = None  # weights as (inputs, outputs)
 
     def extra_bytes(self) -> int:
@@ -57,34 +75,33 @@ class FewTokens:
         versions = tuple([(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None])
         for _ in range(2):
             known = self._plans.get(state)
-            if known is None or known[0] != versions:
+            if known is None or known.versions != versions:
                 if known is not None:
                     self.invalidate()
                 known = self._add(layer, state, versions)
-            if known[1] is None:
+            if known.plan is None:
                 return None
             try:
-                return known[1](x) if _faster(layer, state, known[1], x) else None
+                return known.plan(x) if _faster(layer, state, known, x) else known.by_torch(layer, state, x)
             except StaleWeights:
                 self.invalidate()
         return None  # somebody writes to the weights meanwhile
 
-    def _add(self, layer: Layer, state: ProjectionState, versions: Versions) -> tuple[Versions, ProjectionPlan | None]:
-        entry = (versions, self._plan(layer, state))
-        others = [(s, known) for s, known in self._plans.items() if s != state][-KEPT + 1 :]
-        self._plans = {**dict(others), state: entry}
-        return entry
-
     @torch.no_grad()
-    def _plan(self, layer: Layer, state: ProjectionState) -> ProjectionPlan | None:
+    def _add(self, layer: Layer, state: ProjectionState, versions: Versions) -> Ways:
+        factors = layer.factors(state.ranks) if any(state.ranks) else None
+        ways = Ways(versions, self._plan(layer, state, factors), factors)
+        others = [(s, known) for s, known in self._plans.items() if s != state][-KEPT + 1 :]
+        self._plans = {**dict(others), state: ways}
+        return ways
+
+    def _plan(self, layer: Layer, state: ProjectionState, factors: Any) -> ProjectionPlan | None:
         tensors = [t for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None]
         if not all(t.is_cpu and t.dtype == layer.weight.dtype for t in tensors):
             return None
-        first, second, constants, sources = None, [], [], []
-        if any(state.ranks):
-            (first, second, constants), sources = layer.factors(state.ranks), layer.factor_sources()
+        (first, second, constants), sources = factors or (None, [], []), layer.factor_sources() if factors else []
         if state.method == "low-rank":
-            return ProjectionPlan(first, second, torch.cat(constants), sources=sources) if first is not None else None
+            return ProjectionPlan(first, second, torch.cat(constants), sources=sources) if factors else None
         weight = layer.matrix().T.detach()
         if not weight.is_contiguous():
             sources = [*sources, weight]
@@ -99,13 +116,13 @@ class FewTokens:
         return known[2]
 
 
-def _faster(layer: Layer, state: ProjectionState, plan: ProjectionPlan, x: torch.Tensor) -> bool:
+def _faster(layer: Layer, state: ProjectionState, known: Ways, x: torch.Tensor) -> bool:
     """Is the library faster than torch's products for projections of this kind and so many tokens?"""
     p = layer.projection
     if x.numel() <= MOST[x.dtype, state.method] * p.inputs:
         return True
     place = ("low-rank", p.inputs, p.outputs, len(p.sections), bucket(sum(state.ranks)), x.dtype)
-    ways = {"library": plan, "torch": partial(layer._readable, state=state)}
+    ways = {"library": known.plan, "torch": partial(known.by_torch, layer, state)}
     return choose_way(place, ways, x.reshape(-1, p.inputs)) == "library"
 
 

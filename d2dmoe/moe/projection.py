@@ -145,6 +145,8 @@ class DynamicProjection(Gated, nn.Module):
     def _factored(x: torch.Tensor, factors: Factors, ranks: tuple[int, ...], constant: bool = True) -> torch.Tensor:
         """The same, with the bias and the mean, by factors that were derived beforehand."""
         first, second, constants = factors
+        if len(second) == 1 and constant:
+            return linear(linear(x, first), second[0], constants[0])
         thin = linear(x, first).split(ranks, -1)
         parts = [linear(t, *((s, c) if constant else (s,))) for t, s, c in zip(thin, second, constants, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

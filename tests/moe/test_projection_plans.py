@@ -124,6 +124,18 @@ def test_everything_on_is_dense_bit_for_bit(kind, calls):
     assert not calls
 
 
+@pytest.mark.parametrize("name", ["weight", "bias", "low_rank_out"])
+def test_changed_weights_by_torchs_products(name, monkeypatch, calls):
+    monkeypatch.setattr(few_tokens, "choose_way", lambda *_: "torch")
+    layer, x = layer_of(), torch.randn(20, 24)
+    layer.gate_state = STATES["low-rank"]
+    layer(x)
+    for change in (lambda t: t.data.mul_(2), lambda t: t.add_(0.5), lambda t: setattr(t, "data", torch.rand_like(t))):
+        change(getattr(layer, name))
+        assert_close(layer(x), by_formula(layer, x, layer.gate_state), rtol=1e-4, atol=1e-4)
+    assert not calls
+
+
 @BY_STATE
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize("change", ["data", "in place", "one value", "replaced", "moved", "load", "copy", "double"])
@@ -161,7 +173,7 @@ def test_budgets_share_the_turned_weights_and_take_turns():
             assert_close(layer(x), by_formula(layer, x, layer.gate_state), rtol=1e-4, atol=1e-4)
     assert len(layer.few_tokens._plans) == 3
     assert layer.few_tokens.extra_bytes() == layer.weight.nbytes
-    assert len({plan.keep[0]["weight"].data_ptr() for _, plan in layer.few_tokens._plans.values()}) == 1
+    assert len({ways.plan.keep[0]["weight"].data_ptr() for ways in layer.few_tokens._plans.values()}) == 1
     for threshold in range(1, 20):
         with gates_here({layer: ProjectionState("channels", (), threshold / 20)}):
             layer(x)
