@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config.projections import ProjectionState
-from ..kernels import ProjectionPlan, StaleWeights, Watch, bucket, choose_way, identity, projects
+from ..kernels import ProjectionPlan, StaleWeights, Watch, bucket, choose_way, identity, projects, way_taken
 from .prepared import offloaded
 
 KEPT = 8  # settings of a projection whose plans are kept
@@ -27,6 +27,7 @@ class Ways(NamedTuple):
     versions: Versions
     plan: ProjectionPlan | None  # of the library
     factors: Any  # for torch's products, as of `DynamicProjection.factors`; `None` without any
+    place: tuple  # what decides which is faster: projections alike share the decision
 
     def by_torch(self, layer: Layer, state: ProjectionState, x: torch.Tensor) -> torch.Tensor:
         """At low rank.
@@ -90,7 +91,9 @@ class FewTokens:
     @torch.no_grad()
     def _add(self, layer: Layer, state: ProjectionState, versions: Versions) -> Ways:
         factors = layer.factors(state.ranks) if any(state.ranks) else None
-        ways = Ways(versions, self._plan(layer, state, factors), factors)
+        p = layer.projection
+        place = ("low-rank", p.inputs, p.outputs, len(p.sections), bucket(sum(state.ranks)), layer.weight.dtype)
+        ways = Ways(versions, self._plan(layer, state, factors), factors, place)
         others = [(s, known) for s, known in self._plans.items() if s != state][-KEPT + 1 :]
         self._plans = {**dict(others), state: ways}
         return ways
@@ -118,12 +121,15 @@ class FewTokens:
 
 def _faster(layer: Layer, state: ProjectionState, known: Ways, x: torch.Tensor) -> bool:
     """Is the library faster than torch's products for projections of this kind and so many tokens?"""
-    p = layer.projection
-    if x.numel() <= MOST[x.dtype, state.method] * p.inputs:
+    inputs = layer.projection.inputs
+    tokens = x.numel() // inputs
+    if tokens <= MOST[x.dtype, state.method]:
         return True
-    place = ("low-rank", p.inputs, p.outputs, len(p.sections), bucket(sum(state.ranks)), x.dtype)
-    ways = {"library": known.plan, "torch": partial(known.by_torch, layer, state)}
-    return choose_way(place, ways, x.reshape(-1, p.inputs)) == "library"
+    taken = way_taken(known.place, tokens)
+    if taken is None:
+        ways = {"library": known.plan, "torch": partial(known.by_torch, layer, state)}
+        taken = choose_way(known.place, ways, x.reshape(-1, inputs))
+    return taken == "library"
 
 
 def _few(layer: Layer, state: ProjectionState, weight: torch.Tensor, x: torch.Tensor) -> bool:

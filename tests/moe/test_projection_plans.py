@@ -126,7 +126,7 @@ def test_everything_on_is_dense_bit_for_bit(kind, calls):
 
 @pytest.mark.parametrize("name", ["weight", "bias", "low_rank_out"])
 def test_changed_weights_by_torchs_products(name, monkeypatch, calls):
-    monkeypatch.setattr(few_tokens, "choose_way", lambda *_: "torch")
+    monkeypatch.setattr(few_tokens, "way_taken", lambda *_: "torch")
     layer, x = layer_of(), torch.randn(20, 24)
     layer.gate_state = STATES["low-rank"]
     layer(x)
