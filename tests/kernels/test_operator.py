@@ -173,6 +173,50 @@ def test_router_in_bf16(isa, tokens, d, width):
 
 
 @needs_native
+@ISAS
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("d", "width", "experts"), [(64, 16, 32), (33, 37, 13), (7, 130, 3), (100, 1, 65)])
+def test_router_laid_out_by_input(isa, threads, d, width, experts):
+    """For so many tokens that it is used, and for fewer, by threads that share the columns; twice the same bits."""
+    if not usable(isa, torch.float32):
+        pytest.skip("fp32 is another table's")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for tokens in (1, 7, 8, 63, 64, 65, 200):
+            arguments = problem(tokens, d, 8, experts, 16, glu=False, seed=tokens)
+            generator = torch.Generator().manual_seed(1)
+            arguments |= {
+                "router_hidden": torch.randn((width, d), generator=generator),
+                "router_score": torch.randn((experts, width), generator=generator), "gate": "topk", "tau": 0.6,
+            }  # fmt: skip
+            hidden = torch.relu(arguments["x"].double() @ arguments["router_hidden"].double().T)
+            scores = (hidden @ arguments["router_score"].double().T).abs()
+            clear = (scores.sort().values.diff() > 1e-5 * scores.amax(1, True)).all(1)
+            assert clear.float().mean() > 0.5 or width == 1
+            y = by_native(arguments | {"run": None}, isa, tiles=True)
+            check(y[clear], arguments | {"x": arguments["x"][clear], "run": select(scores, "topk", 0.6)[clear]})
+            assert torch.equal(by_native(arguments | {"run": None}, isa, tiles=True), y)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+def test_a_router_laid_out_by_input_is_shared_counted_and_watched():
+    arguments, known = problem(20, 40, 24, 5, 50, glu=False), {}
+    tensors, settings = {n: arguments[n] for n in TENSORS}, [arguments[n] for n in ARGUMENTS[13:]]
+    plans = [native.Plan(tensors, *settings, tiles=known) for _ in range(2)]
+    assert plans[0].layer.router_up == plans[1].layer.router_up
+    assert plans[0].extra_bytes == arguments["router_hidden"].nbytes + arguments["router_score"].nbytes
+    assert native.Plan(tensors, *settings).extra_bytes == 0
+    for name in ("router_hidden", "router_score"):
+        plan = native.Plan(tensors, *settings, tiles=known)
+        arguments[name].data.mul_(2)
+        with pytest.raises(native.StaleWeights):
+            plan(arguments["x"])
+
+
+@needs_native
 def test_tiles_are_kept_for_many_tokens_and_counted():
     numbers = [n for n, _ in kernels() if LIBRARY.d2dmoe_kernels_tiles(n)]
     if not numbers:

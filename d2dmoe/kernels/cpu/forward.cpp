@@ -22,7 +22,7 @@
 
 using namespace d2dmoe;
 
-EXPORT int d2dmoe_abi() { return 6; }
+EXPORT int d2dmoe_abi() { return 7; }
 
 namespace {
 
@@ -106,6 +106,12 @@ struct Call {
     bool by_experts() const { return layer.bf16 && !int8() && kernels.experts_bf16; }
     const bool tiled = by_tiles(layer, kernels);
     int64_t padded_out() const { return round_up(layer.d_out, kernels.lanes); }
+    // Rows of the router's hidden values and scores.
+    int64_t hidden_row() const { return round_up(layer.router_width, MAX_LANES); }
+    int64_t score_row() const { return round_up(layer.experts, MAX_LANES); }
+    // From so many tokens on the router's weights lie better by input than by output.
+    static constexpr int64_t MANY = 8;
+    bool packed_router(int64_t tokens) const { return layer.router_up && tokens >= MANY; }
     // Tokens can be added up where they belong if they are fp32 and whole vectors.
     bool in_place() const { return !layer.bf16 && layer.d_out % kernels.lanes == 0; }
 };
@@ -138,29 +144,39 @@ void router_rows(const Call& c, const Inputs& x, int64_t tokens, int64_t first, 
     const auto& l = c.layer;
     const char* weights = offset(l.router_hidden, first * l.d, c.element());
     float* out = hidden + first;
-    if (!l.bf16)
+    if (c.packed_router(tokens))
+        c.kernels.product_f32(reinterpret_cast<const float*>(x.start), x.stride / 4, tokens,
+                              static_cast<const float*>(l.router_up), l.d, l.router_width, first, last, hidden,
+                              c.hidden_row(), DOTS_RELU);
+    else if (!l.bf16)
         c.kernels.dots_f32(reinterpret_cast<const float*>(x.start), x.stride / 4, tokens,
-                           reinterpret_cast<const float*>(weights), last - first, l.d, out, l.router_width, DOTS_RELU);
+                           reinterpret_cast<const float*>(weights), last - first, l.d, out, c.hidden_row(), DOTS_RELU);
     else if (c.widened())
         c.kernels.dots_mixed(reinterpret_cast<const float*>(x.start), x.stride / 4, tokens,
-                             reinterpret_cast<const bf16*>(weights), last - first, l.d, out, l.router_width, DOTS_RELU);
+                             reinterpret_cast<const bf16*>(weights), last - first, l.d, out, c.hidden_row(), DOTS_RELU);
     else
         c.kernels.dots_bf16(x.start, x.stride / 2, tokens, reinterpret_cast<const bf16*>(weights), last - first, l.d, out,
-                            l.router_width, DOTS_RELU);
+                            c.hidden_row(), DOTS_RELU);
 }
 
-// Scores from the router's hidden layer, and the experts that the gate runs for each token.
-void score_and_choose(const Call& c, const float* hidden, int64_t tokens, float* scores, uint8_t* run, char* scratch) {
+// Scores from the router's hidden layer, and the experts that the gate runs for each token. `packed` as the hidden values
+// were made, which may have been for more tokens than these.
+void score_and_choose(const Call& c, bool packed, const float* hidden, int64_t tokens, float* scores, uint8_t* run,
+                      char* scratch) {
     const auto& l = c.layer;
-    if (l.bf16)
-        c.kernels.dots_mixed(hidden, l.router_width, tokens, static_cast<const bf16*>(l.router_score), l.experts,
-                             l.router_width, scores, l.experts, DOTS_ABS);
+    int64_t from = c.hidden_row(), to = c.score_row();
+    if (packed)
+        c.kernels.product_f32(hidden, from, tokens, static_cast<const float*>(l.router_down), l.router_width, l.experts, 0,
+                              l.experts, scores, to, DOTS_ABS);
+    else if (l.bf16)
+        c.kernels.dots_mixed(hidden, from, tokens, static_cast<const bf16*>(l.router_score), l.experts, l.router_width, scores,
+                             to, DOTS_ABS);
     else
-        c.kernels.dots_f32(hidden, l.router_width, tokens, static_cast<const float*>(l.router_score), l.experts,
-                           l.router_width, scores, l.experts, DOTS_ABS);
+        c.kernels.dots_f32(hidden, from, tokens, static_cast<const float*>(l.router_score), l.experts, l.router_width, scores,
+                           to, DOTS_ABS);
     GateCall gate{l.gate, l.tau, l.top, l.min_experts, l.max_experts, l.shared};
     for (int64_t t = 0; t < tokens; t++)
-        c.kernels.choose(gate, scores + t * l.experts, l.experts, run + t * l.experts, scratch);
+        c.kernels.choose(gate, scores + t * to, l.experts, run + t * l.experts, scratch);
 }
 
 // The tokens of every expert: expert e has lists[e * stride] up to lists[e * stride + counts[e]].
@@ -283,8 +299,8 @@ struct FewShared {
     void take(Pieces& p) {
         const auto& l = call->layer;
         int64_t n = call->tokens;
-        hidden = p.take<float>(call->routed() ? n * l.router_width : 0);
-        scores = p.take<float>(call->routed() ? n * l.experts : 0);
+        hidden = p.take<float>(call->routed() ? n * call->hidden_row() : 0);
+        scores = p.take<float>(call->routed() ? n * call->score_row() : 0);
         run = p.take<uint8_t>(call->routed() ? n * l.experts : 0);
         wide = p.take<float>(call->widened() ? n * l.d : 0);
         rounded = p.take<char>(n * call->rounded_row());
@@ -370,13 +386,15 @@ void few_part(FewShared& s, FewOwn& own, int phase, int id, int team) {
     Inputs x{c.x, c.ld_x, s.rounded};
     if (c.widened()) x = {reinterpret_cast<const char*>(s.wide), l.d * 4, s.rounded};
     auto [first, last] = share(phase == FewShared::ROUTER ? l.router_width : c.tokens, id, team);
+    if (phase == FewShared::ROUTER)  // whole vectors, but the last
+        first = std::min(l.router_width, round_up(first, MAX_LANES)), last = std::min(l.router_width, round_up(last, MAX_LANES));
     if (phase == FewShared::INPUTS) {
         inputs_of(c, first, last - first, s.wide + first * l.d, s.rounded + first * c.rounded_row());
     } else if (phase == FewShared::ROUTER) {
         router_rows(c, x, c.tokens, first, last, s.hidden);
     } else if (phase == FewShared::CHOICE) {
-        score_and_choose(c, s.hidden + first * l.router_width, last - first, s.scores + first * l.experts,
-                         s.run + first * l.experts, own.scratch);
+        score_and_choose(c, c.packed_router(c.tokens), s.hidden + first * c.hidden_row(), last - first,
+                         s.scores + first * c.score_row(), s.run + first * l.experts, own.scratch);
     } else if (phase == FewShared::EXPERTS) {
         few_experts(s, own, x, id, team);
     } else {
@@ -449,8 +467,8 @@ struct ManyOwn {
     char *room, *scratch;
     void take(Pieces& p) {
         const auto& l = call->layer;
-        hidden = p.take<float>(call->routed() ? tile * l.router_width : 0);
-        scores = p.take<float>(call->routed() ? tile * l.experts : 0);
+        hidden = p.take<float>(call->routed() ? tile * call->hidden_row() : 0);
+        scores = p.take<float>(call->routed() ? tile * call->score_row() : 0);
         run = p.take<uint8_t>(call->routed() ? tile * l.experts : 0);
         wide = p.take<float>(call->widened() ? tile * l.d : 0);
         rounded = p.take<char>(tile * call->rounded_row());
@@ -476,7 +494,7 @@ void run_tile(const Call& c, int64_t first, int64_t n, ManyOwn& own) {
     const uint8_t* run = c.run ? c.run + first * l.experts : nullptr;
     if (c.routed()) {
         router_rows(c, x, n, 0, l.router_width, own.hidden);
-        score_and_choose(c, own.hidden, n, own.scores, own.run, own.scratch);
+        score_and_choose(c, c.packed_router(n), own.hidden, n, own.scores, own.run, own.scratch);
         run = own.run;
     }
     if (run) make_lists(c, run, n, own.lists, list_stride(own.tile), own.counts);

@@ -62,6 +62,10 @@ struct Kernels {
                       int64_t ld_out, int32_t end);
     void (*dots_mixed)(const float* x, int64_t ld_x, int64_t tokens, const bf16* w, int64_t rows, int64_t depth, float* out,
                        int64_t ld_out, int32_t end);
+    // out[t * ld_out + i] = sum over k of x[t * ld_x + k] w[k * width + i] for columns `first` to `last`, then what `end`
+    // says. Rows of `out` are padded to whole vectors, and `first` begins one. For many tokens: w is read once for all.
+    void (*product_f32)(const float* x, int64_t ld_x, int64_t tokens, const float* w, int64_t depth, int64_t width,
+                        int64_t first, int64_t last, float* out, int64_t ld_out, int32_t end);
     // y[t * ld_y + i] += sum over c of x[t * ld_x + c] w[list[c] * ld_w + i], for `tokens` tokens and `width` columns
     void (*add_rows_f32)(const float* x, int64_t ld_x, int64_t tokens, const float* w, int64_t ld_w, const int32_t* list,
                          int64_t count, int64_t width, float* y, int64_t ld_y);

@@ -24,6 +24,7 @@ struct D2dmoeLayer {
     const void *linear_in, *linear_out;                                 // (d, rank), (rank, d_out)
     const void *up_tiles, *gate_tiles, *down_tiles;                     // as of in_tiles in native.py
     const float *up_scale, *gate_scale, *down_scale;                    // (experts, size): weights are in int8, or null
+    const void *router_up, *router_down;                                // (d, width), (width, experts): once more, or null
     const D2dmoeSample* samples;
     int64_t sample_count;
     uint64_t fingerprint;                                               // of the samples when the layer was prepared

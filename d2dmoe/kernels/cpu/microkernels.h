@@ -274,14 +274,14 @@ Tile<X, W> pick(int64_t cols, int64_t rows) {
     }
 }
 
-// out[t] (+)= x[t] w, less `minus`, for all tokens of an expert; w is one contiguous (depth, width) piece. Blocks of
-// columns outside, tokens inside, both cut into parts of nearly the same size.
+// out[t] (+)= x[t] w, less `minus`, for all tokens of an expert and columns `first` to `last`; w is one contiguous
+// (depth, width) piece. Blocks of columns outside, tokens inside, both cut into parts of nearly the same size.
 template <class X, class W, bool ADD>
 void product(const X* const* x, int64_t count, const W* w, int64_t depth, int64_t width, const W* minus,
-             float* const* out) {
-    int64_t vectors = (width + LANES - 1) / LANES, blocks = (vectors + MOST_COLS - 1) / MOST_COLS;
+             float* const* out, int64_t first, int64_t last) {
+    int64_t vectors = (last - first + LANES - 1) / LANES, blocks = (vectors + MOST_COLS - 1) / MOST_COLS;
     for (int64_t b = 0, v = 0; b < blocks; b++) {
-        int64_t cols = vectors / blocks + (b < vectors % blocks), at = v * LANES;
+        int64_t cols = vectors / blocks + (b < vectors % blocks), at = first + v * LANES;
         int64_t beyond = at + cols * LANES - width;  // how far a vector reaches into the next row
         int64_t safe = beyond <= 0 ? depth : std::max<int64_t>(0, depth - (beyond + width - 1) / width);
         int64_t most = most_rows(int(cols)), parts = (count + most - 1) / most;
@@ -292,6 +292,30 @@ void product(const X* const* x, int64_t count, const W* w, int64_t depth, int64_
             t += rows;
         }
         v += cols;
+    }
+}
+
+template <class X, class W, bool ADD>
+void product(const X* const* x, int64_t count, const W* w, int64_t depth, int64_t width, const W* minus, float* const* out) {
+    product<X, W, ADD>(x, count, w, depth, width, minus, out, 0, width);
+}
+
+// The same for rows at equal distances, and what `end` says (`Dots`).
+template <class W>
+void product_of_rows(const float* x, int64_t ld_x, int64_t tokens, const W* w, int64_t depth, int64_t width, int64_t first,
+                     int64_t last, float* out, int64_t ld_out, int32_t end) {
+    constexpr int64_t AT_ONCE = 64;
+    for (int64_t from = 0; from < tokens; from += AT_ONCE) {
+        int64_t count = std::min(AT_ONCE, tokens - from);
+        const float* inputs[AT_ONCE];
+        float* outputs[AT_ONCE];
+        for (int64_t t = 0; t < count; t++) inputs[t] = x + (from + t) * ld_x, outputs[t] = out + (from + t) * ld_out;
+        product<float, W, false>(inputs, count, w, depth, width, nullptr, outputs, first, last);
+        for (int64_t t = 0; t < count && end != DOTS_PLAIN; t++)
+            for (int64_t i = first; i < last; i += LANES) {
+                vf value = load(outputs[t] + i);
+                store(outputs[t] + i, end == DOTS_ABS ? (vf)((vi)value & 0x7fffffff) : select(value < 0.0f, vf{}, value));
+            }
     }
 }
 
@@ -697,6 +721,7 @@ const Kernels D2DMOE_TABLE_NAME(D2DMOE_ISA) = {
     [](const void* x, int64_t ld_x, int64_t tokens, const bf16* w, int64_t rows, int64_t depth, float* out, int64_t ld_out,
        int32_t end) { isa::dots(static_cast<const Wide*>(x), ld_x, tokens, w, rows, depth, out, ld_out, end); },
     isa::dots<float, bf16>,
+    D2DMOE_FP32(isa::product_of_rows<float>),
     D2DMOE_FP32(isa::add_rows<float>),
     isa::add_rows<bf16>,
     isa::keep,

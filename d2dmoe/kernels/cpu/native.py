@@ -15,7 +15,7 @@ import torch
 from ..gates import topk_priority
 from ..quads import INPUTS, in_quads
 
-ABI = 6
+ABI = 7
 LIBRARY = Path(os.environ.get("D2DMOE_LIBRARY") or Path(__file__).with_name("libd2dmoe.so"))
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "silu": 4}
 GATES = {"max": 0, "share": 1, "topk": 2, "topp": 3, "absolute": 4}
@@ -34,6 +34,7 @@ _TENSORS = {  # field of the struct -> argument of the operator
 _SCALES = {"up_weight": "up_scale", "gate_weight": "gate_scale", "down_weight": "down_scale"}
 FIELDS = {**_TENSORS, **{field: field for field in _SCALES.values()}}  # field of the struct -> key of `Plan.keep`
 _BESIDE = frozenset(("up_bias", "gate_bias", "down_bias", "constants"))  # of experts in int8: fp32
+_TURNED = {"router_up": "router_hidden", "router_down": "router_score"}
 _TILED = {"up_tiles": "up_weight", "gate_tiles": "gate_weight", "down_tiles": "down_weight"}
 
 
@@ -51,7 +52,7 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _SIZES),
         ("tau", ctypes.c_float),
         ("few", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in (*_TENSORS, *_TILED, *_SCALES.values())),
+        *((name, ctypes.c_void_p) for name in (*_TENSORS, *_TILED, *_SCALES.values(), *_TURNED)),
         ("samples", ctypes.c_void_p),
         ("sample_count", ctypes.c_int64),
         ("fingerprint", ctypes.c_uint64),
@@ -285,14 +286,24 @@ class Plan:
             setattr(layer, field, None if tensor is None else tensor.data_ptr())
         for field, scale in scales.items():
             setattr(layer, field, scale.data_ptr())
-        self.layer, self.extra_bytes = layer, 0
+        self.layer = layer
+        turned = self._turn(given, tiles)
+        self.extra_bytes = sum(given[name].nbytes for name in turned)
         wanted = tiles is not None and layer.bf16 and not int8 and library()[0].d2dmoe_kernels_tiles(layer.kernels)
         self.tiles = tiles if wanted else None
         self.call = ctypes.byref(layer)
         self.forward: Callable = library()[0].d2dmoe_forward
-        watched = {t.data_ptr(): t for t in sources} | copied
+        watched = {t.data_ptr(): t for t in sources} | copied | {given[n].data_ptr(): given[n] for n in turned}
         self.watch = Watch([*watched.values()])
         self.watch.enter(layer)
+
+    def _turn(self, given: dict[str, torch.Tensor | None], known: Tiles | None) -> list[str]:
+        """Lay out the router's weights by input as well, which is faster for many tokens; returns what was copied."""
+        names = [] if known is None or self.layer.bf16 or not self.layer.router_width else list(_TURNED.values())
+        for field, name in _TURNED.items() if names else ():
+            self.keep[field] = made_of(given[name], lambda weight: weight.to(self.dtype).T.contiguous(), known)
+            setattr(self.layer, field, self.keep[field].data_ptr())
+        return names
 
     def __call__(self, x: torch.Tensor, run: torch.Tensor | None = None) -> torch.Tensor:
         """``(tokens, d_out)`` of ``(tokens, d_model)``; `run` ``(tokens, experts)`` replaces router and gate."""
