@@ -146,6 +146,7 @@ def train(
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     placed: bool = False,
     in_turn: bool = False,
+    rates: Callable[[str], float] | None = None,
 ) -> list[dict[str, float]]:
     """Train the parameters of `model` that require gradients.
 
@@ -163,6 +164,7 @@ def train(
         evaluate: Called after the last step and at every saved state; its figures join the log row.
         placed: Model and batches are where they should be; accelerate decides otherwise.
         in_turn: A step may leave some parameters out, which several processes have to be told.
+        rates: What the learning rate of a parameter is multiplied by, by its name.
 
     Returns:
         Log rows, `{"step", "loss", "learning_rate", …}`.
@@ -172,7 +174,7 @@ def train(
             became NaN or infinite.
     """
     accelerator = _accelerator(placed, in_turn)
-    optimizer, scheduler = _optimiser(model, config)
+    optimizer, scheduler = _optimiser(model, config, rates)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     prepared.train()
     first_step, log, running = _begin(accelerator, model, optimizer, scheduler, config, state_dir, resume)
@@ -229,15 +231,17 @@ def _step(
     return learning_rate
 
 
-def _optimiser(model: nn.Module, config: TrainingConfig) -> tuple[torch.optim.Optimizer, Any]:
+def _optimiser(
+    model: nn.Module, config: TrainingConfig, rates: Callable[[str], float] | None = None
+) -> tuple[torch.optim.Optimizer, Any]:
     """AdamW, or Muon with AdamW, and the schedule of the learning rate."""
     matrices = inner_matrices(model) if config.optimizer == "muon" else []
-    rates = {"lr": config.learning_rate, "betas": tuple(config.adam_betas)}
-    groups = _parameter_groups(model, config.weight_decay, apart=matrices)
+    settings = {"lr": config.learning_rate, "betas": tuple(config.adam_betas)}
+    groups = _parameter_groups(model, config, rates or (lambda _: 1.0), apart=matrices)
     if matrices:
-        optimizer = MuonWithAdamW(matrices, groups, **rates, weight_decay=config.weight_decay)
+        optimizer = MuonWithAdamW(matrices, groups, **settings, weight_decay=config.weight_decay)
     else:
-        optimizer = torch.optim.AdamW(groups, **rates)
+        optimizer = torch.optim.AdamW(groups, **settings)
     scheduler = get_scheduler(
         SCHEDULES[config.schedule],
         optimizer,
@@ -294,14 +298,17 @@ def _row(
 
 
 def _parameter_groups(
-    model: nn.Module, weight_decay: float, apart: list[nn.Parameter] | None = None
+    model: nn.Module, config: TrainingConfig, rates: Callable[[str], float], apart: list[nn.Parameter]
 ) -> list[dict[str, Any]]:
     """Matrices are decayed, vectors (biases, norms) are not; a bias stays one when it is laid out by expert."""
-    decayed, plain, done = [], [], {id(parameter) for parameter in apart or ()}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    done = {id(parameter) for parameter in apart}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in done:
-            (decayed if parameter.ndim > 1 and not name.endswith("bias") else plain).append(parameter)
-    if not decayed and not plain and not done:
+            decay = config.weight_decay if parameter.ndim > 1 and not name.endswith("bias") else 0.0
+            groups.setdefault((-decay, -rates(name)), []).append(parameter)
+    if not groups and not done:
         raise ValueError("the model has no parameter that requires a gradient")
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    return [
+        {"params": groups[key], "weight_decay": -key[0], "lr": -key[1] * config.learning_rate} for key in sorted(groups)
+    ]

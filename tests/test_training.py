@@ -90,6 +90,19 @@ def test_one_step_is_adamw():
         assert_close(value.detach(), expected.detach(), msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_rates_are_shares_of_the_learning_rate_by_name():
+    config = replace(CONFIG, steps=1, warmup_fraction=0, schedule="constant", clip=0)
+    plain, slower = toy(), toy()
+    train(plain, batch_at, loss_of, config)
+    log = train(slower, batch_at, loss_of, config, rates=lambda name: 0.1 if name.startswith("0.") else 1.0)
+    assert log[0]["learning_rate"] == 1e-2
+    for (name, value), other, start in zip(
+        slower.named_parameters(), plain.parameters(), toy().parameters(), strict=True
+    ):
+        share = 0.1 if name.startswith("0.") else 1.0
+        assert_close(value - start, share * (other - start), rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_log_holds_window_means_and_the_rate_in_force():
     seen: list[float] = []
 

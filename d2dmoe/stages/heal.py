@@ -25,6 +25,7 @@ from ..moe.layer import layers
 from ..training import train
 
 LOGITS_AT_ONCE = 2**24  # elements per forward pass with gradients, 64 MB in fp32
+ROUTERS = 0.01  # of the learning rate: a gate changes its mind by jumps, and its gradient holds for small steps only
 ELEMENTS = 2**18  # logits compared at a time, 1 MB in fp32: they stay in the processor's cache
 
 
@@ -134,6 +135,7 @@ def heal(
         return train(
             student, parts, lambda student, batch: student(batch), settings,
             name="heal", state_dir=state_dir, resume=resume, placed=True, in_turn=True,
+            rates=lambda name: ROUTERS if ".router." in name else 1.0,
         )  # fmt: skip
 
 

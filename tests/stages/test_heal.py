@@ -64,8 +64,9 @@ def test_it_lowers_the_divergence_and_trains_what_was_asked(what):
         else:
             assert not trained or what == "all", name
         assert parameter.requires_grad == before.get_parameter(name).requires_grad
-    if what == "stand-ins":
+    if what != "all":  # the dense model that it is compared with has changed
         assert all(now < then for now, then in zip(losses(model, unseen), start, strict=True))
+    if what == "stand-ins":
         ids = unseen[0]
         with set_gate(model, tau=0), set_gate(before, tau=0), torch.no_grad():
             assert torch.equal(model(**ids).logits, before(**ids).logits)
