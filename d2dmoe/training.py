@@ -164,7 +164,7 @@ def train(
         evaluate: Called after the last step and at every saved state; its figures join the log row.
         placed: Model and batches are where they should be; accelerate decides otherwise.
         in_turn: A step may leave some parameters out, which several processes have to be told.
-        rates: What the learning rate of a parameter is multiplied by, by its name.
+        rates: What the learning rate of a parameter is multiplied by, by its name; not of those that Muon has.
 
     Returns:
         Log rows, `{"step", "loss", "learning_rate", …}`.
