@@ -13,6 +13,7 @@ from .. import hub
 from ..config.options import DataConfig
 from ..data.reading import read_batches
 from ..discovery.inputs import dummy_inputs
+from ..discovery.positions import fit_to_positions
 from ..errors import UserError
 
 INPUTS = 8  # different ones, used in turn
@@ -25,7 +26,7 @@ def random_prompts(length: int) -> Prompts:
 
 
 def real_prompts(name: str, config: Any, processor: Any, data: DataConfig, most: int) -> Prompts:
-    """Texts that are joined and cut into pieces of `max_length` tokens, or images as they are.
+    """Texts that are joined and cut into pieces of `max_length` tokens, or of the model's limit; or images as they are.
 
     Args:
         name: The model: hub id or folder.
@@ -39,9 +40,9 @@ def real_prompts(name: str, config: Any, processor: Any, data: DataConfig, most:
     """
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"--data {data.data}: an encoder-decoder is timed on random tokens; leave --data out")
-    wanted, sequences = replace(data, sequences="packed"), INPUTS * most
-    facts = hub.token_facts(name, config)
-    found = read_batches(wanted, "all", processor, packed=True, tokens=sequences * data.max_length, **facts)
+    data = fit_to_positions(data, hub.model_class(config, name), config)
+    wanted, facts = INPUTS * most * data.max_length, hub.token_facts(name, config)
+    found = read_batches(replace(data, sequences="packed"), "all", processor, packed=True, tokens=wanted, **facts)
     items = [item for item in found.items if "image" in item or len(item["input_ids"]) == data.max_length]
     if len(items) < most:
         raise UserError(
@@ -50,12 +51,10 @@ def real_prompts(name: str, config: Any, processor: Any, data: DataConfig, most:
         )
 
     def prompts(model: nn.Module, batch: int) -> list[dict[str, torch.Tensor]]:
-        device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-        count, made = min(INPUTS, len(items) // batch), []
-        for number in range(count):
-            inputs = found.collate(items[number * batch : (number + 1) * batch])
-            name = "pixel_values" if "pixel_values" in inputs else "input_ids"
-            made.append({name: inputs[name].to(device, dtype if name == "pixel_values" else None)})
-        return made
+        like = next(model.parameters())
+        batches = [found.collate(items[n * batch : (n + 1) * batch]) for n in range(min(INPUTS, len(items) // batch))]
+        if "pixel_values" in batches[0]:
+            return [{"pixel_values": inputs["pixel_values"].to(like)} for inputs in batches]
+        return [{"input_ids": inputs["input_ids"].to(like.device)} for inputs in batches]
 
     return prompts

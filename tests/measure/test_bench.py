@@ -216,6 +216,15 @@ def test_the_active_fraction_is_that_of_the_data(folder, text):
     assert len(set(each)) > 1
 
 
+def test_pieces_are_no_longer_than_the_model_can_take(folder, tmp_path):
+    config = GPT2LMHeadModel.from_pretrained(folder).config
+    file, limit = tmp_path / "long.jsonl", config.n_positions
+    file.write_text(json.dumps({"input_ids": [n % 50 for n in range(5 * limit)]}))
+    prompts = real_prompts(str(folder), config, None, DataConfig(data=str(file), max_length=4 * limit), 1)
+    (first, *_) = prompts(GPT2LMHeadModel(config), 1)
+    assert first["input_ids"].shape == (1, limit)
+
+
 DATA_REFUSED = {
     "a layer": (["--layer", "d=8,f=16,experts=4"], "a single layer has random inputs"),
     "too little": (["--batch", "5"], "4 pieces of 8 tokens, and --batch 5 takes as many"),
