@@ -306,9 +306,10 @@ def _parameter_groups(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in done:
             decay = config.weight_decay if parameter.ndim > 1 and not name.endswith("bias") else 0.0
-            groups.setdefault((-decay, -rates(name)), []).append(parameter)
+            groups.setdefault((decay, rates(name)), []).append(parameter)
     if not groups and not done:
         raise ValueError("the model has no parameter that requires a gradient")
-    return [
-        {"params": groups[key], "weight_decay": -key[0], "lr": -key[1] * config.learning_rate} for key in sorted(groups)
+    return [  # the full rate comes first: it is the one that is logged
+        {"params": groups[decay, rate], "weight_decay": decay, "lr": rate * config.learning_rate}
+        for decay, rate in sorted(groups, reverse=True)
     ]

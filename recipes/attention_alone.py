@@ -12,38 +12,33 @@ Loss is that of `recipes/compare.py`: nats per token above the dense model, or 1
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-import transformers
+from alone import Rows, keys_of, parser, prepared, shares_of, show
+from compare import places
 
 from d2dmoe import hub
 from d2dmoe.attention.bases import fit_bases
-from d2dmoe.config import PRESETS, ConvertConfig, D2DMoEConfig, UserError, resolve
+from d2dmoe.config import PRESETS, ConvertConfig, D2DMoEConfig, resolve
 from d2dmoe.config.budgets import Budget
 from d2dmoe.config.record import router_width
-from d2dmoe.measure.evaluate import evaluate, prepare
+from d2dmoe.measure.evaluate import evaluate
 from d2dmoe.measure.metrics import quality_loss
 from d2dmoe.moe.loader import attach
 from d2dmoe.pipeline.model import convert_model
-from d2dmoe.pipeline.parts import both_parts
-from d2dmoe.pipeline.plan import ConversionPlan, make_plan
-from d2dmoe.report import table
+from d2dmoe.pipeline.plan import ConversionPlan
 from d2dmoe.stages.budgets.allocate import give_out
 from d2dmoe.stages.budgets.projections import KINDS, groups_of
 
 
-def rows_of(config: ConvertConfig, eval_data: str, eval_limit: int, shares: list[float]) -> list[list]:
+def rows_of(config: ConvertConfig, eval_data: str, eval_limit: int, shares: list[float]) -> Rows:
     """One row of the table for each way."""
-    subject = prepare(config.model, replace(config, data=eval_data), [], tokens=eval_limit)
-    plan = make_plan(subject.config, config)
-    batches, _ = both_parts(config, plan.model_class, subject.config, subject.tokenizer)
-    batches = batches.shuffled(config.seed).first(config.calibration_tokens)
+    subject, plan, batches = prepared(config, eval_data, eval_limit)
+    batches = batches.first(config.calibration_tokens)
     model = hub.load_model(config.model, subject.config)
     record = D2DMoEConfig(blocks=plan.blocks, router_width=1, projections=plan.projections)
     attach(model, record, [torch.arange(block.width) for block in plan.blocks])
@@ -84,12 +79,10 @@ def active_for(share: float, plan: ConversionPlan, config: ConvertConfig) -> flo
     return (share * dense - routers) / everything
 
 
-def rows_of_networks(config: ConvertConfig, eval_data: str, eval_limit: int, shares: list[float]) -> list[list]:
+def rows_of_networks(config: ConvertConfig, eval_data: str, eval_limit: int, shares: list[float]) -> Rows:
     """The same for `--attention mlp`: everything on, then the gates of `NETWORKS`, on the same networks."""
-    subject = prepare(config.model, replace(config, data=eval_data), [], tokens=eval_limit)
-    plan = make_plan(subject.config, config)
-    batches, _ = both_parts(config, plan.model_class, subject.config, subject.tokenizer)
-    batches, dense, rows = batches.shuffled(config.seed), hub.load_model(config.model, subject.config), []
+    subject, plan, batches = prepared(config, eval_data, eval_limit)
+    dense, rows = hub.load_model(config.model, subject.config), []
     with tempfile.TemporaryDirectory() as scratch:
         for number, (name, keys) in enumerate(NETWORKS.items()):
             own = resolve(ConvertConfig, {**vars(config), **PRESETS[keys.get("preset", "default")], **keys})
@@ -110,36 +103,22 @@ def rows_of_networks(config: ConvertConfig, eval_data: str, eval_limit: int, sha
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", required=True, help="hub id, folder, or minilm for the encoder in its Python package"
-    )
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--eval-data", required=True)
-    parser.add_argument("--eval-limit", type=int, default=16_384, help="tokens")
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--shares", default="0.25,0.5,0.75")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--networks", action="store_true", help="the paper's way, --attention mlp, alone")
-    parser.add_argument("--attention-tokens", type=int, default=700_000, help="of the distillation")
-    arguments = parser.parse_args(argv)
-    transformers.logging.disable_progress_bar()
-    sys.path.insert(0, str(Path(__file__).parent))
-    from compare import places
+    model = "hub id, folder, or minilm for the encoder in its Python package"
+    flags = parser(__doc__, model=model, shares="0.25,0.5,0.75")
+    flags.add_argument("--networks", action="store_true", help="the paper's way, --attention mlp, alone")
+    flags.add_argument("--attention-tokens", type=int, default=700_000, help="of the distillation")
+    arguments = flags.parse_args(argv)
+    if arguments.model == "minilm":
+        arguments.model = places()["minilm"]
+    shares = shares_of(arguments)
 
-    model = places()["minilm"] if arguments.model == "minilm" else arguments.model
-    keys = {"model": model, "data": arguments.data, "max_length": arguments.max_length, "seed": arguments.seed}
-    keys["attention_tokens"] = arguments.attention_tokens
-    shares = [float(share) for share in arguments.shares.split(",")]
-    try:
-        config = resolve(ConvertConfig, {**keys, "attention": "mlp" if arguments.networks else "auto"})
-        make = rows_of_networks if arguments.networks else rows_of
-        rows = make(config, arguments.eval_data, arguments.eval_limit, shares)
-    except UserError as error:
-        print(f"attention_alone.py: {error}", file=sys.stderr)
-        return 1
-    print(table(["way", *(f"{share:g}" for share in shares)], rows))
-    return 0
+    def make() -> Rows:
+        own = {"attention_tokens": arguments.attention_tokens, "attention": "mlp" if arguments.networks else "auto"}
+        config = resolve(ConvertConfig, {**keys_of(arguments), **own})
+        way = rows_of_networks if arguments.networks else rows_of
+        return way(config, arguments.eval_data, arguments.eval_limit, shares)
+
+    return show("attention_alone.py", ["way", *(f"{share:g}" for share in shares)], make)
 
 
 if __name__ == "__main__":

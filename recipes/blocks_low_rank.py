@@ -10,26 +10,22 @@ to those of the gradients at the outputs. Loss is in nats per token above the de
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
-import transformers
+from alone import Rows, keys_of, parser, prepared, shares_of, show
 from torch import nn
 
 from d2dmoe import hub
 from d2dmoe.attention.bases import find_basis
 from d2dmoe.attention.moments import InputMoments
-from d2dmoe.config import ConvertConfig, UserError, resolve
+from d2dmoe.config import ConvertConfig, resolve
 from d2dmoe.config.record import Block
 from d2dmoe.data.batches import Batches
-from d2dmoe.measure.evaluate import evaluate, prepare
+from d2dmoe.measure.evaluate import evaluate
 from d2dmoe.measure.observe import model_inputs
-from d2dmoe.pipeline.parts import both_parts
-from d2dmoe.pipeline.plan import make_plan
-from d2dmoe.report import table
+from d2dmoe.moe.packing import matrix_of, sizes
 
 
 class Seen:
@@ -68,15 +64,10 @@ def observe(model: nn.Module, batches: Batches, paths: list[str], seed: int) -> 
     return seen
 
 
-def matrix(module: nn.Module) -> torch.Tensor:
-    """Weights of a linear map as ``(outputs, inputs)``, sharing memory with it."""
-    return module.weight if isinstance(module, nn.Linear) else module.weight.T
-
-
 @torch.no_grad()
 def cut(module: nn.Module, seen: Seen, rank: int) -> None:
     """Give a linear map the weights that two factors of this rank amount to, and keep its mean output."""
-    weight = matrix(module)
+    weight = matrix_of(module)
     basis = find_basis(weight, seen.inputs, seen.gradients, rank, [len(weight)])
     low = ((basis.into @ basis.back).T @ weight.double()).to(weight)
     if module.bias is not None:
@@ -96,12 +87,10 @@ def linear_map(block: Block, seen: Seen, rank: int) -> Callable:
     return lambda _, args, y: (args[0] @ low.to(y) + constant.to(y)).to(y)
 
 
-def rows_of(config: ConvertConfig, eval_data: str, eval_limit: int, shares: list[float]) -> list[list]:
+def rows_of(config: ConvertConfig, eval_data: str, eval_limit: int, shares: list[float]) -> Rows:
     """One row of the table for each share of the blocks' work."""
-    subject = prepare(config.model, replace(config, data=eval_data), [], tokens=eval_limit)
-    plan = make_plan(subject.config, config)
-    batches, _ = both_parts(config, plan.model_class, subject.config, subject.tokenizer)
-    batches = batches.shuffled(config.seed).first(config.calibration_tokens)
+    subject, plan, batches = prepared(config, eval_data, eval_limit)
+    batches = batches.first(config.calibration_tokens)
 
     def loss() -> float:
         return evaluate(model, subject.batches, [], metric=subject.metric)[0]["metrics"]["loss"]
@@ -115,7 +104,7 @@ def rows_of(config: ConvertConfig, eval_data: str, eval_limit: int, shares: list
         model = hub.load_model(config.model, subject.config)
         for path in maps:
             module = model.get_submodule(path)
-            outputs, inputs = matrix(module).shape
+            inputs, outputs = sizes(module)
             cut(module, seen[path], max(1, int(share * outputs * inputs / (outputs + inputs))))
         factors = loss() - dense
         model, whole = hub.load_model(config.model, subject.config), ""
@@ -130,25 +119,15 @@ def rows_of(config: ConvertConfig, eval_data: str, eval_limit: int, shares: list
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="hub id or folder of a causal language model")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--eval-data", required=True)
-    parser.add_argument("--eval-limit", type=int, default=16_384, help="tokens")
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--shares", default="0.06,0.125,0.25,0.5,0.75", help="of the work of the blocks")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
-    transformers.logging.disable_progress_bar()
-    keys = {name: getattr(arguments, name) for name in ("model", "data", "max_length", "seed")}
-    shares = [float(share) for share in arguments.shares.split(",")]
-    try:
-        rows = rows_of(resolve(ConvertConfig, keys), arguments.eval_data, arguments.eval_limit, shares)
-    except UserError as error:
-        print(f"blocks_low_rank.py: {error}", file=sys.stderr)
-        return 1
-    print(table(["share", "loss, each matrix by factors", "loss, one linear map a block"], rows))
-    return 0
+    flags = parser(__doc__, model="hub id or folder of a causal language model", shares="0.06,0.125,0.25,0.5,0.75")
+    arguments = flags.parse_args(argv)
+    head = ["share", "loss, each matrix by factors", "loss, one linear map a block"]
+
+    def make() -> Rows:
+        config = resolve(ConvertConfig, keys_of(arguments))
+        return rows_of(config, arguments.eval_data, arguments.eval_limit, shares_of(arguments))
+
+    return show("blocks_low_rank.py", head, make)
 
 
 if __name__ == "__main__":

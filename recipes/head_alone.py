@@ -9,32 +9,25 @@ dense model.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from dataclasses import replace
 
 import torch
-import transformers
+from alone import Rows, keys_of, parser, prepared, shares_of, show
 
 from d2dmoe import hub
 from d2dmoe.attention.head import fit_head
-from d2dmoe.config import ConvertConfig, D2DMoEConfig, UserError, resolve
+from d2dmoe.config import ConvertConfig, D2DMoEConfig, resolve
 from d2dmoe.config.budgets import Budget
 from d2dmoe.config.projections import Projection, ProjectionState
-from d2dmoe.measure.evaluate import evaluate, prepare
+from d2dmoe.measure.evaluate import evaluate
 from d2dmoe.measure.metrics import quality_loss
 from d2dmoe.moe.loader import attach
-from d2dmoe.pipeline.parts import both_parts
-from d2dmoe.pipeline.plan import make_plan
-from d2dmoe.report import table
 
 
-def rows_of(config: ConvertConfig, eval_data: str, eval_limit: int, shares: list[float]) -> list[list]:
+def rows_of(config: ConvertConfig, eval_data: str, eval_limit: int, shares: list[float]) -> Rows:
     """One row of the table for each share."""
-    subject = prepare(config.model, replace(config, data=eval_data), [], tokens=eval_limit)
-    plan = make_plan(subject.config, replace(config, head_active=max(shares)))
-    batches, _ = both_parts(config, plan.model_class, subject.config, subject.tokenizer)
-    batches = batches.shuffled(config.seed).first(config.calibration_tokens)
+    subject, plan, batches = prepared(config, eval_data, eval_limit, head_active=max(shares))
+    batches = batches.first(config.calibration_tokens)
     model, (head,) = hub.load_model(config.model, subject.config), plan.projections
     record = D2DMoEConfig(blocks=plan.blocks, router_width=1, projections=[head])
     attach(model, record, [torch.arange(block.width) for block in plan.blocks])
@@ -59,26 +52,14 @@ def rough_only(head: Projection, share: float) -> ProjectionState:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="hub id or folder")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--eval-data", required=True)
-    parser.add_argument("--eval-limit", type=int, default=16_384, help="tokens")
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--shares", default="0.15,0.25,0.4,0.6")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
-    transformers.logging.disable_progress_bar()
-    keys = {name: getattr(arguments, name) for name in ("model", "data", "max_length", "seed")}
-    shares = [float(share) for share in arguments.shares.split(",")]
-    try:
-        config = resolve(ConvertConfig, {**keys, "head": "svd-softmax"})
-        rows = rows_of(config, arguments.eval_data, arguments.eval_limit, shares)
-    except UserError as error:
-        print(f"head_alone.py: {error}", file=sys.stderr)
-        return 1
-    print(table(["share", "rank", "exact outputs", "loss", "loss of the factors alone"], rows))
-    return 0
+    arguments = parser(__doc__, model="hub id or folder", shares="0.15,0.25,0.4,0.6").parse_args(argv)
+    head = ["share", "rank", "exact outputs", "loss", "loss of the factors alone"]
+
+    def make() -> Rows:
+        config = resolve(ConvertConfig, {**keys_of(arguments), "head": "svd-softmax"})
+        return rows_of(config, arguments.eval_data, arguments.eval_limit, shares_of(arguments))
+
+    return show("head_alone.py", head, make)
 
 
 if __name__ == "__main__":

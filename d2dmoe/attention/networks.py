@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..config.options import AttentionConfig, TrainingConfig
 from ..config.projections import Projection
@@ -24,7 +23,7 @@ from ..data.batches import Batches
 from ..discovery.inputs import on_small_inputs
 from ..measure.observe import model_inputs, pieces, trunk_below
 from ..moe.network import put_network
-from ..moe.packing import sizes
+from ..moe.packing import matrix_of, sizes
 from ..training import train
 
 ROWS_HELD, BYTES_HELD = 8192, 2**29  # of every tensor that projections read; of all of them
@@ -67,8 +66,7 @@ class Normalised(nn.Module):
 
         Each number between them has variance 1. Directions without variance are left out.
         """
-        dense = self._dense[0]
-        weight = (dense.weight.T if isinstance(dense, Conv1D) else dense.weight).detach().double()
+        weight = matrix_of(self._dense[0]).detach().double()
         weight = weight * self.x_scale.double() / self.y_scale.double()[:, None]
         values, vectors = torch.linalg.eigh(weight @ (x.T @ x / len(x)) @ weight.T)
         values, vectors = values[-rank:], vectors[:, -rank:]

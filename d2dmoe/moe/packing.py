@@ -51,6 +51,11 @@ def sizes(linear: nn.Module) -> tuple[int, int]:
     return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
 
 
+def matrix_of(linear: nn.Module) -> torch.Tensor:
+    """Weights of a `Linear` or `Conv1D` as ``(outputs, inputs)``, sharing memory with it."""
+    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+
+
 class Neurons:
     """The dense tensors of one block, as seen by splitting, permuting and packing."""
 

@@ -224,7 +224,8 @@ class Plan:
     """One layer at one setting of its gate, as the library wants it. Holds the tensors it points to.
 
     Attributes:
-        extra_bytes: Memory of the weights that are kept a second time, for AMX; 0 until a call has enough tokens.
+        extra_bytes: Memory of the weights that are kept a second time: the router's in fp32; in bf16 the experts' for
+            AMX, 0 until a call has enough tokens.
     """
 
     __slots__ = ("call", "d_out", "dtype", "extra_bytes", "forward", "keep", "layer", "tiles", "watch")
@@ -299,11 +300,12 @@ class Plan:
 
     def _turn(self, given: dict[str, torch.Tensor | None], known: Tiles | None) -> list[str]:
         """Lay out the router's weights by input as well, which is faster for many tokens; returns what was copied."""
-        names = [] if known is None or self.layer.bf16 or not self.layer.router_width else list(_TURNED.values())
-        for field, name in _TURNED.items() if names else ():
+        if known is None or self.layer.bf16 or not self.layer.router_width:
+            return []
+        for field, name in _TURNED.items():
             self.keep[field] = made_of(given[name], lambda weight: weight.to(self.dtype).T.contiguous(), known)
             setattr(self.layer, field, self.keep[field].data_ptr())
-        return names
+        return list(_TURNED.values())
 
     def __call__(self, x: torch.Tensor, run: torch.Tensor | None = None) -> torch.Tensor:
         """``(tokens, d_out)`` of ``(tokens, d_model)``; `run` ``(tokens, experts)`` replaces router and gate."""
