@@ -107,7 +107,7 @@ def check_layer(dense: nn.Module, layer: DynamicFFN, x: torch.Tensor) -> None:
     _agree(layer(x), dense(x), "all experts on and the dense block")
     layer.gate_state = state
     if state.tau > 0:
-        run = select(layer.router(x), state.name, state.tau)
+        run = select(layer.scores(x), state.name, state.tau)
         _check_backend(layer, x, f"at {run.float().mean():.2f} active")
 
 

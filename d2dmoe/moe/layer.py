@@ -15,6 +15,7 @@ from ..kernels import (
     down_product,
     fused_backend,
     hidden_activations,
+    narrowed,
     rounded,
     rounded_hidden,
     rounded_rows,
@@ -174,7 +175,7 @@ class DynamicFFN(Gated, nn.Module):
         hidden = without_padding(hidden.to(_wider(hidden, down)), block=self.block)
         scores = run = None
         if state.tau > 0:
-            scores = self._true_scores(hidden, down, state.oracle) if state.oracle else self.router(x)
+            scores = self._true_scores(hidden, down, state.oracle) if state.oracle else self.scores(x)
             run = state.select(scores)
             if (state.soft or self.soft_gate) and torch.is_grad_enabled():
                 run = straight_through(scores, run)
@@ -189,8 +190,16 @@ class DynamicFFN(Gated, nn.Module):
             thin = (hidden * run.T[..., None]).transpose(0, 1).flatten(1) @ self.delta_in[stand_in].flatten(0, 1)
             y = y + thin @ state.faded(self.delta_out[stand_in])
         if self.linear_in is not None:
-            y = y + x @ self.linear_in[stand_in] @ state.faded(self.linear_out[stand_in])
+            linear_in, linear_out = self.linear_in[stand_in], state.faded(self.linear_out[stand_in])
+            if dynamic:
+                y = y + narrowed(narrowed(x) @ narrowed(linear_in)) @ narrowed(linear_out)
+            else:
+                y = y + x @ linear_in @ linear_out
         return y
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """The router's scores ``(tokens, experts)`` of tokens ``(tokens, d_model)``, as the gate gets them."""
+        return self.router(x, narrow=True) if self.expert_dtype == "int8-dynamic" else self.router(x)
 
     def _weights(self, state: GateState) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Up, gate and down projections of the readable way; in int8 with the refitted down projection folded in.
@@ -211,7 +220,7 @@ class DynamicFFN(Gated, nn.Module):
         """The same by a backend, straight through it where nobody watches the dispatcher."""
         run = None
         if self.observer is not None:
-            scores = self.router(x) if state.tau > 0 else None
+            scores = self.scores(x) if state.tau > 0 else None
             run = None if scores is None else state.select(scores)
             self.observer(self, x, None, scores, run)
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(x) is not torch.Tensor:

@@ -73,15 +73,16 @@ def set_expert_dtype(model: nn.Module, dtype: str | None) -> int:
     """Compute the experts of a converted model with weights in int8, or again in the dtype of the parameters.
 
     Every neuron of an expert has one scale for its weights in each matrix; the down projection is rounded with the
-    budget's change folded in. Routers, biases, constants and the linear term stay as they are, so the same experts run
-    up to what rounding in the layers before has changed. Parameters and checkpoints stay as they are as well: the
-    weights are rounded when a layer first runs, and again after a change. The native library then reads a quarter of
-    the bytes of fp32. Everywhere else (GPU, autocast, gradients, compiled code) PyTorch computes with the rounded
+    budget's change folded in. Biases and constants stay as they are, and with `int8` routers and the linear term, so
+    that the same experts run up to what rounding in the layers before has changed. So do parameters and checkpoints:
+    the weights are rounded when a layer first runs, and again after a change. The native library then reads a quarter
+    of the bytes of fp32. Everywhere else (GPU, autocast, gradients, compiled code) PyTorch computes with the rounded
     weights. Gradients pass the rounding as if it were not there, so a fine-tuning trains the parameters for int8.
 
     `int8-dynamic` rounds what the experts multiply as well: every token, and every token's hidden values in an expert
-    times the scales of the down projection, on scales of their own. Processors with AVX-512 VNNI then compute many
-    tokens faster. It never takes the dense layout of `keep_dense`.
+    times the scales of the down projection, on scales of their own; routers and the linear term take tokens and weights
+    in bf16. Processors with AVX-512 VNNI then compute many tokens faster. It never takes the dense layout of
+    `keep_dense`.
 
     Args:
         model: Converted model, changed in place. Its copies keep the setting, its checkpoints do not.

@@ -131,7 +131,7 @@ class Prepared:
     def _once(self, layer: Layer, state: GateState, x: torch.Tensor, run: torch.Tensor | None) -> torch.Tensor:
         """With tensors that are there for this call only."""
         if run is None and state.tau > 0 and offloaded(layer.router):
-            run = state.select(layer.router(x))  # a call, so that its hook brings the router's tensors
+            run = state.select(layer.scores(x))  # a call, so that its hook brings the router's tensors
         tensors = self.tensors(layer, state, None)
         if run is not None or state.tau <= 0:
             tensors["router_hidden"] = tensors["router_score"] = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..kernels import narrowed
+
 
 class Router(nn.Module):
     """`r(x) = |R2 relu(R1 x)|`, no biases: one non-negative score per expert (Szatkowski et al. 2024, sec. 3.3).
@@ -25,9 +27,10 @@ class Router(nn.Module):
             value = (torch.rand(weight.shape, generator=generator) * 2 - 1) * bound
             weight.data = value.to(weight.device, weight.dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Scores ``(tokens, experts)`` of tokens ``(tokens, d_model)``."""
-        return torch.relu(x @ self.hidden.T).matmul(self.score.T).abs()
+    def forward(self, x: torch.Tensor, narrow: bool = False) -> torch.Tensor:
+        """Scores ``(tokens, experts)`` of tokens ``(tokens, d_model)``; if `narrow`, of these and weights in bf16."""
+        x, hidden, score = (narrowed(t) if narrow else t for t in (x, self.hidden, self.score))
+        return torch.relu(x @ hidden.T).matmul(score.T).abs()
 
 
 def expert_norms(hidden: torch.Tensor, down_weight: torch.Tensor) -> torch.Tensor:

@@ -147,7 +147,7 @@ def _padded(size: int) -> int:
 
 
 def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.contiguous().numpy().reshape(-1).view(np.uint8)
+    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
 
 
 def make_node(x: Any, budget: Any, tensors: np.ndarray, attributes: Mapping[str, int | str]) -> Any:

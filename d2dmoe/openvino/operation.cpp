@@ -133,6 +133,7 @@ class DynamicFFN : public ov::op::Op {
         visitor.on_attribute("activation", layer_.activation);
         visitor.on_attribute("gate", layer_.gate);
         visitor.on_attribute("rounds", layer_.rounds);
+        visitor.on_attribute("narrow", layer_.narrow);
         visitor.on_attribute("few", layer_.few);
         visitor.on_attribute("d", layer_.d);
         visitor.on_attribute("size", layer_.size);

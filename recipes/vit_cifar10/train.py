@@ -55,6 +55,26 @@ def augmented(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+def mixed(
+    inputs: torch.Tensor, classes: torch.Tensor, share: float, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In a share of the batches a rectangle of each image comes from another one (CutMix, arXiv 1905.04899).
+
+    Takes and returns images ``(images, 3, 32, 32)`` and the classes' probabilities ``(images, classes)``.
+    """
+    if torch.rand((), generator=generator) >= share:
+        return inputs, classes
+    others = torch.randperm(len(inputs), generator=generator)
+    kept, *middle = torch.rand(3, generator=generator).tolist()
+    half = 16 * math.sqrt(1 - kept)
+    (top, bottom), (left, right) = (
+        (max(0, round(32 * place - half)), min(32, round(32 * place + half))) for place in middle
+    )
+    inputs, area = inputs.clone(), (bottom - top) * (right - left) / 32**2
+    inputs[:, :, top:bottom, left:right] = inputs[others, :, top:bottom, left:right]
+    return inputs, classes * (1 - area) + classes[others] * area
+
+
 def new_model(seed: int) -> ViTForImageClassification:
     """Five layers of width 192 on patches of 4, with ReLU, without dropout."""
     torch.manual_seed(seed)
@@ -138,6 +158,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--whole-from", type=float, default=0.5, help="share of the steps after which it sees all patches"
     )
+    parser.add_argument("--cutmix", type=float, default=0.7, help="share of the steps whose images are mixed")
     parser.add_argument("--seed", type=int, default=0)
     bf16 = "bf16 autocast (default: where the processor multiplies bf16 itself)"
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help=bf16)
@@ -167,7 +188,9 @@ def main() -> None:
         latest, (epoch, index) = number, divmod(number, per_epoch)
         rows = order(epoch)[index * arguments.batch_size :][: arguments.batch_size]
         generator = torch.Generator().manual_seed(arguments.seed * 1_000_003 + number)
-        return {"pixel_values": as_input(augmented(images[rows], generator)), "labels": labels[rows]}
+        classes = torch.nn.functional.one_hot(labels[rows], len(CLASSES)).float()
+        inputs, classes = mixed(as_input(augmented(images[rows], generator)), classes, arguments.cutmix, generator)
+        return {"pixel_values": inputs, "labels": classes}
 
     def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         logits = model(pixel_values=batch["pixel_values"]).logits

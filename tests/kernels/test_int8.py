@@ -61,7 +61,8 @@ def check_rounded(arguments: dict, isa: int | None = None, name: str = "y") -> N
     whole = (wide["down_weight"] / scale.transpose(1, 2).masked_fill(scale.transpose(1, 2) == 0, 1)).round()
     expected = down_product(hidden, whole, wide["down_bias"], arguments["run"], wide["constants"])
     if wide["linear_in"] is not None:
-        expected = expected + x @ wide["linear_in"] @ wide["linear_out"]
+        near, into, out = (arguments[n].bfloat16().double() for n in ("x", "linear_in", "linear_out"))
+        expected = expected + (near @ into).bfloat16().double() @ out
     assert not y.isnan().any(), name
     error = (y.double() - expected).norm() / expected.norm().clamp_min(1e-9)
     assert error < (BF16_ERROR if y.dtype == torch.bfloat16 else 1e-3), f"{name}: {error:.1e}"
@@ -110,15 +111,23 @@ def test_fast_shapes(isa, threads, glu, tokens):
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 40, 90])
-def test_the_same_experts_run(dtype, tokens):
-    """The router is not rounded: its scores, and what is chosen by them, are those of the layer without int8."""
-    arguments = problem(tokens, 37, 8, 12, 16, glu=False, dtype=DTYPES[dtype]) | {"gate": "topk", "tau": 0.6}
-    hidden = torch.relu(arguments["x"].double() @ arguments["router_hidden"].double().T)
-    scores = (hidden @ arguments["router_score"].double().T).abs()
+@pytest.mark.parametrize("expert_dtype", ["int8", "int8-dynamic"])
+@ISAS
+@pytest.mark.parametrize("d", [37, 96])
+def test_the_same_experts_run(dtype, tokens, isa, expert_dtype, d):
+    """The router is not in int8: what is chosen is what fp64 chooses, with tokens rounded as well of those in bf16."""
+    arguments = problem(tokens, d, 8, 12, 16, glu=False, dtype=DTYPES[dtype]) | {"gate": "topk", "tau": 0.6}
+    router = [arguments[name] for name in ("x", "router_hidden", "router_score")]
+    x, into, out = (t.bfloat16().double() if expert_dtype == "int8-dynamic" else t.double() for t in router)
+    scores = (torch.relu(x @ into.T) @ out.T).abs()
     clear = (scores.sort().values.diff() > 1e-5 * scores.amax(1, True)).all(1)
+    assert clear.any()
     kept = scores >= scores.sort(descending=True).values[:, 4:5]
-    y = by_native(arguments | {"run": None})
-    check(y[clear], modelled(arguments) | {"x": arguments["x"][clear], "run": kept[clear]})
+    y = by_native(arguments | {"run": None}, isa, expert_dtype)
+    if expert_dtype == "int8":
+        check(y[clear], modelled(arguments) | {"x": arguments["x"][clear], "run": kept[clear]})
+    else:
+        assert_close(y[clear], by_native(arguments | {"run": kept}, isa, expert_dtype)[clear])
 
 
 @needs_native

@@ -22,7 +22,7 @@
 
 using namespace d2dmoe;
 
-EXPORT int d2dmoe_abi() { return 7; }
+EXPORT int d2dmoe_abi() { return 8; }
 
 namespace {
 
@@ -69,6 +69,20 @@ auto expert_rounded(const D2dmoeLayer& l, const Kernels& kernels) {
     return kernels.expert_rounded;
 }
 
+// What computes router and linear term: where these are narrow, the best that takes tokens in bf16.
+const Kernels& kernels_beside(const D2dmoeLayer& l, const Kernels& kernels) {
+#if defined(__x86_64__)
+    static const Kernels* best = [] {
+        const Kernels* found = nullptr;
+        for (int number = 0; number < KERNELS; number++)
+            if (all_kernels[number]->bf16_inputs && supported(number)) found = all_kernels[number];
+        return found;
+    }();
+    if (l.narrow && best && &kernels == &kernels_avx512) return *best;
+#endif
+    return kernels;
+}
+
 // Whether rounded tokens go through tiles, several experts at a time.
 bool by_tiles(const D2dmoeLayer& l, const Kernels& kernels) {
 #if defined(D2DMOE_INT8_TILES)
@@ -96,13 +110,23 @@ struct Call {
     int64_t element() const { return layer.bf16 ? 2 : 4; }
     bool int8() const { return layer.up_scale; }
     bool rounds() const { return layer.rounds; }
+    // Router and linear term: are they in bf16, and do their tokens have to be widened?
+    const Kernels& beside = kernels_beside(layer, kernels);
+    bool narrow() const { return layer.bf16 || layer.narrow; }
+    bool narrow_tokens() const { return narrow() && beside.bf16_inputs; }
+    // Bytes of a token of theirs that is held once more.
+    int64_t narrow_row() const {
+        bool there = layer.bf16 && narrow_tokens();
+        return !layer.narrow || there ? 0 : layer.d * (narrow_tokens() ? 2 : 4);
+    }
     int64_t rounded_row() const { return rounds() ? rounded_bytes(layer.d) : 0; }
     // Bytes of an expert's matrix, and of an element of its biases and constants.
     int64_t matrix(int64_t depth, int64_t width) const {
         return int8() ? round_up(depth, 4) * width : depth * width * element();
     }
-    int64_t beside() const { return int8() ? 4 : element(); }
+    int64_t vector_element() const { return int8() ? 4 : element(); }
     // All experts of a tile of tokens in one go; that keeps its own order of things in the caches.
+    bool linear_by_tiles() const { return int8() && narrow() && beside.experts_bf16; }
     bool by_experts() const { return layer.bf16 && !int8() && kernels.experts_bf16; }
     const bool tiled = by_tiles(layer, kernels);
     int64_t padded_out() const { return round_up(layer.d_out, kernels.lanes); }
@@ -111,7 +135,7 @@ struct Call {
     int64_t score_row() const { return round_up(layer.experts, MAX_LANES); }
     // From so many tokens on the router's weights lie better by input than by output.
     static constexpr int64_t MANY = 8;
-    bool packed_router(int64_t tokens) const { return layer.router_up && tokens >= MANY; }
+    bool packed_router(int64_t tokens) const { return layer.router_up && tokens >= MANY && !narrow_tokens(); }
     // Tokens can be added up where they belong if they are fp32 and whole vectors.
     bool in_place() const { return !layer.bf16 && layer.d_out % kernels.lanes == 0; }
 };
@@ -120,43 +144,90 @@ const char* offset(const void* base, int64_t elements, int64_t element) {
     return base ? static_cast<const char*>(base) + elements * element : nullptr;
 }
 
-// Where the kernels read token `t`: as it came, or widened to fp32 in `wide`; and once more, rounded, if the layer rounds.
+// Where the kernels read token `t`: as it came, or widened to fp32; once more, rounded, if the layer rounds; and as router
+// and linear term have it.
 struct Inputs {
     const char* start;
     int64_t stride;
     const char* rounded;
+    const char* beside;
+    int64_t ld_beside;
     const void* row(int64_t t) const { return start + t * stride; }
 };
 
-Inputs inputs_of(const Call& c, int64_t first, int64_t count, float* wide, char* rounded) {
-    Inputs x{c.x + first * c.ld_x, c.ld_x, rounded};
-    if (c.widened()) {
-        for (int64_t t = 0; t < count; t++)
-            c.kernels.widen(reinterpret_cast<const bf16*>(c.x + (first + t) * c.ld_x), c.layer.d, wide + t * c.layer.d);
-        x = {reinterpret_cast<const char*>(wide), c.layer.d * 4, rounded};
+// Room for tokens in the forms that they do not come in.
+struct Forms {
+    float* wide;
+    char *rounded, *narrow;
+    void take(const Call& c, Pieces& p, int64_t tokens) {
+        wide = p.take<float>(c.widened() ? tokens * c.layer.d : 0);
+        rounded = p.take<char>(tokens * c.rounded_row());
+        narrow = p.take<char>(tokens * c.narrow_row());
     }
-    for (int64_t t = 0; c.rounds() && t < count; t++)
-        c.kernels.round_row(static_cast<const float*>(x.row(t)), c.layer.d, rounded + t * c.rounded_row());
+    Forms from(const Call& c, int64_t token) const {
+        return {wide + token * c.layer.d, rounded + token * c.rounded_row(), narrow + token * c.narrow_row()};
+    }
+};
+
+// The tokens from `first` on, whose forms begin at `f`.
+Inputs inputs_in(const Call& c, int64_t first, const Forms& f) {
+    const char* own = c.x + first * c.ld_x;
+    Inputs x{own, c.ld_x, f.rounded, own, c.ld_x};
+    if (c.widened()) x.start = reinterpret_cast<const char*>(f.wide), x.stride = c.layer.d * 4;
+    if (c.narrow_row())
+        x.beside = f.narrow, x.ld_beside = c.narrow_row();
+    else if (!c.narrow_tokens())
+        x.beside = x.start, x.ld_beside = x.stride;
+    return x;
+}
+
+// Fp32 values as bf16 has them, in fp32.
+void through_bf16(const Kernels& kernels, const float* x, int64_t n, float* out) {
+    constexpr int64_t PART = 256;
+    bf16 part[PART];
+    for (int64_t i = 0; i < n; i += PART) {
+        int64_t count = std::min(PART, n - i);
+        kernels.narrow(x + i, count, part);
+        kernels.widen(part, count, out + i);
+    }
+}
+
+Inputs inputs_of(const Call& c, int64_t first, int64_t count, const Forms& f) {
+    int64_t d = c.layer.d;
+    if (c.widened())
+        for (int64_t t = 0; t < count; t++)
+            c.kernels.widen(reinterpret_cast<const bf16*>(c.x + (first + t) * c.ld_x), d, f.wide + t * d);
+    Inputs x = inputs_in(c, first, f);
+    for (int64_t t = 0; t < count; t++) {
+        const auto* row = static_cast<const float*>(x.row(t));
+        char* narrow = f.narrow + t * c.narrow_row();
+        if (c.rounds()) c.kernels.round_row(row, d, f.rounded + t * c.rounded_row());
+        if (!c.narrow_row()) continue;
+        if (c.narrow_tokens())
+            c.beside.narrow(row, d, reinterpret_cast<bf16*>(narrow));
+        else
+            through_bf16(c.kernels, row, d, reinterpret_cast<float*>(narrow));
+    }
     return x;
 }
 
 void router_rows(const Call& c, const Inputs& x, int64_t tokens, int64_t first, int64_t last, float* hidden) {
     const auto& l = c.layer;
-    const char* weights = offset(l.router_hidden, first * l.d, c.element());
+    const char* weights = offset(l.router_hidden, first * l.d, c.narrow() ? 2 : 4);
+    const auto* wide = reinterpret_cast<const float*>(x.beside);
     float* out = hidden + first;
     if (c.packed_router(tokens))
-        c.kernels.product_f32(reinterpret_cast<const float*>(x.start), x.stride / 4, tokens,
-                              static_cast<const float*>(l.router_up), l.d, l.router_width, first, last, hidden,
-                              c.hidden_row(), DOTS_RELU);
-    else if (!l.bf16)
-        c.kernels.dots_f32(reinterpret_cast<const float*>(x.start), x.stride / 4, tokens,
-                           reinterpret_cast<const float*>(weights), last - first, l.d, out, c.hidden_row(), DOTS_RELU);
-    else if (c.widened())
-        c.kernels.dots_mixed(reinterpret_cast<const float*>(x.start), x.stride / 4, tokens,
-                             reinterpret_cast<const bf16*>(weights), last - first, l.d, out, c.hidden_row(), DOTS_RELU);
+        c.kernels.product_f32(wide, x.ld_beside / 4, tokens, static_cast<const float*>(l.router_up), l.d, l.router_width,
+                              first, last, hidden, c.hidden_row(), DOTS_RELU);
+    else if (!c.narrow())
+        c.kernels.dots_f32(wide, x.ld_beside / 4, tokens, reinterpret_cast<const float*>(weights), last - first, l.d, out,
+                           c.hidden_row(), DOTS_RELU);
+    else if (!c.narrow_tokens())
+        c.kernels.dots_mixed(wide, x.ld_beside / 4, tokens, reinterpret_cast<const bf16*>(weights), last - first, l.d, out,
+                             c.hidden_row(), DOTS_RELU);
     else
-        c.kernels.dots_bf16(x.start, x.stride / 2, tokens, reinterpret_cast<const bf16*>(weights), last - first, l.d, out,
-                            c.hidden_row(), DOTS_RELU);
+        c.beside.dots_bf16(x.beside, x.ld_beside / 2, tokens, reinterpret_cast<const bf16*>(weights), last - first, l.d, out,
+                           c.hidden_row(), DOTS_RELU);
 }
 
 // Scores from the router's hidden layer, and the experts that the gate runs for each token. `packed` as the hidden values
@@ -168,8 +239,8 @@ void score_and_choose(const Call& c, bool packed, const float* hidden, int64_t t
     if (packed)
         c.kernels.product_f32(hidden, from, tokens, static_cast<const float*>(l.router_down), l.router_width, l.experts, 0,
                               l.experts, scores, to, DOTS_ABS);
-    else if (l.bf16)
-        c.kernels.dots_mixed(hidden, from, tokens, static_cast<const bf16*>(l.router_score), l.experts, l.router_width, scores,
+    else if (c.narrow())
+        c.beside.dots_mixed(hidden, from, tokens, static_cast<const bf16*>(l.router_score), l.experts, l.router_width, scores,
                              to, DOTS_ABS);
     else
         c.kernels.dots_f32(hidden, from, tokens, static_cast<const float*>(l.router_score), l.experts, l.router_width, scores,
@@ -201,7 +272,7 @@ int64_t widest(const D2dmoeLayer& l) { return std::max(l.size, l.linear_rank); }
 
 ExpertCall expert_call(const Call& c, int64_t e, const Rows& rows, const int32_t* list, int64_t count, char* scratch) {
     const auto& l = c.layer;
-    int64_t beside = c.beside(), up = c.matrix(l.d, l.size), down = c.matrix(l.size, l.d_out);
+    int64_t vectors = c.vector_element(), up = c.matrix(l.d, l.size), down = c.matrix(l.size, l.d_out);
     ExpertCall call{};
     call.d = l.d, call.d_out = l.d_out, call.list = list, call.count = count, call.scratch = scratch;
     call.widest = widest(l);
@@ -209,9 +280,10 @@ ExpertCall expert_call(const Call& c, int64_t e, const Rows& rows, const int32_t
     call.x = rows.x.start, call.ld_x = rows.x.stride, call.y = rows.y, call.ld_y = rows.ld_y;
     if (e == l.experts) {  // the linear term is one more expert that every token runs
         call.up = l.linear_in, call.down = l.linear_out, call.size = l.linear_rank, call.activation = IDENTITY;
+        call.x = rows.x.beside, call.ld_x = rows.x.ld_beside, call.narrow = l.narrow;
     } else {
-        call.up = offset(l.up, e * up, 1), call.up_bias = offset(l.up_bias, e * l.size, beside);
-        call.gate = offset(l.gate_weight, e * up, 1), call.gate_bias = offset(l.gate_bias, e * l.size, beside);
+        call.up = offset(l.up, e * up, 1), call.up_bias = offset(l.up_bias, e * l.size, vectors);
+        call.gate = offset(l.gate_weight, e * up, 1), call.gate_bias = offset(l.gate_bias, e * l.size, vectors);
         call.down = offset(l.down, e * down, 1);
         if (c.int8()) {
             call.up_scale = l.up_scale + e * l.size, call.down_scale = l.down_scale + e * l.size;
@@ -221,7 +293,7 @@ ExpertCall expert_call(const Call& c, int64_t e, const Rows& rows, const int32_t
         call.up_tiles = offset(l.up_tiles, e * tiles * round_up(l.d, 32), 2);
         call.gate_tiles = offset(l.gate_tiles, e * tiles * round_up(l.d, 32), 2);
         call.down_tiles = offset(l.down_tiles, e * tiles * round_up(l.d_out, 32), 2);
-        call.constant = offset(l.constants, e * l.d_out, beside);
+        call.constant = offset(l.constants, e * l.d_out, vectors);
         call.size = l.size, call.activation = l.activation;
     }
     return call;
@@ -245,9 +317,14 @@ void run_experts(const Call& c, int64_t first, int64_t last, const Rows& rows, i
         experts_rounded_amx(calls, rest - calls, tokens);
     }
 #endif
-    const auto plain = c.layer.bf16 ? c.kernels.expert_bf16 : c.kernels.expert_f32;  // also of the linear term
+    const auto plain = c.narrow() ? c.beside.expert_bf16 : c.kernels.expert_f32;  // also of the linear term
     const auto int8 = c.rounds() ? expert_rounded(c.layer, c.kernels) : c.kernels.expert_int8;
-    for (; rest < calls + n; rest++) (rest->up_scale ? int8 : plain)(*rest);
+    for (; rest < calls + n; rest++) {
+        if (!rest->up_scale && c.linear_by_tiles())
+            c.beside.experts_bf16(rest, 1, tokens);
+        else
+            (rest->up_scale ? int8 : plain)(*rest);
+    }
 }
 
 void start_row(const Call& c, float* y) {
@@ -271,24 +348,26 @@ int64_t experts_in_all(const D2dmoeLayer& l) { return l.experts + (l.linear_in &
 int64_t scratch_for(const Call& c, int64_t tokens) {
     int64_t one = expert_scratch(tokens, widest(c.layer));
 #if defined(D2DMOE_INT8_TILES)
-    if (c.tiled) return std::max(one, experts_rounded_scratch(tokens, c.layer.d, c.layer.size));
+    if (c.tiled) one = std::max(one, experts_rounded_scratch(tokens, c.layer.d, c.layer.size));
 #endif
-    return !c.by_experts() ? one : std::max(one, c.kernels.experts_scratch(tokens, c.layer.d, widest(c.layer), c.layer.d_out));
+    if (c.by_experts() || c.linear_by_tiles())
+        one = std::max(one, c.beside.experts_scratch(tokens, c.layer.d, widest(c.layer), c.layer.d_out));
+    return one;
 }
 
 // ---- few tokens
 
 struct FewShared {
     const Call* call;
-    float *hidden, *scores, *partial, *wide;
-    char* rounded;
+    float *hidden, *scores, *partial;
+    Forms forms;
     uint8_t* run;
     Barrier* barrier;
     std::atomic<bool>* failed;
     // Everything in a phase is there before the next one begins.
     enum Phase { INPUTS, ROUTER, CHOICE, EXPERTS, SUM, PHASES };
     bool has(int phase) const {
-        if (phase == INPUTS) return call->widened() || call->rounds();
+        if (phase == INPUTS) return call->widened() || call->rounds() || call->narrow_row();
         return phase == ROUTER || phase == CHOICE ? call->routed() : true;
     }
     int waits() const {
@@ -302,8 +381,7 @@ struct FewShared {
         hidden = p.take<float>(call->routed() ? n * call->hidden_row() : 0);
         scores = p.take<float>(call->routed() ? n * call->score_row() : 0);
         run = p.take<uint8_t>(call->routed() ? n * l.experts : 0);
-        wide = p.take<float>(call->widened() ? n * l.d : 0);
-        rounded = p.take<char>(n * call->rounded_row());
+        forms.take(*call, p, n);
         partial = p.take<float>(n * call->padded_out() * call->team);
     }
 };
@@ -383,13 +461,12 @@ void few_sum(const FewShared& s, int id, int team) {
 void few_part(FewShared& s, FewOwn& own, int phase, int id, int team) {
     const Call& c = *s.call;
     const auto& l = c.layer;
-    Inputs x{c.x, c.ld_x, s.rounded};
-    if (c.widened()) x = {reinterpret_cast<const char*>(s.wide), l.d * 4, s.rounded};
+    Inputs x = inputs_in(c, 0, s.forms);
     auto [first, last] = share(phase == FewShared::ROUTER ? l.router_width : c.tokens, id, team);
     if (phase == FewShared::ROUTER)  // whole vectors, but the last
         first = std::min(l.router_width, round_up(first, MAX_LANES)), last = std::min(l.router_width, round_up(last, MAX_LANES));
     if (phase == FewShared::INPUTS) {
-        inputs_of(c, first, last - first, s.wide + first * l.d, s.rounded + first * c.rounded_row());
+        inputs_of(c, first, last - first, s.forms.from(c, first));
     } else if (phase == FewShared::ROUTER) {
         router_rows(c, x, c.tokens, first, last, s.hidden);
     } else if (phase == FewShared::CHOICE) {
@@ -459,8 +536,8 @@ int64_t list_stride(int64_t tokens) { return (round_up(tokens, 16) / 16 | 1) * 1
 struct ManyOwn {
     const Call* call;
     int64_t tile;
-    float *hidden, *scores, *wide, *sums;
-    char* rounded;
+    float *hidden, *scores, *sums;
+    Forms forms;
     uint8_t* run;
     int32_t *lists, *counts;
     ExpertCall* calls;
@@ -470,8 +547,7 @@ struct ManyOwn {
         hidden = p.take<float>(call->routed() ? tile * call->hidden_row() : 0);
         scores = p.take<float>(call->routed() ? tile * call->score_row() : 0);
         run = p.take<uint8_t>(call->routed() ? tile * l.experts : 0);
-        wide = p.take<float>(call->widened() ? tile * l.d : 0);
-        rounded = p.take<char>(tile * call->rounded_row());
+        forms.take(*call, p, tile);
         sums = p.take<float>(call->in_place() ? 0 : tile * call->padded_out());
         lists = p.take<int32_t>(l.experts * list_stride(tile));
         counts = p.take<int32_t>(l.experts);
@@ -490,7 +566,7 @@ struct ManyShared {
 
 void run_tile(const Call& c, int64_t first, int64_t n, ManyOwn& own) {
     const auto& l = c.layer;
-    Inputs x = inputs_of(c, first, n, own.wide, own.rounded);
+    Inputs x = inputs_of(c, first, n, own.forms);
     const uint8_t* run = c.run ? c.run + first * l.experts : nullptr;
     if (c.routed()) {
         router_rows(c, x, n, 0, l.router_width, own.hidden);
@@ -508,7 +584,7 @@ void run_tile(const Call& c, int64_t first, int64_t n, ManyOwn& own) {
 
 void many_body(void* context, int, int) {
     auto& s = *static_cast<ManyShared*>(context);
-    ManyOwn own{s.call, s.tile, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+    ManyOwn own{s.call, s.tile, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
     try {
         own = lay_out(own_buffer, own);
     } catch (const std::bad_alloc&) {
@@ -549,6 +625,12 @@ EXPORT int d2dmoe_kernels() { return KERNELS; }
 EXPORT const char* d2dmoe_kernels_name(int number) { return all_kernels[number]->name; }
 EXPORT int d2dmoe_kernels_supported(int number) { return supported(number); }
 EXPORT int d2dmoe_kernels_bf16(int number) { return all_kernels[number]->bf16_inputs; }
+// Whether router and linear term of a narrow layer on these kernels are multiplied in bf16.
+EXPORT int d2dmoe_kernels_narrow(int number) {
+    D2dmoeLayer layer{};
+    layer.narrow = 1;
+    return kernels_beside(layer, *all_kernels[number]).bf16_inputs;
+}
 EXPORT int d2dmoe_kernels_tiles(int number) { return all_kernels[number]->experts_bf16 != nullptr; }
 
 // Whether `int8-dynamic` layers of these widths go through tiles where enough tokens come at once.
@@ -599,7 +681,7 @@ EXPORT int d2dmoe_forward_by(const D2dmoeLayer* layer, const void* x, int64_t ld
               static_cast<char*>(y), std::max(threads, 1)};
     try {
         if (tokens <= layer->few) {
-            FewShared shared = lay_out(shared_buffer, FewShared{&call, {}, {}, {}, {}, {}, {}, nullptr, nullptr});
+            FewShared shared = lay_out(shared_buffer, FewShared{&call, {}, {}, {}, {}, {}, nullptr, nullptr});
             FewStart start{&shared, {}, {false}};
             if (!parts) run_team(call.team, few_enter, &start);
             for (int phase = 0; parts && phase < FewShared::PHASES && !start.failed.load(); phase++) {

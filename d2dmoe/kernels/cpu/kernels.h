@@ -22,6 +22,7 @@ struct ExpertCall {
     int64_t d, size, d_out;
     int64_t widest;        // the largest size among the layer's experts
     int32_t activation;
+    bool narrow;           // are hidden values to be what bf16 has, whatever they are multiplied in?
     const char* x;         // rows of d values, ld_x bytes apart
     int64_t ld_x;
     const char* rounded;   // the same rows, rounded for `expert_rounded`, or null

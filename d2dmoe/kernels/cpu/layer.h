@@ -13,7 +13,8 @@ struct D2dmoeSample {
 // Mirrored in native.py. Null pointers stand for what a layer does not have.
 struct D2dmoeLayer {
     int32_t bf16, activation, gate, kernels;
-    int32_t rounds, reserved;  // are tokens and hidden values rounded to int8 as well?
+    int32_t rounds;  // are tokens and hidden values rounded to int8 as well?
+    int32_t narrow;  // are router and linear term in bf16, in a layer that may have tokens in fp32?
     int64_t d, size, d_out, experts, router_width, linear_rank, top, min_experts, max_experts, shared;
     float tau;
     int32_t few;  // at most so many tokens are handled by sharing out the experts

@@ -459,6 +459,7 @@ void expert(const ExpertCall& c) {
             store(hidden + t * padded + v, h);
         }
     }
+    for (int64_t i = 0; c.narrow && !narrow && i < n * padded; i++) hidden[i] = to_float(to_bf16(hidden[i]));
     if (few) {
         fetch(c.next, AHEAD * LANES * int64_t(sizeof(W)));
         return add_down<W>(c, hidden, padded, outputs);

@@ -15,7 +15,7 @@ import torch
 from ..gates import topk_priority
 from ..quads import INPUTS, in_quads
 
-ABI = 7
+ABI = 8
 LIBRARY = Path(os.environ.get("D2DMOE_LIBRARY") or Path(__file__).with_name("libd2dmoe.so"))
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "silu": 4}
 GATES = {"max": 0, "share": 1, "topk": 2, "topp": 3, "absolute": 4}
@@ -24,7 +24,7 @@ TILES_FROM = 32  # tokens of a call for which weights are put into tiles: with f
 STALE = 2  # what the library returns when a source of a plan has changed
 SAMPLES = 32  # of a tensor, at most
 FEW = 64  # up to so many tokens the experts are shared out over the threads, above it the tokens
-_NUMBERS = ("bf16", "activation", "gate", "kernels", "rounds", "reserved")
+_NUMBERS = ("bf16", "activation", "gate", "kernels", "rounds", "narrow")
 _SIZES = ("d", "size", "d_out", "experts", "router_width", "linear_rank", "top", "min_experts", "max_experts", "shared")
 _TENSORS = {  # field of the struct -> argument of the operator
     "router_hidden": "router_hidden", "router_score": "router_score", "up": "up_weight", "up_bias": "up_bias",
@@ -34,6 +34,7 @@ _TENSORS = {  # field of the struct -> argument of the operator
 _SCALES = {"up_weight": "up_scale", "gate_weight": "gate_scale", "down_weight": "down_scale"}
 FIELDS = {**_TENSORS, **{field: field for field in _SCALES.values()}}  # field of the struct -> key of `Plan.keep`
 _BESIDE = frozenset(("up_bias", "gate_bias", "down_bias", "constants"))  # of experts in int8: fp32
+_BY_TOKENS = frozenset(("router_hidden", "router_score", "linear_in", "linear_out"))  # of `int8-dynamic`: bf16
 _TURNED = {"router_up": "router_hidden", "router_down": "router_score"}
 _TILED = {"up_tiles": "up_weight", "gate_tiles": "gate_weight", "down_tiles": "down_weight"}
 
@@ -205,14 +206,13 @@ def _top(experts: int, tau: float) -> int:
 
 
 def _as_read(
-    given: dict[str, torch.Tensor | None], int8: bool, known: Tiles | None
+    given: dict[str, torch.Tensor | None], int8: bool, narrow: bool, known: Tiles | None
 ) -> tuple[dict[str, torch.Tensor | None], dict[str, torch.Tensor]]:
     """The operator's tensors as the library reads them, and the scales of weights in int8 by field of the struct."""
-    dtype, scales = given["up_weight"].dtype, {}
-    tensors = {
-        name: None if t is None else t.to(torch.float32 if int8 and name in _BESIDE else dtype).contiguous()
-        for name, t in given.items()
-    }
+    dtypes, scales = dict.fromkeys(given, given["up_weight"].dtype), {}
+    dtypes |= dict.fromkeys(_BESIDE, torch.float32) if int8 else {}
+    dtypes |= dict.fromkeys(_BY_TOKENS, torch.bfloat16) if narrow else {}
+    tensors = {name: None if t is None else t.to(dtypes[name]).contiguous() for name, t in given.items()}
     for name in INPUTS if int8 else ():
         weight = tensors[name]
         if weight is not None:
@@ -254,12 +254,12 @@ class Plan:
         With `tiles` the plan may keep bf16 weights a second time, in tiles, where the instruction set gains by that;
         plans of one layer share them through it, and weights in int8. It pays for a plan that is used again.
         """
-        up, int8 = tensors["up_weight"], expert_dtype is not None
+        up, int8, narrow = tensors["up_weight"], expert_dtype is not None, expert_dtype == "int8-dynamic"
         for name, tensor in tensors.items():
             if tensor is not None and (tensor.device.type != "cpu" or (tensor.numel() and not tensor.data_ptr())):
                 raise RuntimeError(f"{name} is on the device {tensor.device}; the CPU kernels need it in memory")
         given = tensors
-        tensors, scales = _as_read(given, int8, tiles)
+        tensors, scales = _as_read(given, int8, narrow, tiles)
         copied = {t.data_ptr(): t for n, t in given.items() if t is not None and t.data_ptr() != tensors[n].data_ptr()}
         experts, d, size = up.shape
         self.dtype, self.d_out = up.dtype, given["down_weight"].shape[-1]
@@ -274,7 +274,7 @@ class Plan:
             bf16=up.dtype == torch.bfloat16, activation=ACTIVATIONS[activation], gate=GATES[gate],
             kernels=kernel_for(up.dtype, int8) if kernels is None else kernels, d=d, size=size, d_out=self.d_out,
             experts=experts, min_experts=max(min_experts - shared, 0), shared=shared, tau=tau, few=FEW,
-            rounds=expert_dtype == "int8-dynamic",
+            rounds=narrow, narrow=narrow,
             max_experts=max(max_experts - shared, 1) if max_experts else 0,  # among those that the gate chooses from
             top=_top(experts - shared, tau) if gate == "topk" else 0,
         )  # fmt: skip
@@ -300,10 +300,14 @@ class Plan:
 
     def _turn(self, given: dict[str, torch.Tensor | None], known: Tiles | None) -> list[str]:
         """Lay out the router's weights by input as well, which is faster for many tokens; returns what was copied."""
-        if known is None or self.layer.bf16 or not self.layer.router_width:
+        layer, lib = self.layer, library()[0]
+        if known is None or layer.bf16 or not layer.router_width:
             return []
+        if layer.narrow and lib.d2dmoe_kernels_narrow(layer.kernels):
+            return []
+        read = torch.bfloat16 if layer.narrow else self.dtype
         for field, name in _TURNED.items():
-            self.keep[field] = made_of(given[name], lambda weight: weight.to(self.dtype).T.contiguous(), known)
+            self.keep[field] = made_of(given[name], lambda weight: weight.to(read).to(self.dtype).T.contiguous(), known)
             setattr(self.layer, field, self.keep[field].data_ptr())
         return list(_TURNED.values())
 
