@@ -308,8 +308,8 @@ void run_experts(const Call& c, int64_t first, int64_t last, const Rows& rows, i
         int64_t count = listed ? counts[e] : tokens;
         if (count) calls[n++] = expert_call(c, e, rows, listed ? lists + e * stride : nullptr, count, scratch);
     }
-    if (c.by_experts()) return c.kernels.experts_bf16(calls, n, tokens);
     for (int64_t i = 0; i + 1 < n; i++) calls[i].next = calls[i + 1].up;
+    if (c.by_experts()) return c.kernels.experts_bf16(calls, n, tokens);
     const ExpertCall* rest = calls;
 #if defined(D2DMOE_INT8_TILES)
     if (c.tiled) {

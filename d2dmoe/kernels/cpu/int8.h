@@ -97,7 +97,7 @@ __attribute__((always_inline)) inline void sum_quads(vf (&sum)[KU][ROWS][COLS], 
 #pragma GCC unroll 8
         for (int v = 0; v < COLS; v++) {
             quads[v] = quad(here + v * LANES * 4);
-            if (ROWS <= FEW_ROWS) __builtin_prefetch(here + AHEAD / COLS * 4 * width + v * LANES * 4, 0, 2);
+            if (ROWS <= FEW_TOKENS) __builtin_prefetch(here + AHEAD / COLS * 4 * width + v * LANES * 4, 0, 2);
         }
         add_row<0>(sum, quads, row, k);
         add_row<1>(sum, quads, row, k);
@@ -135,7 +135,7 @@ __attribute__((always_inline)) inline void sum_quads(vf (&sum)[KU][ROWS][COLS], 
 #pragma GCC unroll 8
         for (int v = 0; v < COLS; v++) {
             weights[v] = _mm512_loadu_si512(here + v * 64);
-            if (ROWS <= FEW_ROWS) __builtin_prefetch(here + AHEAD / COLS * 4 * width + v * 64, 0, 2);
+            if (ROWS <= FEW_TOKENS) __builtin_prefetch(here + AHEAD / COLS * 4 * width + v * 64, 0, 2);
         }
 #pragma GCC unroll 16
         for (int t = 0; t < ROWS; t++) {
@@ -238,8 +238,11 @@ inline void add_down_quads(const ExpertCall& c, const float* hidden, int64_t ld_
     for (int64_t t = 0; t < c.count; t++)
         for (int64_t i = 0; constant && i < c.d_out; i += LANES)
             store(y[t] + i, load(y[t] + i) - load_some(constant + i, c.d_out - i));
-    auto add = c.count == 4 ? add_quads<4> : c.count == 3 ? add_quads<3> : c.count == 2 ? add_quads<2> : add_quads<1>;
-    add(hidden, ld_hidden, static_cast<const uint8_t*>(c.down), c.size, c.d_out, y);
+    for (int64_t t = 0; t < c.count; t += FEW_ROWS) {
+        int64_t n = std::min<int64_t>(FEW_ROWS, c.count - t);
+        auto add = n == 4 ? add_quads<4> : n == 3 ? add_quads<3> : n == 2 ? add_quads<2> : add_quads<1>;
+        add(hidden + t * ld_hidden, ld_hidden, static_cast<const uint8_t*>(c.down), c.size, c.d_out, y + t);
+    }
 }
 
 // Bytes of a rounded row.
@@ -265,7 +268,7 @@ void expert_int8(const ExpertCall& c) {
         rows[t] = hidden + t * padded;
     }
     const auto *up = static_cast<const uint8_t*>(c.up), *gate = static_cast<const uint8_t*>(c.gate);
-    const bool few = n <= FEW_ROWS;
+    const bool few = n <= FEW_TOKENS;
     if (few) {
         fetch(gate, AHEAD * LANES * 4);
         fetch(c.down, QUADS_AHEAD * 4 * c.d_out);

@@ -133,7 +133,8 @@ __attribute__((always_inline)) inline void write_sums(vf (&sum)[KU][ROWS][COLS],
 }
 
 // With few tokens the weights come from memory as fast as they can; that takes asking for them AHEAD vectors before.
-constexpr int FEW_ROWS = 4, AHEAD = 96, QUADS_AHEAD = 2;
+// FEW_ROWS tokens are taken at once by what reads a matrix row after row.
+constexpr int FEW_ROWS = 4, FEW_TOKENS = 7, AHEAD = 96, QUADS_AHEAD = 2;
 
 inline void fetch(const void* start, int64_t bytes) {
     for (int64_t i = 0; start && i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(start) + i, 0, 2);
@@ -157,7 +158,7 @@ void tile(const float* const* x, const W* w, int64_t stride, int64_t depth, int6
 #pragma GCC unroll 8
             for (int v = 0; v < COLS; v++) {
                 weights[v] = load(w + (k + u) * stride + v * LANES);
-                if (ROWS <= FEW_ROWS) __builtin_prefetch(w + (k + u + AHEAD / COLS) * stride + v * LANES, 0, 2);
+                if (ROWS <= FEW_TOKENS) __builtin_prefetch(w + (k + u + AHEAD / COLS) * stride + v * LANES, 0, 2);
             }
 #pragma GCC unroll 16
             for (int t = 0; t < ROWS; t++) {
@@ -205,6 +206,14 @@ void tile(const bf16* const* x, const W* w, int64_t stride, int64_t depth, int64
         for (int u = 0; u < KU; u++) {
             __m512bh weights[COLS];
             const bf16* here = w + (k + 2 * u) * stride;
+            if (ROWS <= FEW_TOKENS) {  // a line holds two vectors
+                const bf16* ahead = here + 2 * AHEAD / COLS * stride;
+#pragma GCC unroll 8
+                for (int v = 0; v < COLS; v += 2) {
+                    __builtin_prefetch(ahead + v * 16, 0, 2);
+                    __builtin_prefetch(ahead + stride + v * 16, 0, 2);
+                }
+            }
 #pragma GCC unroll 8
             for (int v = 0; v < COLS; v++)
                 weights[v] = two_rows(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(here + v * 16)),
@@ -419,7 +428,10 @@ void add_down(const ExpertCall& c, const float* hidden, int64_t ld_hidden, float
         for (int64_t i = 0; constant && i < c.d_out; i += LANES)
             store(y[t] + i, load(y[t] + i) - load_some(constant + i, c.d_out - i));
     }
-    add_rows_few(hidden, ld_hidden, c.count, down, c.d_out, nullptr, c.size, c.d_out, y, 0);
+    for (int64_t t = 0; t < c.count; t += FEW_ROWS) {
+        int64_t n = std::min<int64_t>(FEW_ROWS, c.count - t);
+        add_rows_few(hidden + t * ld_hidden, ld_hidden, n, down, c.d_out, nullptr, c.size, c.d_out, y + t, 0);
+    }
 }
 
 template <class X, class W>
@@ -438,7 +450,7 @@ void expert(const ExpertCall& c) {
         x[t] = reinterpret_cast<const X*>(c.x + c.token(t) * c.ld_x);
         outputs[t] = c.y + c.token(t) * c.ld_y;
     }
-    const bool few = !narrow && n <= FEW_ROWS;
+    const bool few = n <= FEW_TOKENS;
     if (few) {  // the beginnings of what the loops below ask for too late
         fetch(c.gate, AHEAD * LANES * int64_t(sizeof(W)));
         fetch(c.down, 4 * c.d_out * int64_t(sizeof(W)));
@@ -459,7 +471,7 @@ void expert(const ExpertCall& c) {
             store(hidden + t * padded + v, h);
         }
     }
-    for (int64_t i = 0; c.narrow && !narrow && i < n * padded; i++) hidden[i] = to_float(to_bf16(hidden[i]));
+    for (int64_t i = 0; (narrow ? few : c.narrow) && i < n * padded; i++) hidden[i] = to_float(to_bf16(hidden[i]));
     if (few) {
         fetch(c.next, AHEAD * LANES * int64_t(sizeof(W)));
         return add_down<W>(c, hidden, padded, outputs);
