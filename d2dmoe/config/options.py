@@ -261,7 +261,9 @@ class HealConfig(CalibrationConfig):
         choices=("stand-ins", "routers", "all"),
     )
     heal_tokens: int = knob(4096, "tokens per distillation step")
-    heal_learning_rate: float = knob(1e-3, "peak learning rate of the distillation")
+    heal_learning_rate: float = knob(
+        0.0, "peak learning rate of the distillation (0: 1e-3, and 1e-4 where every weight is trained)"
+    )
 
 
 @dataclass

@@ -126,7 +126,8 @@ def convert_model(
     if config.heal and stored.budgets:
         say(f"healing: {config.heal} steps of distillation from the dense model")
         fitted(
-            work, "healed", resume, model, stored, lambda: _heal(model, config, stored, batches, dense, work, resume),
+            work, "healed", resume, model, stored,
+            lambda: _heal(model, config, stored, batches, dense, work, resume, say),
             everything=config.heal_parameters == "all",
         )  # fmt: skip
     trim_projections(model, stored)
@@ -309,10 +310,15 @@ def _calibrate(
 
 def _heal(
     model: PreTrainedModel, config: ConvertConfig, stored: D2DMoEConfig, batches: Batches,
-    dense: Callable[[], PreTrainedModel] | None, work: Path | None, resume: bool,
+    dense: Callable[[], PreTrainedModel] | None, work: Path | None, resume: bool, say: Say,
 ) -> None:  # fmt: skip
     state_dir = work / "heal-state" if work is not None else None
     teacher = dense() if stored.networks else None
-    heal(model, batches, config, stored, state_dir=state_dir, resume=resume, teacher=teacher)
+    last = heal(model, batches, config, stored, state_dir=state_dir, resume=resume, teacher=teacher)[-1]
+    if last["after"] < last["before"]:
+        say(f"healed: {last['before']:.4f} to {last['after']:.4f} from the dense model, on text kept from healing")
+    else:
+        lost = f"on text kept from it {last['after']:.4f} from the dense model, {last['before']:.4f} without it"
+        say(f"healing undone: {lost}; try a lower --heal-learning-rate")
     fitting, unseen = _calibration_text(config, batches)
     calibrate_again(model, fitting, stored, targets(config), unseen=unseen, dense=dense)

@@ -26,6 +26,8 @@ from ..training import train
 
 LOGITS_AT_ONCE = 2**24  # elements per forward pass with gradients, 64 MB in fp32
 ROUTERS = 0.01  # of the learning rate: a gate changes its mind by jumps, and its gradient holds for small steps only
+RATES = {"stand-ins": 1e-3, "routers": 1e-3, "all": 1e-4}  # what trains, and the learning rate unless another is given
+CHECKED = 4096  # tokens, a tenth at most, that healing does not see: by them it is judged
 ELEMENTS = 2**18  # logits compared at a time, 1 MB in fp32: they stay in the processor's cache
 
 
@@ -112,7 +114,10 @@ def heal(
     resume: bool = False,
     teacher: nn.Module | None = None,
 ) -> list[dict[str, float]]:
-    """Distil the dense model into the converted one at its stored budgets, taking turns; returns the training log.
+    """Distil the dense model into the converted one at its stored budgets, taking turns.
+
+    If the model is not nearer to the dense one in the end, on text that it was not trained on, or if training fails,
+    everything is as before.
 
     Args:
         model: Converted and calibrated model.
@@ -122,21 +127,38 @@ def heal(
         state_dir: Where resumable states go.
         resume: Continue from there.
         teacher: The dense model, where the converted one does not hold it; by default that one with everything on.
+
+    Returns:
+        The training log. Its last row has the mean `divergence` over the budgets before and after healing, on the text
+        that was kept from it.
     """
+    checked, part = batches, min(CHECKED, batches.tokens // 10)
+    if part:
+        checked, batches = batches.last(part), batches.first(batches.tokens - part)
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 1) if "input_ids" in batches[0] else 1
     at_once = min(LOGITS_AT_ONCE // vocabulary, TOKENS_AT_ONCE)  # more tokens only leave the processor's caches
     parts = Parts(batches, config.heal_tokens, at_once, config.seed)
     settings = TrainingConfig(
-        steps=config.heal, learning_rate=config.heal_learning_rate, adam_betas=(0.9, 0.99),
-        accumulation=parts.per_step, seed=config.seed, save_every=100,
+        steps=config.heal, learning_rate=config.heal_learning_rate or RATES[config.heal_parameters],
+        adam_betas=(0.9, 0.99), accumulation=parts.per_step, seed=config.seed, save_every=100,
     )  # fmt: skip
     student = Student(model, stored, config.heal_parameters, teacher)
+    start, end = student.distance(checked), float("nan")
     with training_only(model, config.heal_parameters):
-        return train(
-            student, parts, lambda student, batch: student(batch), settings,
-            name="heal", state_dir=state_dir, resume=resume, placed=True, in_turn=True,
-            rates=lambda name: ROUTERS if ".router." in name else 1.0,
-        )  # fmt: skip
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        try:
+            log = train(
+                student, parts, lambda student, batch: student(batch), settings,
+                name="heal", state_dir=state_dir, resume=resume, placed=True, in_turn=True,
+                rates=lambda name: ROUTERS if ".router." in name else 1.0,
+            )  # fmt: skip
+            end = student.distance(checked)
+        finally:
+            if not end < start:
+                for name, value in before.items():
+                    model.get_parameter(name).data.copy_(value)
+    log[-1] |= {"before": start, "after": end}
+    return log
 
 
 class Student(nn.Module):
@@ -154,6 +176,12 @@ class Student(nn.Module):
         """Stays in evaluation mode: the dense model is to be met as it is used."""
         self.model.eval()
         return self
+
+    @torch.no_grad()
+    def distance(self, batches: Batches) -> float:
+        """Mean of `forward` over budgets and batches."""
+        found = [self({**batch, "number": n}) for n in range(len(self.stored.budgets)) for batch in batches]
+        return float(torch.stack(found).mean())
 
     def forward(self, batch: dict[str, Any]) -> torch.Tensor:
         """Divergence from the dense model on a batch of `Parts`, at the budget whose turn it is."""

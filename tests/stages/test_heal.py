@@ -45,6 +45,7 @@ def losses(model, batches) -> list[float]:
 
 
 SETTINGS = {"heal": 60, "heal_tokens": 64, "heal_learning_rate": 3e-3}
+GENTLE = {**SETTINGS, "heal_learning_rate": 0}  # of every weight: 1e-4
 
 
 @pytest.mark.parametrize("what", ["stand-ins", "routers", "all"])
@@ -52,8 +53,10 @@ def test_it_lowers_the_divergence_and_trains_what_was_asked(what):
     model, config = calibrated()
     before, unseen = copy.deepcopy(model), documents(40, seed=9)
     start = losses(model, unseen)
-    log = heal(model, documents(64), ConvertConfig(heal_parameters=what, **SETTINGS), config)
+    settings = GENTLE if what == "all" else SETTINGS
+    log = heal(model, documents(64), ConvertConfig(heal_parameters=what, **settings), config)
     assert log[-1]["step"] == 60
+    assert log[-1]["after"] < log[-1]["before"]
     for name, parameter in model.named_parameters():
         trained = not torch.equal(parameter, before.get_parameter(name))
         stand_in = any(name.endswith(end) for end in ("constants", "delta_in", "delta_out", "linear_in", "linear_out"))
@@ -70,6 +73,31 @@ def test_it_lowers_the_divergence_and_trains_what_was_asked(what):
         ids = unseen[0]
         with set_gate(model, tau=0), set_gate(before, tau=0), torch.no_grad():
             assert torch.equal(model(**ids).logits, before(**ids).logits)
+
+
+@pytest.mark.parametrize("what", ["stand-ins", "all"])
+def test_what_does_not_help_is_undone(what, monkeypatch):
+    """On text that healing did not see; and a failure leaves nothing half trained."""
+    model, config = calibrated()
+    before = copy.deepcopy(model)
+    settings = ConvertConfig(heal_parameters=what, **{**SETTINGS, "heal_learning_rate": 3.0})
+    log = heal(model, documents(64), settings, config)
+    assert log[-1]["after"] > log[-1]["before"]
+    import d2dmoe.stages.heal as module
+
+    real, calls = module.divergence, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) > 30:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(module, "divergence", dies)
+    with pytest.raises(KeyboardInterrupt):
+        heal(model, documents(64), ConvertConfig(heal_parameters=what, **SETTINGS), config)
+    for (name, a), (_, b) in zip(model.named_parameters(), before.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_it_resumes_to_the_same_weights(tmp_path, monkeypatch):
