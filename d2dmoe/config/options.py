@@ -262,7 +262,7 @@ class HealConfig(CalibrationConfig):
     )
     heal_tokens: int = knob(4096, "tokens per distillation step")
     heal_learning_rate: float = knob(
-        0.0, "peak learning rate of the distillation (0: 1e-3, and 1e-4 where every weight is trained)"
+        0.0, "peak learning rate of the distillation (0: 1e-3, and 5e-5 where every weight is trained)"
     )
 
 

@@ -26,7 +26,7 @@ class GateState:
         stand_in: Row of the stored stand-ins to use, or `None` for zero.
         min_experts, max_experts: Bounds per token (`max_experts` 0: none).
         shared: The first so many experts always run.
-        soft: Let gradients reach the router through the gate (`gates.straight_through`), for training.
+        soft: Let gradients reach the router, and nothing before it, through the gate (`gates.straight_through`).
         oracle: Select by the true values of this router target, `norm` or `root`, instead of the router's scores (for
             analysis only).
         fade: Scale of the stand-ins in [0, 1]; below 1 above the budget that they were fitted for.

@@ -174,10 +174,13 @@ class DynamicFFN(Gated, nn.Module):
         )  # (experts, tokens, size)
         hidden = without_padding(hidden.to(_wider(hidden, down)), block=self.block)
         scores = run = None
+        soft = (state.soft or self.soft_gate) and torch.is_grad_enabled()
         if state.tau > 0:
-            scores = self._true_scores(hidden, down, state.oracle) if state.oracle else self.scores(x)
+            # An estimate of the gate's gradient is good enough for routers, and leads astray what comes before them.
+            seen = x.detach() if soft else x
+            scores = self._true_scores(hidden, down, state.oracle) if state.oracle else self.scores(seen)
             run = state.select(scores)
-            if (state.soft or self.soft_gate) and torch.is_grad_enabled():
+            if soft:
                 run = straight_through(scores, run)
         if self.observer is not None:
             self.observer(self, x, hidden, scores, run)

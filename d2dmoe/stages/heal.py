@@ -26,7 +26,7 @@ from ..training import train
 
 LOGITS_AT_ONCE = 2**24  # elements per forward pass with gradients, 64 MB in fp32
 ROUTERS = 0.01  # of the learning rate: a gate changes its mind by jumps, and its gradient holds for small steps only
-RATES = {"stand-ins": 1e-3, "routers": 1e-3, "all": 1e-4}  # what trains, and the learning rate unless another is given
+RATES = {"stand-ins": 1e-3, "routers": 1e-3, "all": 5e-5}  # what trains, and the learning rate unless another is given
 CHECKED = 4096  # tokens, a tenth at most, that healing does not see: by them it is judged
 ELEMENTS = 2**18  # logits compared at a time, 1 MB in fp32: they stay in the processor's cache
 
