@@ -281,7 +281,7 @@ def write_checkpoint(
         shutil.copyfile(further[name], scratch / name)
     report(scratch)
     publish(scratch, output, work)
-    return f"saved {named}" + f", with {', '.join(carried)} as they were" * bool(carried)
+    return f"saved {named}" + f", with {', '.join(carried)} unchanged" * bool(carried)
 
 
 def _check_written(folder: Path, model: PreTrainedModel, *, fully: bool) -> None:
