@@ -4,8 +4,9 @@
 
 Made for processors: bf16 where they multiply it, Muon, which needs a fraction of the steps of AdamW, half of the
 patches in the first half of the steps (PatchDropout, arXiv 2208.07220), attention that starts as that of trained ViTs
-does (mimetic initialisation, arXiv 2305.09828), and images put together from two (CutMix, arXiv 1905.04899). Interrupted, it goes on from its last saved state when started
-again with `--resume`. `--base` goes on with a model that an earlier run has saved.
+does (mimetic initialisation, arXiv 2305.09828), and images put together from two (CutMix, arXiv 1905.04899).
+Interrupted, it goes on from its last saved state when started again with `--resume`. `--base` goes on with a model that
+an earlier run has saved.
 """
 
 from __future__ import annotations
