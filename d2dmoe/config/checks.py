@@ -10,6 +10,30 @@ from ..errors import UserError
 from .budgets import LEAST_ACTIVE
 from .sizes import attention_way
 
+# Options that say how something is done that another one asks for: that one, its value when it does not, and its name.
+AROUND = ("attention", "none", "--attention, for instance auto")
+BELONGS = {
+    "attention_active": AROUND, "attention_layers": AROUND, "attention_factor": AROUND,
+    "head_active": ("head", "none", "--head svd-softmax"),
+    "heal_parameters": ("heal", 0, "--heal STEPS"), "heal_tokens": ("heal", 0, "--heal STEPS"),
+    "heal_learning_rate": ("heal", 0, "--heal STEPS"),
+}  # fmt: skip
+
+
+def _check_asked_for(config: Any) -> None:
+    """Raises `UserError` for an option that changes nothing without another one."""
+    for f in fields(config):
+        key, off, wanted = BELONGS.get(f.name, (f.name, object(), ""))
+        if getattr(config, key) == off and getattr(config, f.name) != f.default:
+            given = f"--{f.name.replace('_', '-')} {getattr(config, f.name)}"
+            raise UserError(f"{given} changes nothing without {wanted}; give that as well, or leave it out")
+    shared = getattr(config, "shared_experts", 0)
+    if shared and config.split != "shared_experts":
+        raise UserError(f"--shared-experts {shared} belongs to --split shared_experts, and --split is {config.split}")
+    experts = getattr(config, "attention_experts", 0)
+    if experts and attention_way(config.attention)[0] != "mlp":
+        raise UserError(f"--attention-experts {experts} belongs to --attention mlp; --attention is {config.attention}")
+
 
 def check(config: Any) -> None:
     """Ranges and choices of every knob.
@@ -24,6 +48,7 @@ def check(config: Any) -> None:
             raise UserError(f"{flag} {value}: must be one of {', '.join(choices)}")
         if isinstance(value, int | float) and not isinstance(value, bool) and not value >= 0:
             raise UserError(f"{flag} {value}: must be 0 or more")
+    _check_asked_for(config)
     least = {"max_length": 2, "batch_size": 1, "router_batch": 1, "calibration_tokens": 1, "attention_tokens": 1,
              "attention_batch": 1}  # fmt: skip
     for name, bound in least.items():

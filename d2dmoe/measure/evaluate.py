@@ -62,8 +62,8 @@ def evaluate(
         metric: A key of `METRICS`; by default what fits the model's class and the data.
         tokenizer: Needed by `masked_lm` alone, unless the config has a mask token.
         seed: Of the tokens that are masked.
-        original: The dense model, where the converted one does not hold it (`--attention mlp`). Without it such a model
-            is compared with itself, all experts on.
+        original: The dense model, where the converted one does not hold it (`--attention mlp`), or what a dense one
+            was before it was trained further. Without it the model is compared with itself, all experts on.
 
     Returns:
         `{"gate", "tau", "active_fraction", "flops_fraction_ffn", "flops_fraction_model", "metric", "dense", "metrics",
@@ -80,8 +80,11 @@ def evaluate(
     generator, limit, tokens = torch.Generator().manual_seed(seed), _row_limit(model, batches), 0
     each = getattr(batches, "image_tokens", 1)
     dense = _Point({"active": 1.0}, kind(), each)
-    points = [_Point(setting, kind(), each) for setting in settings] if layers(model) else []
-    repeated = [point for point in points if not expert_dtype and _runs_everything(model, point)]
+    converted = bool(layers(model))
+    if not converted:
+        settings = [] if original is None else [{"active": 1.0}]
+    points = [_Point(setting, kind(), each) for setting in settings]
+    repeated = [point for point in points if converted and not expert_dtype and _runs_everything(model, point)]
     for batch in pieces(progress(batches, desc="eval"), limit):
         tokens += _tokens(batch, each)
         batch = kind.prepare(batch, tokenizer, generator)
@@ -92,8 +95,8 @@ def evaluate(
                 point.run(model, inputs, batch, reference)
     timed = [model_inputs(model, batch) for batch in islice(pieces(batches, limit), TIMED)]
     base = dense.row(plain, timed, dense.metric, None) | {"tokens": tokens}
-    if not layers(model):
-        return [base]
+    if not converted:
+        return [point.row(model, timed, dense.metric, None) | {"tokens": tokens} for point in points] or [base]
     cost = dense_cost(plain, timed[0])
     rows = []
     for point in points:

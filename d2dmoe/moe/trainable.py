@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..errors import UserError
 from .layer import layers
 from .projection import projections
 
@@ -23,8 +24,14 @@ def trainable(model: nn.Module, *, routers: bool = False, stand_ins: bool = Fals
 
     Returns:
         The same model.
+
+    Raises:
+        UserError: If the model is not converted.
     """
-    for layer in layers(model):
+    found = layers(model)
+    if not found and not projections(model):
+        raise UserError("this model was not converted by d2dmoe; run `d2dmoe convert --model …` first")
+    for layer in found:
         layer.router.requires_grad_(routers)
         layer.soft_gate = routers
         for parameter in layer.stand_ins().values():

@@ -147,7 +147,9 @@ def sparsify(
         state.wait_for_everyone()
         trainer, model = _train(job, config, arguments, compute_loss_func, work if resume else None, say)
         if first:
-            rows = [{"model": "before", **before}, {"model": "after", **figures(model.to(device), job, config)}]
+            original = hub.load_model(config.model, job.original, config.revision).to(device) if job.held_out else None
+            after = figures(model.to(device), job, config, original)
+            rows = [{"model": "before", **before}, {"model": "after", **after}]
             results = _record(config, job, trainer, command, started) | {"rows": rows}
             further = hub.companions(config.model, config.revision)
             model, card = model.cpu(), sparsified_card
@@ -212,11 +214,16 @@ def _before(
     return found
 
 
-def figures(model: PreTrainedModel, job: Job, config: SparsifyConfig) -> dict[str, Any]:
-    """Quality on held-out data, and how sparse the hidden activations are there; empty without such data."""
+def figures(
+    model: PreTrainedModel, job: Job, config: SparsifyConfig, original: PreTrainedModel | None = None
+) -> dict[str, Any]:
+    """Quality on held-out data, beside that of `original`, and how sparse the hidden activations are there.
+
+    Empty without such data.
+    """
     if job.held_out is None:
         return {}
-    row = evaluate(model, job.held_out, [], tokenizer=job.processor)[0]
+    row = evaluate(model, job.held_out, [], tokenizer=job.processor, original=original)[0]
     blocks = discover(skeleton(type(model), model.config)).blocks
     by_block = activation_shares(model, blocks, job.held_out, on=config.sparsify_on)
     mean = {name: sum(row[name] for row in by_block) / len(by_block) for name in ("nonzero", "near_zero")}

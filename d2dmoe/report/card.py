@@ -62,6 +62,11 @@ TWIN = {
     "everything": "exactly the dense model",
     "without": "Without `import d2dmoe` the same folder opens as the dense model, its neurons in another order.",
 }
+TRAINED_TWIN = {
+    "everything": "the dense model as this conversion has trained it",
+    "without": "Without `import d2dmoe` the same folder opens as that dense model, its neurons in another order. It is not\n"
+    '`{base}` any more: {trained}. "Dense" in the figures is the trained one.',
+}
 NO_TWIN = {
     "everything": "everything that this model has, and not the dense model",
     "without": "Networks of two layers, distilled from the projections around attention, stand in their places\n"
@@ -83,8 +88,20 @@ def model_card(model: Any, recipe: dict[str, Any], results: dict[str, Any], orig
         preset=recipe["preset"], split=recipe["split"], gate=recipe["gate"], stand_in=recipe["stand_in"],
         budgets=", ".join(f"{b.active:g}" for b in stored.budgets) or "none",
         processor=results["machine"]["processor"], threads=results["machine"]["threads"],
-        linear_maps=_linear_maps(stored), table=eval_table(results["rows"]), **(NO_TWIN if networks else TWIN),
+        linear_maps=_linear_maps(stored), table=eval_table(results["rows"]), **_twin(recipe, bool(networks)),
     )  # fmt: skip
+
+
+def _twin(recipe: dict[str, Any], networks: bool) -> dict[str, str]:
+    """What the card says of the dense model in a checkpoint."""
+    if networks:
+        return NO_TWIN
+    done = [f"fine-tuned first (`--sparsify {recipe['sparsify']}`)"] * (recipe.get("sparsify", "skip") != "skip")
+    done += ["healed in all its weights"] * bool(recipe.get("heal") and recipe.get("heal_parameters") == "all")
+    if not done:
+        return TWIN
+    words = {"base": _shown(recipe["model"]), "trained": "it was " + " and ".join(done)}
+    return {key: text.format(**words) for key, text in TRAINED_TWIN.items()}
 
 
 def _linear_maps(stored: Any) -> str:

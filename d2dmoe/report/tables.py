@@ -94,7 +94,7 @@ def bench_table(rows: list[dict[str, Any]]) -> str:
     quality = next((row["metric"]["name"] for row in rows if "metric" in row), None)
     extra = {f"{name}_speedup": f"{name} x" for name in ("dispatched", "int8", "int8-dynamic")} | {"way": "way"}
     extra = {key: title for key, title in extra.items() if any(row.get(key) for row in rows)}
-    header = ["phase", "dtype", "tokens", "active", *(f"{n} ms" for n in names), "x", "ideal x", *extra.values()]
+    header = ["phase", "dtype", "tokens", "active", *(f"{n} ms" for n in names), "x", "1 / active", *extra.values()]
     body = []
     for row in rows:
         cells = [f"{row['ms'][n]:.3g} ({_range(row['quartiles_ms'][n])})" if n in row["ms"] else "" for n in names]

@@ -282,15 +282,20 @@ def test_other_methods_open_again(flags, home: Path, d2dmoe, tmp_path: Path) -> 
 
 
 def test_healing_is_in_the_checkpoint_and_leaves_the_dense_twin(home: Path, d2dmoe, tmp_path: Path) -> None:
-    flags = ("--active", "0.5", "--heal-tokens", "256")
-    plain = converted(home, d2dmoe, tmp_path / "plain", *flags)
-    healed = converted(home, d2dmoe, tmp_path / "healed", *flags, "--heal", "20", "--heal-learning-rate", "1e-2")
+    heal = ("--active", "0.5", "--heal-tokens", "256", "--heal-learning-rate", "1e-2", "--heal")
+    plain = converted(home, d2dmoe, tmp_path / "plain", *heal[:2])
+    healed = converted(home, d2dmoe, tmp_path / "healed", *heal, "20")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "healed"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert all(re.search(r"constants|delta_|linear_", name) for name in changed)
     assert plain["rows"][-1] | {"ms_per_token": 0} == healed["rows"][-1] | {"ms_per_token": 0}
     assert plain["rows"][0]["metric"] != healed["rows"][0]["metric"]
+    assert "1 is exactly the dense model" in (tmp_path / "healed" / "README.md").read_text()
+    converted(home, d2dmoe, tmp_path / "all", *heal, "1", "--heal-parameters", "all")
+    card = (tmp_path / "all" / "README.md").read_text()
+    assert "it was healed in all its weights" in card
+    assert "exactly the dense model" not in card
 
 
 @pytest.mark.parametrize(

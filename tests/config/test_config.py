@@ -64,6 +64,22 @@ def test_goals_out_of_range(values, said):
         resolve(ConvertConfig, values)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"head_active": 0.3}, "--head-active 0.3 changes nothing without --head svd-softmax"),
+        ({"attention_active": 0.5}, "--attention-active 0.5 changes nothing without --attention"),
+        ({"attention_layers": "0"}, "--attention-layers 0 changes nothing without --attention"),
+        ({"heal_parameters": "all"}, "--heal-parameters all changes nothing without --heal"),
+        ({"shared_experts": 4}, "--shared-experts 4 belongs to --split shared_experts, and --split is coactivation"),
+        ({"attention": "auto", "attention_experts": 4}, "--attention-experts 4 belongs to --attention mlp"),
+    ],
+)
+def test_what_changes_nothing_is_refused(values, said):
+    with pytest.raises(UserError, match=said):
+        resolve(ConvertConfig, values)
+
+
 def test_every_kind_of_goal_becomes_a_target():
     config = resolve(ConvertConfig, {"active": "0.5,1", "flops": "0.8", "max_loss": "2%", "speedup": "2,1.5"})
     assert list(map(str, targets(config))) == ["active=0.5", "flops=0.8", "max-loss=0.02", "speedup=1.5", "speedup=2"]

@@ -181,6 +181,22 @@ def test_a_dense_model_is_one_row():
     assert row["metric"]["value"] == row["dense"]["value"]
 
 
+def test_a_dense_model_is_compared_with_what_it_was():
+    """A training is measured against the model before it, not against its own result."""
+    items = sequences(9, labels=3)
+    before, after = tiny("bert-classifier"), tiny("bert-classifier")
+    for parameter in after.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    same, changed = (evaluate(m, Batches(items, 4), [], original=before) for m in (before, after))
+    alone = evaluate(after, Batches(items, 4), [])
+    assert len(same) == len(changed) == 1
+    assert values(same[0])["kl_to_dense"] == pytest.approx(0, abs=1e-6)
+    assert values(alone[0])["kl_to_dense"] == pytest.approx(0, abs=1e-6)
+    assert values(changed[0])["kl_to_dense"] > 1e-3
+    assert changed[0]["metric"] == alone[0]["metric"]
+    assert changed[0]["dense"]["value"] == same[0]["metric"]["value"]
+
+
 def test_the_dense_model_runs_once_for_all_rows_and_batches_are_not_kept(monkeypatch):
     seen: list[float | str] = []
 
