@@ -64,8 +64,8 @@ TWIN = {
 }
 TRAINED_TWIN = {
     "everything": "the dense model as this conversion has trained it",
-    "without": "Without `import d2dmoe` the same folder opens as that dense model, its neurons in another order. It is not\n"
-    '`{base}` any more: {trained}. "Dense" in the figures is the trained one.',
+    "without": "Without `import d2dmoe` the same folder opens as that dense model, its neurons in another order. It\n"
+    'is not `{base}` any more: {trained}. "Dense" in the figures is the trained one.',
 }
 NO_TWIN = {
     "everything": "everything that this model has, and not the dense model",
