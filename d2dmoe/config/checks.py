@@ -16,7 +16,6 @@ BELONGS = {
     "attention_active": AROUND, "attention_layers": AROUND, "attention_factor": AROUND,
     "head_active": ("head", "none", "--head svd-softmax"),
     "heal_parameters": ("heal", 0, "--heal STEPS"), "heal_tokens": ("heal", 0, "--heal STEPS"),
-    "heal_learning_rate": ("heal", 0, "--heal STEPS"),
 }  # fmt: skip
 
 
