@@ -10,7 +10,7 @@ from ..errors import UserError
 from .budgets import LEAST_ACTIVE
 from .sizes import attention_way
 
-# Options that say how something is done that another one asks for: that one, its value when it does not, and its name.
+# Options that say how something is done that another one asks for: that one, its value when it does not, what to give.
 AROUND = ("attention", "none", "--attention, for instance auto")
 BELONGS = {
     "attention_active": AROUND, "attention_layers": AROUND, "attention_factor": AROUND,
@@ -21,10 +21,10 @@ BELONGS = {
 
 def _check_asked_for(config: Any) -> None:
     """Raises `UserError` for an option that changes nothing without another one."""
-    for f in fields(config):
-        key, off, wanted = BELONGS.get(f.name, (f.name, object(), ""))
-        if getattr(config, key) == off and getattr(config, f.name) != f.default:
-            given = f"--{f.name.replace('_', '-')} {getattr(config, f.name)}"
+    for name, (key, off, wanted) in BELONGS.items():
+        default = getattr(type(config), name, None)
+        if getattr(config, key, None) == off and (value := getattr(config, name)) != default:
+            given = f"--{name.replace('_', '-')} {value}"
             raise UserError(f"{given} changes nothing without {wanted}; give that as well, or leave it out")
     shared = getattr(config, "shared_experts", 0)
     if shared and config.split != "shared_experts":

@@ -23,6 +23,9 @@ from .projection import DynamicProjection, projections
 SAID = 64  # notes that a model remembers having given
 
 
+NOT_CONVERTED = "this model was not converted by d2dmoe; run `d2dmoe convert --model …` first"
+
+
 def converted_model(model: Any) -> nn.Module:
     """The converted model itself, out of a wrapper (DDP, peft, `torch.compile`), a pipeline or a Trainer.
 
@@ -35,7 +38,7 @@ def converted_model(model: Any) -> nn.Module:
         if hasattr(stored, "d2dmoe"):
             return module
     if isinstance(inner, nn.Module):
-        raise UserError("this model was not converted by d2dmoe; run `d2dmoe convert --model …` first")
+        raise UserError(NOT_CONVERTED)
     raise UserError(f"a {type(model).__name__} is not a model; give the model, or a pipeline or Trainer that holds it")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import UserError
+from .gating import NOT_CONVERTED
 from .layer import layers
 from .projection import projections
 
@@ -30,7 +31,7 @@ def trainable(model: nn.Module, *, routers: bool = False, stand_ins: bool = Fals
     """
     found = layers(model)
     if not found and not projections(model):
-        raise UserError("this model was not converted by d2dmoe; run `d2dmoe convert --model …` first")
+        raise UserError(NOT_CONVERTED)
     for layer in found:
         layer.router.requires_grad_(routers)
         layer.soft_gate = routers

@@ -147,7 +147,7 @@ def sparsify(
         state.wait_for_everyone()
         trainer, model = _train(job, config, arguments, compute_loss_func, work if resume else None, say)
         if first:
-            original = hub.load_model(config.model, job.original, config.revision).to(device) if job.held_out else None
+            original = _original(job, config).to(device) if job.held_out else None
             after = figures(model.to(device), job, config, original)
             rows = [{"model": "before", **before}, {"model": "after", **after}]
             results = _record(config, job, trainer, command, started) | {"rows": rows}
@@ -199,6 +199,11 @@ def _fitting(training: dict[str, Any], job: Job) -> dict[str, Any]:
     return {"train_sampling_strategy": "group_by_length"} | training if len(lengths) > 1 else training
 
 
+def _original(job: Job, config: SparsifyConfig) -> PreTrainedModel:
+    """The model as it was, before its activation is swapped and it is trained."""
+    return hub.load_model(config.model, job.original, config.revision)
+
+
 def _before(
     job: Job, config: SparsifyConfig, work: Path, resume: bool, device: torch.device, say: Say
 ) -> dict[str, Any]:
@@ -208,7 +213,7 @@ def _before(
         kept = json.loads(file.read_text())
         if kept["eval_tokens"] == config.eval_tokens:
             return kept["figures"]
-    model = hub.load_model(config.model, job.original, config.revision).to(device)
+    model = _original(job, config).to(device)
     found = figures(model, job, config)
     write_text(file, json.dumps({"eval_tokens": config.eval_tokens, "figures": found}))
     return found
@@ -234,7 +239,7 @@ def _trainer(
     model: PreTrainedModel, job: Job, config: SparsifyConfig, arguments: Any, loss: Callable | None
 ) -> SparsifyTrainer:
     distils = bool(config.distillation) or job.task == "distillation"
-    teacher = hub.load_model(config.model, job.original, config.revision) if distils else None
+    teacher = _original(job, config) if distils else None
     if teacher is not None:
         teacher.requires_grad_(False)
     collate = collator(job.task, job.train, job.processor, job.original, config.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from test_calibrate import converted, documents, points
 from torch.testing import assert_close
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
+import d2dmoe.stages.heal as stage
 from d2dmoe import set_gate
 from d2dmoe.config import ConvertConfig
 from d2dmoe.kernels.gates import select, straight_through
@@ -76,6 +78,22 @@ def test_it_lowers_the_divergence_and_trains_what_was_asked(what):
             assert torch.equal(model(**ids).logits, before(**ids).logits)
 
 
+@contextmanager
+def interrupted(monkeypatch, after: int):
+    """Inside, healing is interrupted once it has compared outputs so many times."""
+    real, calls = stage.divergence, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "divergence", dies)
+        yield
+
+
 @pytest.mark.parametrize("what", ["stand-ins", "all"])
 def test_what_does_not_help_is_undone(what, monkeypatch):
     """On text that healing did not see; and a failure leaves nothing half trained."""
@@ -84,18 +102,7 @@ def test_what_does_not_help_is_undone(what, monkeypatch):
     settings = ConvertConfig(heal_parameters=what, **{**SETTINGS, "heal_learning_rate": 3.0})
     log = heal(model, documents(64), settings, config)
     assert log[-1]["after"] > log[-1]["before"]
-    import d2dmoe.stages.heal as module
-
-    real, calls = module.divergence, []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) > 30:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(module, "divergence", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(monkeypatch, 30), pytest.raises(KeyboardInterrupt):
         heal(model, documents(64), ConvertConfig(heal_parameters=what, **SETTINGS), config)
     for (name, a), (_, b) in zip(model.named_parameters(), before.named_parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -107,20 +114,8 @@ def test_it_resumes_to_the_same_weights(tmp_path, monkeypatch):
     settings = ConvertConfig(heal=120, heal_tokens=64)
     heal(whole, documents(64), settings, config)
 
-    import d2dmoe.stages.heal as module
-
-    real, calls = module.divergence, []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) > 110:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(module, "divergence", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(monkeypatch, 110), pytest.raises(KeyboardInterrupt):
         heal(cut, documents(64), settings, cut_config, state_dir=tmp_path / "state")
-    monkeypatch.setattr(module, "divergence", real)
     heal(cut, documents(64), settings, cut_config, state_dir=tmp_path / "state", resume=True)
     for (name, a), (_, b) in zip(whole.named_parameters(), cut.named_parameters(), strict=True):
         assert torch.equal(a, b), name

@@ -125,8 +125,8 @@ struct Call {
         return int8() ? round_up(depth, 4) * width : depth * width * element();
     }
     int64_t vector_element() const { return int8() ? 4 : element(); }
-    // All experts of a tile of tokens in one go; that keeps its own order of things in the caches.
     bool linear_by_tiles() const { return int8() && narrow() && beside.experts_bf16; }
+    // All experts of a tile of tokens in one go; that keeps its own order of things in the caches.
     bool by_experts() const { return layer.bf16 && !int8() && kernels.experts_bf16; }
     const bool tiled = by_tiles(layer, kernels);
     int64_t padded_out() const { return round_up(layer.d_out, kernels.lanes); }

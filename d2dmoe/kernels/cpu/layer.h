@@ -14,7 +14,9 @@ struct D2dmoeSample {
 struct D2dmoeLayer {
     int32_t bf16, activation, gate, kernels;
     int32_t rounds;  // are tokens and hidden values rounded to int8 as well?
-    int32_t narrow;  // are router and linear term in bf16, in a layer that may have tokens in fp32?
+    // Are router and linear term in bf16, in a layer that may have tokens in fp32? With `rounds`, except in what was exported
+    // before there was this.
+    int32_t narrow;
     int64_t d, size, d_out, experts, router_width, linear_rank, top, min_experts, max_experts, shared;
     float tau;
     int32_t few;  // at most so many tokens are handled by sharing out the experts

@@ -206,12 +206,14 @@ def _top(experts: int, tau: float) -> int:
 
 
 def _as_read(
-    given: dict[str, torch.Tensor | None], int8: bool, narrow: bool, known: Tiles | None
+    given: dict[str, torch.Tensor | None], expert_dtype: str | None, known: Tiles | None
 ) -> tuple[dict[str, torch.Tensor | None], dict[str, torch.Tensor]]:
     """The operator's tensors as the library reads them, and the scales of weights in int8 by field of the struct."""
-    dtypes, scales = dict.fromkeys(given, given["up_weight"].dtype), {}
-    dtypes |= dict.fromkeys(_BESIDE, torch.float32) if int8 else {}
-    dtypes |= dict.fromkeys(_BY_TOKENS, torch.bfloat16) if narrow else {}
+    int8, dtypes, scales = expert_dtype is not None, dict.fromkeys(given, given["up_weight"].dtype), {}
+    if int8:
+        dtypes |= dict.fromkeys(_BESIDE, torch.float32)
+    if expert_dtype == "int8-dynamic":
+        dtypes |= dict.fromkeys(_BY_TOKENS, torch.bfloat16)
     tensors = {name: None if t is None else t.to(dtypes[name]).contiguous() for name, t in given.items()}
     for name in INPUTS if int8 else ():
         weight = tensors[name]
@@ -254,12 +256,12 @@ class Plan:
         With `tiles` the plan may keep bf16 weights a second time, in tiles, where the instruction set gains by that;
         plans of one layer share them through it, and weights in int8. It pays for a plan that is used again.
         """
-        up, int8, narrow = tensors["up_weight"], expert_dtype is not None, expert_dtype == "int8-dynamic"
+        up, int8, dynamic = tensors["up_weight"], expert_dtype is not None, expert_dtype == "int8-dynamic"
         for name, tensor in tensors.items():
             if tensor is not None and (tensor.device.type != "cpu" or (tensor.numel() and not tensor.data_ptr())):
                 raise RuntimeError(f"{name} is on the device {tensor.device}; the CPU kernels need it in memory")
         given = tensors
-        tensors, scales = _as_read(given, int8, narrow, tiles)
+        tensors, scales = _as_read(given, expert_dtype, tiles)
         copied = {t.data_ptr(): t for n, t in given.items() if t is not None and t.data_ptr() != tensors[n].data_ptr()}
         experts, d, size = up.shape
         self.dtype, self.d_out = up.dtype, given["down_weight"].shape[-1]
@@ -274,7 +276,7 @@ class Plan:
             bf16=up.dtype == torch.bfloat16, activation=ACTIVATIONS[activation], gate=GATES[gate],
             kernels=kernel_for(up.dtype, int8) if kernels is None else kernels, d=d, size=size, d_out=self.d_out,
             experts=experts, min_experts=max(min_experts - shared, 0), shared=shared, tau=tau, few=FEW,
-            rounds=narrow, narrow=narrow,
+            rounds=dynamic, narrow=dynamic,
             max_experts=max(max_experts - shared, 1) if max_experts else 0,  # among those that the gate chooses from
             top=_top(experts - shared, tau) if gate == "topk" else 0,
         )  # fmt: skip
