@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from ..config.options import ConvertConfig
@@ -33,6 +34,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
     flags = {**given(arguments, ConvertConfig), **further}
     config = resolve(ConvertConfig, read_recipe(arguments.recipe), flags)
     from ..pipeline.convert import convert
+    from ..pipeline.first import check_sparsify
     from ..pipeline.plan import check_fed, make_plan
     from ..report import drift_table, eval_table, write_json
     from ..training import first_process
@@ -43,6 +45,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
         plan = make_plan(model_config, config)
         check_fed(plan.skeleton, plan.discovery, config.model)
         if config.sparsify != "skip":
+            check_sparsify(config, Path(config.output_dir))
             print("before that: sparsify, whose training the plan below does not count", file=sys.stderr)
         seconds = plan.seconds()
         row = {**plan.summary(), "seconds": round(seconds)}

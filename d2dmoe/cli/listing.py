@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
     """Run the verb; returns the exit code."""
     from ..discovery import find_projections
     from ..discovery.head import find_head
-    from ..pipeline.plan import check_fed, describe, survey
+    from ..pipeline.plan import check_fed, describe, none_found, survey
     from ..report import list_table
     from ..twin import read_dense_config
 
@@ -40,5 +40,5 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
     if refused:
         raise refused
     if not any(row["converted"] for row in rows):
-        raise UserError(f"--model {arguments.model}: no feed-forward block found; give another model")
+        raise UserError(f"--model {arguments.model}: {none_found(model, discovery)}; give another model")
     return 0

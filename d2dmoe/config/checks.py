@@ -29,6 +29,9 @@ def _check_asked_for(config: Any) -> None:
     shared = getattr(config, "shared_experts", 0)
     if shared and config.split != "shared_experts":
         raise UserError(f"--shared-experts {shared} belongs to --split shared_experts, and --split is {config.split}")
+    rate = getattr(config, "router_learning_rate", None)
+    if getattr(config, "router_fit", "") == "closed-form" and rate != type(config).router_learning_rate:
+        raise UserError(f"--router-learning-rate {rate:g} changes nothing with --router-fit closed-form; leave it out")
     experts = getattr(config, "attention_experts", 0)
     if experts and attention_way(config.attention)[0] != "mlp":
         raise UserError(f"--attention-experts {experts} belongs to --attention mlp; --attention is {config.attention}")
@@ -114,14 +117,14 @@ def check(config: Any) -> None:
         )
 
 
-def check_active(active: float) -> None:
-    """Raises `UserError` unless this is an active fraction."""
+def check_active(active: float, given: str = "--active ") -> None:
+    """Raises `UserError` unless this is an active fraction; `given` is how it was given, for the message."""
     if not 0 < active <= 1:
-        raise UserError(f"--active {active:g}: an active fraction is above 0 and at most 1, for instance 0.25")
+        raise UserError(f"{given}{active:g}: an active fraction is above 0 and at most 1, for instance 0.25")
 
 
-def check_tau(tau: float, gate: str) -> None:
-    """Raises `UserError` unless this is a threshold for the gate."""
+def check_tau(tau: float, gate: str, given: str = "--tau ") -> None:
+    """Raises `UserError` unless this is a threshold for the gate; `given` as of `check_active`."""
     if not 0 <= tau <= (float("inf") if gate == "absolute" else 1):
         upper = "" if gate == "absolute" else " and at most 1"
-        raise UserError(f"--tau {tau:g}: a threshold of the {gate} gate is at least 0 (everything runs){upper}")
+        raise UserError(f"{given}{tau:g}: a threshold of the {gate} gate is at least 0 (everything runs){upper}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import UserError
@@ -29,8 +30,15 @@ def attention_way(attention: str) -> tuple[str, str]:
     return way, "".join(wanted)
 
 
-def choose_projections(config: AttentionConfig, projections: list[Projection]) -> list[Projection]:
+def choose_projections(
+    config: AttentionConfig, projections: list[Projection], refused: Sequence[tuple[str, str]] = ()
+) -> list[Projection]:
     """Those projections of a model that are to be converted, with as much room for factors as they can use.
+
+    Args:
+        config: The ways and layers asked for.
+        projections: What `find_projections` found.
+        refused: What it refused, with the reasons, for the message.
 
     Raises:
         UserError: If there is none of them, or no such layer.
@@ -39,7 +47,9 @@ def choose_projections(config: AttentionConfig, projections: list[Projection]) -
     if way == "none":
         return []
     if not projections:
-        raise UserError(f"--attention {config.attention}: no projection around attention found in this model")
+        reasons = "; ".join(f"{name}: {why}" for name, why in refused[:3])
+        found = "no projection around attention found in this model" + (f" ({reasons})" if reasons else "")
+        raise UserError(f"--attention {config.attention}: {found}; d2dmoe list shows what is in it")
     ends = [n for n, p in enumerate(projections) if "o" in p.role]  # each attention ends with one
     wanted = numbers(config.attention_layers, len(ends))
     found = []

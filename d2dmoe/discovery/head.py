@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import UserError
+from .trace import is_plain
 
 
 def find_head(model: nn.Module) -> tuple[str, int, int]:
@@ -20,9 +21,9 @@ def find_head(model: nn.Module) -> tuple[str, int, int]:
     if head is None:
         raise UserError(f"--head svd-softmax: a {type(model).__name__} does not choose from a vocabulary; leave it out")
     name = next((name for name, module in model.named_modules() if module is head), "")
-    if type(head) is not nn.Linear or not name:
+    if not isinstance(head, nn.Linear) or not is_plain(head) or not name:
         raise UserError(
-            f"--head svd-softmax: the head of a {type(model).__name__} is a {type(head).__name__}, which may do more "
+            f"--head svd-softmax: the head of a {type(model).__name__} is a {type(head).__name__}, which does more "
             f"than a linear map; leave it out"
         )
     return name, head.in_features, head.out_features

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..config.projections import ROLES, Projection, sections_of
 from .blocks import traced
-from .trace import Call, features, run_traced
+from .trace import Call, features, is_plain, run_traced
 
 
 @dataclass
@@ -126,8 +125,8 @@ def _sources(tensor: torch.Tensor, leaves: dict[int, int]) -> tuple[set[int], se
 def _objection(model: nn.Module, name: str, roles: set[str], elsewhere: int) -> str | None:
     """The reason to leave a projection dense, if there is one."""
     module: Any = model.get_submodule(name)
-    if type(module) not in (nn.Linear, Conv1D):
-        return f"a {type(module).__name__}, which may do more than a linear map"
+    if not is_plain(module):
+        return f"a {type(module).__name__}, which does more than a linear map"
     if elsewhere:
         return "also runs outside attention"
     if "".join(sorted(roles, key="qkvo".index)) not in ROLES:

@@ -241,7 +241,7 @@ def _states_of_budget(config: D2DMoEConfig, number: int) -> list[GateState]:
 
 
 def _states_for_active(config: D2DMoEConfig, active: float) -> list[GateState]:
-    check_active(active)
+    check_active(active, "active=")
     if active == 1:
         return [gate_state(config, 0.0, None) for _ in config.blocks]
     stored = config.budgets.find(active)
@@ -255,7 +255,7 @@ def _states_for_active(config: D2DMoEConfig, active: float) -> list[GateState]:
 
 
 def _states_for_tau(config: D2DMoEConfig, tau: float, chosen: list) -> list[GateState]:
-    check_tau(tau, config.gate)
+    check_tau(tau, config.gate, "tau=")
     if tau == 0:
         return [gate_state(config, 0.0, None) for _ in config.blocks]
     states = [gate_state(config, tau, config.budgets.nearest_tau(i, tau)) for i in range(len(config.blocks))]

@@ -32,7 +32,7 @@ from ..training import broadcast, first_process, launched, process_device, wait_
 from ..twin import read_dense_config
 from ..version import __version__
 from .first import SparsifyStage, prepare_sparsify
-from .model import convert_model
+from .model import convert_model, healing_of
 from .parts import both_parts
 from .plan import ConversionPlan, fit_to_data, make_plan, stored_dtype
 from .reporting import add_report, usage_of
@@ -91,7 +91,8 @@ def convert(
         model, log, dense = _converted(job, config, work, resume, say)
         if first:
             rows = _figures(model, job, dense)
-            results = _record(config, job.plan, command, started) | {"router_log": log, **sparsified, "rows": rows}
+            results = _record(config, job.plan, command, started) | {"router_log": log, **sparsified}
+            results |= {**healing_of(config, work), "rows": rows}
             results["calibration_tokens"] = job.calibration.first(config.calibration_tokens).tokens
             further = hub.companions(config.model, config.revision)
             usage = usage_of(model, job.held_out, job.processor, config.report_samples, say)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.options import ConvertConfig
+from ..errors import UserError
 from ..measure.observe import release_memory
 from ..sparsify.options import SparsifyConfig, sparsify_stage, training_arguments
 from ..training import wait_for_everyone
@@ -43,7 +44,19 @@ class SparsifyStage:
 
 def prepare_sparsify(config: ConvertConfig, work: Path) -> SparsifyStage:
     """The options and data of the training, checked before any long work."""
-    own, training = sparsify_stage(config, str(work / "sparsified"))
-    job = prepare(own)
-    training_arguments(training, own, str(work / "unused"))
-    return SparsifyStage(own, training, job)
+    own, training = check_sparsify(config, work)
+    return SparsifyStage(own, training, prepare(own))
+
+
+def check_sparsify(config: ConvertConfig, work: Path) -> tuple[SparsifyConfig, dict[str, Any]]:
+    """The options of the training, checked; no data and no model is read.
+
+    Raises:
+        UserError: If one of them is wrong; it says that they are those with `--sparsify-` before them.
+    """
+    try:
+        own, training = sparsify_stage(config, str(work / "sparsified"))
+        training_arguments(training, own, str(work / "unused"))
+    except UserError as error:
+        raise UserError(f"sparsify, whose flags have --sparsify- before them: {error}") from None
+    return own, training

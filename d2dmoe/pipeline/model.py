@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -61,6 +62,7 @@ from .workdir import (
 
 Say = Callable[[str], None]
 LEAST_UNSEEN = 4096  # tokens to measure a loss on
+HEALING = "healing.json"  # what healing found, in the working folder
 
 
 def convert_model(
@@ -178,7 +180,8 @@ def _projections_of(model: PreTrainedModel, config: ConvertConfig, batches: Batc
     """The projections to convert, and the head."""
     found = []
     if config.attention != "none":
-        found = choose_projections(config, find_projections(model, sample=lambda: batches[0]).found)
+        around = find_projections(model, sample=lambda: batches[0])
+        found = choose_projections(config, around.found, around.refused)
     return [*found, *choose_head(config, model, found)]
 
 
@@ -315,6 +318,9 @@ def _heal(
     state_dir = work / "heal-state" if work is not None else None
     teacher = dense() if stored.networks else None
     last = heal(model, batches, config, stored, state_dir=state_dir, resume=resume, teacher=teacher)[-1]
+    if work is not None and first_process():
+        found = {"steps": config.heal, "before": last["before"], "after": last["after"]}
+        write_text(work / HEALING, json.dumps(found | {"kept": last["after"] < last["before"]}))
     if last["after"] < last["before"]:
         say(f"healed: {last['before']:.4f} to {last['after']:.4f} from the dense model, on text kept from healing")
     else:
@@ -322,3 +328,8 @@ def _heal(
         say(f"healing undone: {lost}; try a lower --heal-learning-rate")
     fitting, unseen = _calibration_text(config, batches)
     calibrate_again(model, fitting, stored, targets(config), unseen=unseen, dense=dense)
+
+
+def healing_of(config: ConvertConfig, work: Path) -> dict[str, dict[str, Any]]:
+    """For `results.json`: steps, distance from the dense model before and after, and whether healing was kept."""
+    return {"healing": json.loads((work / HEALING).read_text())} if config.heal and (work / HEALING).exists() else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ from .estimate import predicted_seconds
 
 TEXT_OR_IMAGES = "convert can feed a model that runs on text or token ids alone, or on images alone"
 Batch = dict[str, torch.Tensor]
+EXPERTS = re.compile(r"(n|num)(_local|_routed)?_experts|moe_num_experts")  # keys of configs
 BASE_MEMORY = 700 * 2**20  # Python with torch and transformers imported
 
 
@@ -57,6 +59,7 @@ class ConversionPlan:
     skeleton: nn.Module
     projections: list[Projection] = field(default_factory=list)
     networks: list[Block] = field(default_factory=list)  # in the places of these, with `--attention mlp`
+    stages: list[str] = field(default_factory=list)
     seconds: Callable[[], float] = lambda: 0.0  # predicted; it times some products
 
     @property
@@ -75,7 +78,7 @@ class ConversionPlan:
             "padded_neurons": sum(block.slots - block.width for block in self.blocks),
             "peak_memory_bytes": self.peak_memory_bytes,
             "disk_bytes": self.disk_bytes,
-            "stages": ["networks"] * bool(self.networks) + ["split", "routers", "calibrate", "evaluate", "save"],
+            "stages": self.stages,
         }
 
 
@@ -124,14 +127,13 @@ def make_plan(model_config: Any, config: ConvertConfig, sample: Callable[[], Bat
     """
     model, discovery = survey(model_config, config.model, sample)
     if not discovery.blocks:
-        reasons = "; ".join(f"{block.up}: {why}" for block, why in discovery.refused[:3])
-        found = "no feed-forward block found" + (f" ({reasons})" if reasons else "")
-        raise UserError(f"--model {config.model}: {found}; d2dmoe list shows what is in it")
+        raise UserError(f"--model {config.model}: {none_found(model, discovery)}; d2dmoe list shows what is in it")
     for block in discovery.blocks:
         block.experts = choose_experts(block, config.experts, config.expert_size)
     projections, networks = [], []
     if config.attention != "none":
-        projections = choose_projections(config, find_projections(model, sample=sample).found)
+        around = find_projections(model, sample=sample)
+        projections = choose_projections(config, around.found, around.refused)
     if attention_way(config.attention)[0] == "mlp":
         networks = [network_block(config, projection) for projection in projections]
     head = choose_head(config, model, projections)
@@ -152,8 +154,28 @@ def make_plan(model_config: Any, config: ConvertConfig, sample: Callable[[], Bat
     disk = stored * (dense + added)
     seconds = partial(predicted_seconds, model, everything, config)
     return ConversionPlan(
-        type(model), discovery, dense, added, peak, disk, model, [*projections, *head], networks, seconds
-    )
+        type(model), discovery, dense, added, peak, disk, model, [*projections, *head], networks,
+        _stages(config, projections, networks), seconds,
+    )  # fmt: skip
+
+
+def none_found(model: nn.Module, discovery: Discovery) -> str:
+    """That there is no feed-forward block to convert, and why."""
+    stored = vars(model.config.get_text_config())
+    experts = next((f"{k} {n}" for k, n in stored.items() if EXPERTS.fullmatch(k) and isinstance(n, int) and n > 1), "")
+    reasons = [f"by its config it is a mixture of experts already: {experts}"] if experts else []
+    reasons += [f"{block.up}: {why}" for block, why in discovery.refused[:3]]
+    return "no feed-forward block found" + (f" ({'; '.join(reasons)})" if reasons else "")
+
+
+def _stages(config: ConvertConfig, projections: list[Projection], networks: list[Block]) -> list[str]:
+    """What a conversion does, in order."""
+    asked = {
+        "sparsify": config.sparsify != "skip", "networks": networks, "split": True, "routers": True,
+        "projections": projections and not networks, "head": config.head != "none", "calibrate": True,
+        "heal": config.heal, "evaluate": config.eval_tokens, "save": True,
+    }  # fmt: skip
+    return [name for name, wanted in asked.items() if wanted]
 
 
 def stored_dtype(model_config: Any) -> torch.dtype:

@@ -170,6 +170,11 @@ def check_sparsity(config: SparsityConfig) -> None:
     for name, allowed in (("regulariser", REGULARISER_NAMES), ("alpha_schedule", SCHEDULE_NAMES)):
         if getattr(config, name) not in allowed:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be one of {', '.join(allowed)}")
+    if config.regulariser == "none":
+        for name in ("alpha", "alpha_schedule", "sparsify_on", "locality"):
+            if (value := getattr(config, name)) != getattr(SparsityConfig, name):
+                flag = f"--{name.replace('_', '-')} {value}"
+                raise UserError(f"{flag} changes nothing with --regulariser none; leave one of them out")
     if getattr(config, "activation", "keep") == "fatrelu" and not config.threshold > 0:
         raise UserError("--activation fatrelu needs a --threshold above 0; a threshold of 0 is --activation relu")
     if getattr(config, "activation", "fatrelu") != "fatrelu" and config.threshold:

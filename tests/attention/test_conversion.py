@@ -44,7 +44,8 @@ def wide(name: str) -> torch.nn.Module:
     ("name", "way"),
     [
         *((name, way) for name in ("gpt2", "llama", "bert") for way in ("auto", "low-rank", "channels")),
-        ("t5", "auto"), *(pytest.param("t5", way, marks=pytest.mark.slow) for way in ("low-rank", "channels")),
+        ("falcon", "auto"), ("t5", "auto"),
+        *(pytest.param("t5", way, marks=pytest.mark.slow) for way in ("low-rank", "channels")),
     ],
 )  # fmt: skip
 def test_convert_save_and_open(name, way, tmp_path):

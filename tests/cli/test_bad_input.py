@@ -195,6 +195,22 @@ def test_no_block_to_convert(flags: list, resnet: Path, home: Path, refused, tmp
     has(refused(*argv), f"--model {resnet}", "no feed-forward block found", "d2dmoe list")
 
 
+def test_a_mixture_of_experts_is_called_one(refused, tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=4, vocab_size=32)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    said = refused("convert", "--dry-run", "--model", tmp_path / "model")
+    has(said, "mixture of experts already: num_local_experts 4")
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_a_wrong_flag_of_the_first_stage_is_named(flags: list, home: Path, refused, tmp_path: Path) -> None:
+    argv = convert_argv(home / "dense", home / "text.txt", tmp_path / "out", "--sparsify", "hoyer", *flags)
+    has(refused(*argv, "--sparsify-bogus", 3), "flags have --sparsify- before them", "unknown option --bogus")
+
+
 def test_list_tells_why_nothing_is_converted(resnet: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = run_in_process(capsys, "list", "--model", resnet)
     assert result.code == 1

@@ -291,6 +291,10 @@ def test_healing_is_in_the_checkpoint_and_leaves_the_dense_twin(home: Path, d2dm
     assert all(re.search(r"constants|delta_|linear_", name) for name in changed)
     assert plain["rows"][-1] | {"ms_per_token": 0} == healed["rows"][-1] | {"ms_per_token": 0}
     assert plain["rows"][0]["metric"] != healed["rows"][0]["metric"]
+    found = healed["healing"]
+    assert "healing" not in plain
+    assert (found["steps"], found["kept"]) == (20, found["after"] < found["before"])
+    assert healed["plan"]["stages"] == ["split", "routers", "calibrate", "heal", "evaluate", "save"]
     assert "1 is exactly the dense model" in (tmp_path / "healed" / "README.md").read_text()
     converted(home, d2dmoe, tmp_path / "all", *heal, "1", "--heal-parameters", "all")
     card = (tmp_path / "all" / "README.md").read_text()

@@ -71,6 +71,10 @@ def test_goals_out_of_range(values, said):
         ({"attention_active": 0.5}, "--attention-active 0.5 changes nothing without --attention"),
         ({"attention_layers": "0"}, "--attention-layers 0 changes nothing without --attention"),
         ({"heal_parameters": "all"}, "--heal-parameters all changes nothing without --heal"),
+        (
+            {"router_fit": "closed-form", "router_learning_rate": 0.1},
+            "--router-learning-rate 0.1 changes nothing with --router-fit closed-form",
+        ),
         ({"shared_experts": 4}, "--shared-experts 4 belongs to --split shared_experts, and --split is coactivation"),
         ({"attention": "auto", "attention_experts": 4}, "--attention-experts 4 belongs to --attention mlp"),
     ],

@@ -14,10 +14,10 @@ from d2dmoe.discovery import find_projections, skeleton
 SEPARATE, FUSED = {"q": 2, "k": 2, "v": 2, "o": 2}, {"qkv": 2, "o": 2}
 OTHER = {
     "albert": dict.fromkeys("qkvo", 1), "swin": dict.fromkeys("qkvo", 4), "clip": dict.fromkeys("qkvo", 4),
-    "siglip": dict.fromkeys("qkvo", 4), "falcon": {}, "deberta-v2": {}, "deepseek_v3": {},
+    "siglip": dict.fromkeys("qkvo", 4), "deberta-v2": {}, "deepseek_v3": {},
 } | {name: dict.fromkeys("qkvo", 6) for name in ("t5", "t5-gated", "bart", "m2m_100", "whisper")}  # fmt: skip
 FUSED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "codegen", "gpt_neox", "bloom", "mpt", "persimmon", "phi3",
-                "modernbert", "blip-vision")  # fmt: skip
+                "modernbert", "blip-vision", "falcon")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES])
@@ -58,3 +58,27 @@ class Mixing(nn.Module):
 def test_a_softmax_alone_is_no_attention():
     found = find_projections(Mixing(), {"x": torch.randn(2, 5, 8)})
     assert not found.found
+
+
+class Doubled(nn.Linear):
+    """A linear map with something around it that no weight tells."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Spelled(nn.Linear):
+    """A linear map, written out."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize(("kind", "plain"), [(nn.Linear, True), (Spelled, True), (Doubled, False)])
+def test_a_subclass_of_linear_is_taken_if_it_computes_the_same(kind, plain):
+    model = tiny("bert")
+    first = next(module for name, module in model.named_modules() if name.endswith("query"))
+    first.__class__ = kind
+    found = find_projections(model)
+    assert ([why for name, why in found.refused if name.endswith("query")] == []) is plain
+    assert sum(p.role == "q" for p in found.found) == 1 + plain

@@ -81,6 +81,10 @@ CASES = {
         "gpt2", "text.txt", ["--lora-rank", 2, "--lora-targets", "nothing_like_it"], 1,
         ("--lora-targets nothing_like_it", "not found"),
     ),
+    "weight of nothing": (
+        "gpt2", "text.txt", ["--regulariser", "none", "--alpha", 2], 1,
+        ("--alpha 2.0 changes nothing with --regulariser none",),
+    ),
     "lora alpha alone": ("gpt2", "text.txt", ["--lora-alpha", 2], 1, ("--lora-alpha 2.0 needs --lora-rank",)),
     "lora targets alone": (
         "gpt2", "text.txt", ["--lora-targets", "c_fc"], 1, ("--lora-targets c_fc needs --lora-rank",),
