@@ -13,18 +13,19 @@ if TYPE_CHECKING:
     from .config import ConvertConfig, D2DMoEConfig, UserError
     from .kernels import dispatching
     from .moe.gating import set_gate, use_gate
+    from .moe.int8_linear import set_linear_dtype
     from .moe.memory import keep_dense, merge, set_expert_dtype
     from .moe.trainable import trainable
 
 __all__ = [
     "ConvertConfig", "D2DMoEConfig", "UserError", "__version__", "dispatching", "keep_dense", "merge",
-    "set_expert_dtype", "set_gate", "trainable", "use_gate",
+    "set_expert_dtype", "set_gate", "set_linear_dtype", "trainable", "use_gate",
 ]  # fmt: skip
 
 _PLACES = {
     "ConvertConfig": ".config", "D2DMoEConfig": ".config", "UserError": ".config", "dispatching": ".kernels",
     "set_gate": ".moe.gating", "use_gate": ".moe.gating", "keep_dense": ".moe.memory", "merge": ".moe.memory",
-    "set_expert_dtype": ".moe.memory", "trainable": ".moe.trainable",
+    "set_expert_dtype": ".moe.memory", "set_linear_dtype": ".moe.int8_linear", "trainable": ".moe.trainable",
 }  # fmt: skip
 
 

@@ -100,6 +100,11 @@ def main() -> None:
     parser.add_argument(
         "--expert-dtype", choices=("int8", "int8-dynamic"), help="a further column: experts in this dtype"
     )
+    parser.add_argument(
+        "--linear-dtype",
+        choices=("int8", "int8-dynamic"),
+        help="other linear maps, there and in a column of dense",
+    )
     parser.add_argument("--json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -111,7 +116,7 @@ def main() -> None:
             found = bench_model(
                 model, dense, batches=[batch], length=length, settings=[{"active": arguments.active}],
                 seconds=arguments.seconds, columns=tuple(arguments.columns.split(",")), clock=arguments.clock,
-                expert_dtype=arguments.expert_dtype,
+                expert_dtype=arguments.expert_dtype, linear_dtype=arguments.linear_dtype,
             )  # fmt: skip
             print(f"{name}, {batch} x {length}\n{bench_table(found)}\n", flush=True)
             rows += [{"shape": name, **row} for row in found]

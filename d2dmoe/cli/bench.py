@@ -43,6 +43,8 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--expert-dtype", choices=("int8", "int8-dynamic"), help="a further column: the same with experts in this dtype"
     )
+    whole = "for --model: the other linear maps in this dtype in that column, and a column of the dense model in it"
+    sub.add_argument("--linear-dtype", choices=("int8", "int8-dynamic"), help=whole)
     turn = "layers alike, used in turn so that their weights come from memory, as in a model; for --layer"
     sub.add_argument("--copies", type=int, default=1, help=turn)
     sub.add_argument("--columns", default=columns, help="what to compare with; eager is always there")
@@ -66,6 +68,8 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
     _check_numbers(arguments)
     if arguments.data and arguments.layer:
         raise UserError(f"--data {arguments.data}: a single layer has random inputs; give --model")
+    if arguments.linear_dtype and arguments.layer:
+        raise UserError(f"--linear-dtype {arguments.linear_dtype}: a single layer has experts only; give --model")
     if arguments.plot:
         if arguments.layer:
             raise UserError("--plot draws the quality of a model, and a single layer has none; give --model")
@@ -86,7 +90,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
         options["copies"] = arguments.copies
         rows = bench.bench_layer(spec, tokens=tokens, actives=arguments.active or [0.25], dtype=dtype, **options)
     else:
-        rows = _bench_model(arguments, options)
+        rows = _bench_model(arguments, {**options, "linear_dtype": arguments.linear_dtype})
     emit(arguments, command, 0, rows, bench_table(rows))
     if arguments.plot:
         plot_times(rows, arguments.plot)

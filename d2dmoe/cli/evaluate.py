@@ -37,6 +37,8 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
         choices=("int8", "int8-dynamic"),
         help="arithmetic of the experts (default: the model's dtype)",
     )
+    others = "the same of the other linear maps, also of a dense model: projections, head"
+    sub.add_argument("--linear-dtype", choices=("int8", "int8-dynamic"), help=others)
     sub.add_argument("--oracle", action="store_true", help="select by true expert norms instead of the routers")
 
 
@@ -58,7 +60,8 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
     options = {"part": part, "tokens": arguments.tokens, "metric": arguments.metric}
     options["also_eval"] = arguments.also_eval
     subjects = [prepare(name, config, settings, **options) for name in dict.fromkeys(names)]
-    rows = compare(subjects, settings, oracle=arguments.oracle, expert_dtype=arguments.expert_dtype)
+    dtypes = {"expert_dtype": arguments.expert_dtype, "linear_dtype": arguments.linear_dtype}
+    rows = compare(subjects, settings, oracle=arguments.oracle, **dtypes)
     text = compare_table(rows) if arguments.compare else eval_table(rows)
     emit(arguments, command, 0, rows, f"{text}\n\n{drift_table(rows)}" if arguments.also_eval else text)
     if arguments.plot:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import UserError
-from .trace import is_plain
+from ..moe.packing import is_plain
 
 
 def find_head(model: nn.Module) -> tuple[str, int, int]:

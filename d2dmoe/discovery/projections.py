@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from ..config.projections import ROLES, Projection, sections_of
+from ..moe.packing import is_plain
 from .blocks import traced
-from .trace import Call, features, is_plain, run_traced
+from .trace import Call, features, run_traced
 
 
 @dataclass

@@ -154,7 +154,7 @@ def speedup(model: nn.Module, dense: nn.Module, batches: Sequence[dict[str, Any]
 def bench_model(
     model: nn.Module, dense: nn.Module, *, batches: list[int], length: int, settings: list[dict], seconds: float = 4.0,
     columns: tuple[str, ...] = COLUMNS, clock: str = "wall", keep_dense: bool = False, expert_dtype: str | None = None,
-    prompts: Prompts | None = None,
+    linear_dtype: str | None = None, prompts: Prompts | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of prefill (all tokens or patches at once) and, for generative models, of decode (one token each).
 
@@ -169,12 +169,15 @@ def bench_model(
         clock: `wall`, or `cpu` for one thread on a busy machine.
         keep_dense: Hold the dense layout as well.
         expert_dtype: A further column, the model with its experts in that dtype.
+        linear_dtype: Of the other linear maps in that column, and of those of the dense model in one more.
         prompts: What to time them on, by default random tokens.
     """
     make = prompts or random_prompts(length)
     for layer in layers(model):
         layer.keep_dense = keep_dense
-    twin = twin_in(model, expert_dtype) if expert_dtype else None
+    title = rounded_title(expert_dtype, linear_dtype)
+    twin = twin_in(model, expert_dtype, linear_dtype) if title else None
+    rounded = {f"dense {linear_dtype}": twin_in(dense, None, linear_dtype)} if linear_dtype else {}
     rows = []
     text = model.main_input_name == "input_ids"
     decodes = text and hasattr(model, "can_generate") and model.can_generate() and not model.config.is_encoder_decoder
@@ -194,7 +197,9 @@ def bench_model(
                     functions = {**dense_functions, "sparse": lambda x, c=call: c(model, x)}
                     if twin:
                         check_model(twin, single)
-                        functions[str(expert_dtype)] = lambda x, c=call: c(twin, x)
+                        functions[title] = lambda x, c=call: c(twin, x)
+                    for name, other in rounded.items():
+                        functions[name] = lambda x, c=call, m=other: c(m, x)
                     if "dispatched" in columns:
                         functions["dispatched"] = dispatched(functions["sparse"])
                     for name in RIVALS:
@@ -209,6 +214,13 @@ def bench_model(
                 one = row(times, dtype=dtype, phase=phase, tokens=tokens, active=active, backend=backend)
                 rows.append({**setting, "batch": batch, "context": each, **one})
     return rows
+
+
+def rounded_title(expert_dtype: str | None, linear_dtype: str | None) -> str:
+    """Name of the column of a model in these dtypes; empty where nothing is rounded."""
+    if linear_dtype is None:
+        return expert_dtype or ""
+    return f"all {linear_dtype}" if expert_dtype == linear_dtype else f"{expert_dtype or 'own'}, others {linear_dtype}"
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from ..discovery.positions import fit_to_positions
 from ..errors import UserError
 from ..kernels import dispatching
 from ..moe.gating import set_gate, stored_config
+from ..moe.int8_linear import dtypes_of, set_linear_dtype
 from ..moe.layer import layers
 from ..moe.memory import set_expert_dtype, twin_in
 from ..moe.projection import around_attention, projections
@@ -75,16 +76,17 @@ def evaluate(
     kind = METRICS[choose_metric(metric, type(model), model.config, batches[0], tokenizer)]
     if kind.name == "masked_lm":
         tokenizer = special_tokens(model.config, tokenizer)
-    expert_dtype = next((layer.expert_dtype for layer in layers(model) if layer.expert_dtype), None)
-    plain = twin_in(model, None) if expert_dtype else model
+    rounded = dtypes_of(model)
+    plain = twin_in(model, None) if rounded else model
     generator, limit, tokens = torch.Generator().manual_seed(seed), _row_limit(model, batches), 0
     each = getattr(batches, "image_tokens", 1)
     dense = _Point({"active": 1.0}, kind(), each)
     converted = bool(layers(model))
     if not converted:
+        original = plain if rounded and original is None else original
         settings = [] if original is None else [{"active": 1.0}]
     points = [_Point(setting, kind(), each) for setting in settings]
-    repeated = [point for point in points if converted and not expert_dtype and _runs_everything(model, point)]
+    repeated = [point for point in points if converted and not rounded and _runs_everything(model, point)]
     for batch in pieces(progress(batches, desc="eval"), limit):
         tokens += _tokens(batch, each)
         batch = kind.prepare(batch, tokenizer, generator)
@@ -96,12 +98,13 @@ def evaluate(
     timed = [model_inputs(model, batch) for batch in islice(pieces(batches, limit), TIMED)]
     base = dense.row(plain, timed, dense.metric, None) | {"tokens": tokens}
     if not converted:
-        return [point.row(model, timed, dense.metric, None) | {"tokens": tokens} for point in points] or [base]
+        own = {"tokens": tokens, **rounded}
+        return [point.row(model, timed, dense.metric, None) | own for point in points] or [base]
     cost = dense_cost(plain, timed[0])
     rows = []
     for point in points:
         row = base if point in repeated else point.row(model, timed, dense.metric, cost) | {"tokens": tokens}
-        rows.append({**point.setting, **row, **({"expert_dtype": expert_dtype} if expert_dtype else {})})
+        rows.append({**point.setting, **row, **rounded})
     return rows
 
 
@@ -230,8 +233,9 @@ class Subject:
     second: SecondText | None = None
 
     def rows(
-        self, settings: list[Setting], *, oracle: bool = False, expert_dtype: str | None = None
-    ) -> list[dict[str, Any]]:
+        self, settings: list[Setting], *, oracle: bool = False, expert_dtype: str | None = None,
+        linear_dtype: str | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """Load the model and evaluate it; without settings at its stored budgets."""
         if not settings and self.stored:
             settings = [{"active": a} for a in sorted({*(b.active for b in self.stored.budgets), 1.0})]
@@ -244,6 +248,7 @@ class Subject:
         model = hub.load_model(self.name, self.config)
         if expert_dtype and self.stored:
             set_expert_dtype(model, expert_dtype)
+        set_linear_dtype(model, linear_dtype)
         return evaluate_both(model, self.batches, self.second, settings, metric=self.metric, tokenizer=self.tokenizer)
 
 
@@ -291,11 +296,13 @@ def prepare(
 
 
 def compare(
-    subjects: list[Subject], settings: list[Setting], *, oracle: bool = False, expert_dtype: str | None = None
-) -> list[dict[str, Any]]:
+    subjects: list[Subject], settings: list[Setting], *, oracle: bool = False, expert_dtype: str | None = None,
+    linear_dtype: str | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of several models one after another, each with the name of its `model`.
 
-    The converted ones among them compute their experts in `expert_dtype`.
+    The converted ones among them compute their experts in `expert_dtype`, and all of them other linear maps in
+    `linear_dtype`.
 
     Raises:
         UserError: If they are not measured by the same metric, or none has the experts that a dtype was given for.
@@ -311,5 +318,5 @@ def compare(
                 f"--compare: {subjects[0].name} is measured by {subjects[0].metric} and {subject.name} by "
                 f"{subject.metric}; compare models of one kind, or give --metric cosine_to_dense"
             )
-    options = {"oracle": oracle, "expert_dtype": expert_dtype}
+    options = {"oracle": oracle, "expert_dtype": expert_dtype, "linear_dtype": linear_dtype}
     return [{"model": subject.name, **row} for subject in subjects for row in subject.rows(settings, **options)]

@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import UserError
 from ..kernels import EXPERT_DTYPES
 from .gating import converted_model, stored_config
+from .int8_linear import set_linear_dtype
 from .layer import DynamicFFN, layers
 from .projection import projections
 
@@ -104,12 +105,13 @@ def set_expert_dtype(model: nn.Module, dtype: str | None) -> int:
     return sum(layer.int8_bytes() for layer in layers(converted)) if dtype else 0
 
 
-def twin_in(model: nn.Module, expert_dtype: str | None) -> nn.Module:
-    """A copy that shares the parameters and computes its experts in this dtype, to compare with."""
+def twin_in(model: nn.Module, expert_dtype: str | None, linear_dtype: str | None = None) -> nn.Module:
+    """A copy that shares the parameters and computes experts and linear maps in these dtypes, to compare with."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
     for layer in layers(twin):
         layer.expert_dtype = expert_dtype
+    set_linear_dtype(twin, linear_dtype)
     return twin
 
 

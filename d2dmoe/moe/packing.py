@@ -46,6 +46,23 @@ def layout_of(linear: nn.Module, role: str) -> str:
     return f"{role}_{'conv1d' if isinstance(linear, Conv1D) else 'linear'}"
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Is this a linear map and nothing more? A subclass of `Linear` proves it by what it computes."""
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    own = {"weight"} if getattr(module, "bias", None) is None else {"weight", "bias"}
+    if not isinstance(module, nn.Linear) or {*module.state_dict()} != own or module._forward_hooks:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    given = {name: torch.randn(value.shape, generator=generator) for name, value in module.named_parameters()}
+    x = torch.randn(3, module.in_features, generator=generator)
+    try:
+        y = torch.func.functional_call(module, given, (x,))
+    except Exception:  # it takes something else
+        return False
+    return isinstance(y, torch.Tensor) and torch.allclose(y, nn.functional.linear(x, **given), atol=1e-4)
+
+
 def sizes(linear: nn.Module) -> tuple[int, int]:
     """Input and output width of a `Linear` or `Conv1D`."""
     return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)

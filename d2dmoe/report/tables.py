@@ -92,7 +92,8 @@ def bench_table(rows: list[dict[str, Any]]) -> str:
     """Rows of `bench`: medians in ms with quartiles; `x` is the faster of dense eager and compiled over `sparse`."""
     names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
     quality = next((row["metric"]["name"] for row in rows if "metric" in row), None)
-    extra = {f"{name}_speedup": f"{name} x" for name in ("dispatched", "int8", "int8-dynamic")} | {"way": "way"}
+    ratios = [f"{name}_speedup" for name in names if any(f"{name}_speedup" in row for row in rows)]
+    extra = {key: f"{key.removesuffix('_speedup')} x" for key in ratios} | {"way": "way"}
     extra = {key: title for key, title in extra.items() if any(row.get(key) for row in rows)}
     header = ["phase", "dtype", "tokens", "active", *(f"{n} ms" for n in names), "x", "1 / active", *extra.values()]
     body = []

@@ -22,7 +22,7 @@
 
 using namespace d2dmoe;
 
-EXPORT int d2dmoe_abi() { return 8; }
+EXPORT int d2dmoe_abi() { return 9; }
 
 namespace {
 
@@ -61,10 +61,18 @@ bool supported(int number) {
 // The best function for rounded tokens. 32 bits hold the sums of so many products of bytes.
 constexpr int64_t DEEPEST = 65536;
 
-auto expert_rounded(const D2dmoeLayer& l, const Kernels& kernels) {
+bool by_vnni(const Kernels& kernels, int64_t depth) {
 #if defined(__x86_64__) && !defined(D2DMOE_NO_VNNI)
     static const bool vnni = __builtin_cpu_supports("avx512vnni");
-    if (vnni && &kernels == &kernels_avx512 && std::max(l.d, l.size) <= DEEPEST) return expert_rounded_vnni;
+    return vnni && &kernels == &kernels_avx512 && depth <= DEEPEST;
+#else
+    return false;
+#endif
+}
+
+auto expert_rounded(const D2dmoeLayer& l, const Kernels& kernels) {
+#if defined(__x86_64__) && !defined(D2DMOE_NO_VNNI)
+    if (by_vnni(kernels, std::max(l.d, l.size))) return expert_rounded_vnni;
 #endif
     return kernels.expert_rounded;
 }
@@ -619,6 +627,13 @@ int64_t tile_size(const Call& c) {
 namespace d2dmoe {
 std::atomic<int> allocations_left{-1};
 const Kernels& kernels_number(int number) { return *all_kernels[number]; }
+
+Panel panel_rounded(const Kernels& kernels, int64_t depth) {
+#if defined(__x86_64__) && !defined(D2DMOE_NO_VNNI)
+    if (by_vnni(kernels, depth)) return panel_rounded_vnni;
+#endif
+    return kernels.panel_rounded;
+}
 }  // namespace d2dmoe
 
 EXPORT int d2dmoe_kernels() { return KERNELS; }

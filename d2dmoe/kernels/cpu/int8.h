@@ -213,6 +213,11 @@ void product_quads(const X* const* x, int64_t count, const uint8_t* w, int64_t d
     }
 }
 
+template <class X>
+void panel(const char* const* rows, int64_t count, const uint8_t* w, int64_t depth, int64_t width, float* const* out) {
+    product_quads<false>(reinterpret_cast<const X* const*>(rows), count, w, depth, width, nullptr, out);
+}
+
 // y[t][i] += sum over c of x[t][c] w[c][i] on few tokens, one quad after the other from beginning to end.
 template <int TOKENS>
 void add_quads(const float* x, int64_t ld_x, const uint8_t* w, int64_t depth, int64_t width, float* const* y) {

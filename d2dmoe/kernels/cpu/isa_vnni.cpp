@@ -1,4 +1,4 @@
-// As isa_avx512.cpp, and the product of four pairs of bytes; of all this only the experts in int8 that gain by it.
+// As isa_avx512.cpp, and the product of four pairs of bytes; of all this only the products in int8 that gain by it.
 #define D2DMOE_ISA vnni
 #define D2DMOE_LANES 16
 #define D2DMOE_32_REGISTERS
@@ -8,4 +8,8 @@
 
 namespace d2dmoe {
 void expert_rounded_vnni(const ExpertCall& call) { vnni::expert_int8<vnni::Rounded>(call); }
+void panel_rounded_vnni(const char* const* rows, int64_t count, const uint8_t* w, int64_t depth, int64_t width,
+                        float* const* out) {
+    vnni::panel<vnni::Rounded>(rows, count, w, depth, width, out);
+}
 }  // namespace d2dmoe

@@ -42,6 +42,10 @@ struct GateCall {
     int64_t min_experts, max_experts, shared;
 };
 
+// out[t][i] = sum over k of rows[t][k] w[k][i], with w in int8 as int8.h has it and rows in fp32, or as `round_row` makes them.
+using Panel = void (*)(const char* const* rows, int64_t count, const uint8_t* w, int64_t depth, int64_t width,
+                       float* const* out);
+
 struct Kernels {
     const char* name;
     int64_t lanes;         // floats of a vector
@@ -53,6 +57,7 @@ struct Kernels {
     void (*expert_int8)(const ExpertCall&);
     void (*expert_rounded)(const ExpertCall&);
     void (*round_row)(const float* x, int64_t n, char* out);
+    Panel panel_int8, panel_rounded;  // of rows in fp32, and of rounded ones
     // Several experts on rows of the same `tokens`, for a table that gains by seeing them all; null elsewhere.
     void (*experts_bf16)(const ExpertCall* calls, int64_t n, int64_t tokens);
     int64_t (*experts_scratch)(int64_t tokens, int64_t d, int64_t size, int64_t d_out);
@@ -95,6 +100,7 @@ extern const Kernels kernels_portable;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16, kernels_amx;
 void expert_rounded_vnni(const ExpertCall&);  // expert_rounded of kernels_avx512, with the VNNI instructions
+void panel_rounded_vnni(const char* const*, int64_t, const uint8_t*, int64_t, int64_t, float* const*);
 bool amx_usable();  // asks the system for the tiles, once
 // The same for several experts of one size, by tiles, where the processor has them and the widths suit them.
 bool amx_int8_usable(int64_t d, int64_t size);

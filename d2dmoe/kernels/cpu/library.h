@@ -16,6 +16,7 @@ uint64_t d2dmoe_fingerprint(const D2dmoeSample* samples, int64_t count);
 namespace d2dmoe {
 
 const Kernels& kernels_number(int number);
+Panel panel_rounded(const Kernels& kernels, int64_t depth);  // the best there is for rounded rows
 
 inline bool stale(const D2dmoeSample* samples, int64_t count, uint64_t fingerprint) {
     return count && d2dmoe_fingerprint(samples, count) != fingerprint;

@@ -728,6 +728,8 @@ const Kernels D2DMOE_TABLE_NAME(D2DMOE_ISA) = {
     D2DMOE_FP32(isa::expert_int8<float>),
     D2DMOE_FP32(isa::expert_int8<isa::Rounded>),
     D2DMOE_FP32(isa::round_row),
+    D2DMOE_FP32(isa::panel<float>),
+    D2DMOE_FP32(isa::panel<isa::Rounded>),
     nullptr,
     nullptr,
     D2DMOE_FP32((isa::dots<float, float>)),

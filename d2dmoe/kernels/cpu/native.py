@@ -15,7 +15,7 @@ import torch
 from ..gates import topk_priority
 from ..quads import INPUTS, in_quads
 
-ABI = 8
+ABI = 9
 LIBRARY = Path(os.environ.get("D2DMOE_LIBRARY") or Path(__file__).with_name("libd2dmoe.so"))
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "silu": 4}
 GATES = {"max": 0, "share": 1, "topk": 2, "topp": 3, "absolute": 4}
@@ -75,6 +75,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     lib.d2dmoe_forward.argtypes = [pointer, pointer, size, pointer, size, pointer, ctypes.c_int]
     lib.d2dmoe_project.argtypes = [pointer, pointer, size, size, pointer, ctypes.c_int]
+    lib.d2dmoe_linear.argtypes = [pointer, pointer, size, size, pointer, ctypes.c_int]
     lib.d2dmoe_samples.argtypes, lib.d2dmoe_samples.restype = [pointer, size, pointer], size
     lib.d2dmoe_fingerprint.argtypes, lib.d2dmoe_fingerprint.restype = [pointer, size], ctypes.c_uint64
     lib.d2dmoe_choose.argtypes = [pointer, pointer, size, pointer]

@@ -1,0 +1,137 @@
+// A linear map with weights in int8. The threads share its outputs in panels of `panel` of them, whose weights lie one
+// panel after the other as int8.h has those of an expert; so a result depends on the input alone.
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "library.h"
+#include "memory.h"
+#include "team.h"
+
+using namespace d2dmoe;
+
+extern "C" {
+
+// Mirrored in linear.py.
+struct D2dmoeLinear {
+    int32_t bf16, kernels, rounds;   // `rounds`: tokens are rounded as well
+    int64_t inputs, outputs, panel;
+    const uint8_t* weight;           // (panels, ceil(inputs / 4), panel, 4)
+    const float* scale;              // (panels, panel)
+    const float* bias;               // (outputs,), or null
+    const D2dmoeSample* samples;
+    int64_t sample_count;
+    uint64_t fingerprint;            // of the samples when the map was prepared
+};
+
+}
+
+namespace {
+
+constexpr int64_t TILE = 64;  // tokens whose values stay in the cache while panels pass
+
+thread_local Buffer buffer;
+
+struct Call {
+    const D2dmoeLinear& l;
+    const Kernels& kernels;
+    const char* x;
+    int64_t ld_x, tokens;  // bytes from token to token
+    char* y;               // (tokens, outputs), contiguous
+    int threads;
+    float* wide;           // tokens in fp32, where they are not
+    char* rounded;         // tokens rounded
+    const char** rows;     // one list of TILE tokens for each thread, what the products read
+    float* sums;           // TILE rows of a panel for each thread
+    float** outs;
+    Meeting meeting;
+
+    int64_t ld_rounded() const { return rounded_bytes(l.inputs); }
+    void take(Pieces& pieces) {
+        wide = pieces.take<float>(l.bf16 ? tokens * l.inputs : 0);
+        rounded = pieces.take<char>(l.rounds ? tokens * ld_rounded() : 0);
+        int64_t tile = std::min(tokens, TILE);
+        rows = pieces.take<const char*>(threads * tile);
+        outs = pieces.take<float*>(threads * tile);
+        sums = pieces.take<float>(threads * tile * l.panel);
+    }
+};
+
+// The tokens as the products read them.
+void prepare(const Call& c, int64_t first, int64_t last) {
+    const auto& l = c.l;
+    for (int64_t t = first; t < last; t++) {
+        auto* x = reinterpret_cast<const float*>(c.x + t * c.ld_x);
+        if (l.bf16) {
+            c.kernels.widen(reinterpret_cast<const bf16*>(c.x + t * c.ld_x), l.inputs, c.wide + t * l.inputs);
+            x = c.wide + t * l.inputs;
+        }
+        if (l.rounds) c.kernels.round_row(x, l.inputs, c.rounded + t * c.ld_rounded());
+    }
+}
+
+void store(const Call& c, float* sums, int64_t token, int64_t first, int64_t width) {
+    const auto& l = c.l;
+    const float* scale = l.scale + first;
+    for (int64_t i = 0; i < width; i++) sums[i] = sums[i] * scale[i] + (l.bias ? l.bias[first + i] : 0.0f);
+    int64_t at = token * l.outputs + first;
+    if (l.bf16)
+        c.kernels.narrow(sums, width, reinterpret_cast<bf16*>(c.y) + at);
+    else
+        std::memcpy(reinterpret_cast<float*>(c.y) + at, sums, size_t(width) * 4);
+}
+
+void body(void* context, int id, int team) {
+    auto& c = *static_cast<Call*>(context);
+    const auto& l = c.l;
+    if (l.bf16 || l.rounds) {
+        Barrier& barrier = id == 0 ? c.meeting.open(team) : c.meeting.join();
+        prepare(c, c.tokens * id / team, c.tokens * (id + 1) / team);
+        barrier.wait();
+    }
+    int64_t panels = (l.outputs + l.panel - 1) / l.panel, bytes = round_up(l.inputs, 4) * l.panel;
+    int64_t from = panels * id / team, to = panels * (id + 1) / team, tile = std::min(c.tokens, TILE);
+    const char** rows = c.rows + id * tile;
+    float** outs = c.outs + id * tile;
+    float* sums = c.sums + id * tile * l.panel;
+    auto product = l.rounds ? panel_rounded(c.kernels, l.inputs) : c.kernels.panel_int8;
+    for (int64_t t = 0; t < tile; t++) outs[t] = sums + t * l.panel;
+    for (int64_t start = 0; start < c.tokens; start += tile) {
+        int64_t count = std::min(tile, c.tokens - start);
+        for (int64_t t = 0; t < count; t++) {
+            int64_t token = start + t;
+            rows[t] = l.rounds ? c.rounded + token * c.ld_rounded()
+                      : l.bf16 ? reinterpret_cast<const char*>(c.wide + token * l.inputs)
+                               : c.x + token * c.ld_x;
+        }
+        for (int64_t p = from; p < to; p++) {
+            product(rows, count, l.weight + p * bytes, l.inputs, l.panel, outs);
+            int64_t first = p * l.panel, width = std::min(l.panel, l.outputs - first);
+            for (int64_t t = 0; t < count; t++) store(c, outs[t], start + t, first, width);
+        }
+    }
+}
+
+}  // namespace
+
+// y (tokens, outputs) from x (tokens, inputs), rows `ld_x` elements apart. Returns 0, 1 if there is no memory, or 2
+// if a source has changed and y is worth nothing.
+EXPORT int d2dmoe_linear(const D2dmoeLinear* l, const void* x, int64_t ld_x, int64_t tokens, void* y, int threads) {
+    if (tokens == 0) return 0;
+    fetch_samples(l->samples, l->sample_count);
+    threads = std::max(threads, 1);
+    Call c{*l, kernels_number(l->kernels), static_cast<const char*>(x), ld_x * (l->bf16 ? 2 : 4), tokens, static_cast<char*>(y),
+           threads};
+    try {
+        Pieces measure(nullptr);
+        c.take(measure);
+        Pieces pieces(buffer.at_least(size_t(measure.used())));
+        c.take(pieces);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    run_team(threads, body, &c);
+    return stale(l->samples, l->sample_count, l->fingerprint) ? 2 : 0;
+}
+
+EXPORT int d2dmoe_linear_bytes() { return sizeof(D2dmoeLinear); }

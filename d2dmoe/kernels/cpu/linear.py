@@ -1,0 +1,94 @@
+"""A linear map with weights in int8, by the C++ library; `linear.cpp` has the schedule."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from ..quads import in_quads
+from .native import STALE, StaleWeights, Watch, kernel_for, library
+
+PANEL = 64  # outputs whose weights lie together
+
+
+class _Linear(ctypes.Structure):
+    """`D2dmoeLinear` of linear.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("bf16", "kernels", "rounds")),
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "panel")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias", "samples")),
+        ("sample_count", ctypes.c_int64),
+        ("fingerprint", ctypes.c_uint64),
+    )
+
+
+def panels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the library reads weights ``(outputs, inputs)``: bytes ``(panels, ceil(inputs / 4), 64, 4)``, see
+    `quads.in_quads`, and the scales of the outputs ``(panels, 64)``; zeros fill up the last panel."""
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % PANEL))
+    return in_quads(padded.view(-1, PANEL, weight.shape[1]).transpose(1, 2), "up_weight")
+
+
+class LinearPlan:
+    """One linear map as the library wants it. Holds the tensors that it points to."""
+
+    __slots__ = ("call", "dtype", "inputs", "keep", "linear", "outputs", "watch")
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, rounds: bool = False,
+        kernels: int | None = None,
+    ):  # fmt: skip
+        """``y = x W + b`` with weights as `quads.rounded` has them, a scale for each output.
+
+        Args:
+            weight: ``(outputs, inputs)``, in fp32 or bf16; at each call compared with what it was, see `Watch`.
+            bias: ``(outputs,)``, or `None`.
+            rounds: Round tokens as well, each on a scale of its own.
+            kernels: Forces an instruction set.
+
+        Raises:
+            RuntimeError: If a tensor is not in the memory of this machine.
+        """
+        for tensor in (weight, bias):
+            if tensor is not None and (tensor.device.type != "cpu" or not tensor.data_ptr()):
+                raise RuntimeError(f"a weight is on the device {tensor.device}; the CPU kernels need it in memory")
+        self.dtype, (self.outputs, self.inputs) = weight.dtype, weight.shape
+        quads, scale = panels(weight.detach())
+        beside = None if bias is None else bias.detach().float().contiguous()
+        self.keep = (quads, scale, beside)
+        struct = _Linear(
+            bf16=weight.dtype == torch.bfloat16, rounds=rounds, inputs=self.inputs, outputs=self.outputs, panel=PANEL,
+            kernels=kernel_for(weight.dtype, int8=True) if kernels is None else kernels, weight=quads.data_ptr(),
+            scale=scale.data_ptr(), bias=None if beside is None else beside.data_ptr(),
+        )  # fmt: skip
+        self.watch = Watch([t.detach() for t in (weight, bias) if t is not None])
+        self.watch.enter(struct)
+        self.call, self.linear = struct, library()[0].d2dmoe_linear
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights in int8 and their scales."""
+        return self.keep[0].nbytes + self.keep[1].nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """``(…, outputs)`` of ``(…, inputs)``.
+
+        Raises:
+            StaleWeights: If the weights have changed.
+            ValueError: If `x` is not of this width, dtype and device.
+        """
+        shape, inputs = x.shape, self.inputs
+        if shape[-1] != inputs or x.dtype != self.dtype or not x.is_cpu:
+            raise ValueError(f"tokens of {shape[-1]} x {x.dtype} on {x.device} for a map of {inputs} x {self.dtype}")
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = x.new_empty((*shape[:-1], self.outputs))
+        tokens = x.numel() // inputs
+        failed = self.linear(
+            ctypes.byref(self.call), x.data_ptr(), inputs, tokens, y.data_ptr(), torch.get_num_threads()
+        )
+        if failed:
+            raise StaleWeights if failed == STALE else MemoryError(f"no memory for {tokens} tokens")
+        return y

@@ -1,0 +1,149 @@
+"""Linear maps in int8 by the native library, against the formula in fp64 on the weights that int8 stands for."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_int8 import ISAS
+from test_operator import BF16_ERROR, DTYPES, LIBRARY, needs_native
+
+from d2dmoe.kernels import LinearPlan, StaleWeights
+from d2dmoe.kernels.cpu import linear
+
+pytestmark = needs_native
+ROUNDS = pytest.mark.parametrize("rounds", [False, True], ids=["int8", "int8-dynamic"])
+
+
+def problem(
+    tokens: int, inputs: int, outputs: int, *, bias: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Tokens, weights and bias that bf16 holds exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(tokens, inputs), (outputs, inputs), (outputs,)]
+    x, weight, b = (torch.randn(shape, generator=generator).bfloat16().to(dtype) for shape in shapes)
+    return x, weight, b if bias else None
+
+
+def whole_rows(x: torch.Tensor) -> torch.Tensor:
+    """In fp64, every row in whole multiples, up to 127, of a scale of its own."""
+    scale = x.float().abs().amax(-1, keepdim=True) / 127
+    return (x.float() / scale.masked_fill(scale == 0, 1)).round().double() * scale.double()
+
+
+def check(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rounds: bool, isa: int | None = None
+) -> None:
+    y = LinearPlan(weight, bias, rounds=rounds, kernels=isa)(x)
+    expected = (whole_rows(x) if rounds else x.double()) @ whole_rows(weight).T
+    expected = expected if bias is None else expected + bias.double()
+    assert y.dtype == x.dtype
+    assert y.shape == expected.shape
+    error = (y.double() - expected).norm() / expected.norm().clamp_min(1e-9)
+    # a value just between two steps may be rounded to either of them
+    assert error < (BF16_ERROR if y.dtype == torch.bfloat16 else 1e-3 if rounds else 1e-5), f"{error:.1e}"
+
+
+@ISAS
+@ROUNDS
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_odd_shapes(isa, rounds, dtype, data):
+    dtype = DTYPES[dtype]
+    tokens, inputs, outputs = (data.draw(st.integers(1, most)) for most in (150, 90, 200))
+    check(*problem(tokens, inputs, outputs, bias=data.draw(st.booleans()), dtype=dtype), rounds, isa)
+
+
+@ROUNDS
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_nothing(rounds, threads):
+    x, weight, bias = problem(130, 96, 300)
+    plan, before = LinearPlan(weight, bias, rounds=rounds), torch.get_num_threads()
+    alone = torch.cat([plan(row) for row in x.split(1)])
+    try:
+        torch.set_num_threads(threads)
+        y = plan(x)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(y, plan(x))
+    assert (y - alone).abs().max() < 1e-3
+
+
+@ROUNDS
+def test_python_threads_at_once(rounds):
+    x, weight, bias = problem(65, 96, 300)
+    plan, found = LinearPlan(weight, bias, rounds=rounds), []
+    expected = plan(x)
+    workers = [threading.Thread(target=lambda: found.append(plan(x))) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(found) == 4
+    assert all(torch.equal(y, expected) for y in found)
+
+
+@ROUNDS
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_passes_through(rounds, value):
+    x, weight, bias = problem(3, 40, 70)
+    x[1, 7], weight[5, 3] = value, value
+    y = LinearPlan(weight, bias, rounds=rounds)(x)
+    assert not y[:, 5].isfinite().any()
+    assert not y[1].isfinite().any()
+    others = torch.ones_like(y, dtype=torch.bool)
+    others[1], others[:, 5] = False, False
+    assert y[others].isfinite().all()
+
+
+def test_shapes_and_no_tokens():
+    x, weight, bias = problem(6, 33, 70)
+    plan = LinearPlan(weight, bias)
+    assert plan(x.view(2, 3, 33)).shape == (2, 3, 70)
+    assert torch.equal(plan(x.view(2, 3, 33)).view(6, 70), plan(x))
+    assert plan(x[:0]).shape == (0, 70)
+    wide = torch.randn(6, 66)
+    assert torch.equal(plan(wide[:, ::2]), plan(wide[:, ::2].contiguous()))
+    assert plan.nbytes == 128 * 36 + 4 * 128
+
+
+def test_bad_input_is_refused_before_the_library():
+    x, weight, bias = problem(2, 33, 70)
+    plan = LinearPlan(weight, bias)
+    for wrong in (x[:, :32], x.double(), x.to("meta")):
+        with pytest.raises(ValueError, match="for a map of 33"):
+            plan(wrong)
+    with pytest.raises(RuntimeError, match="on the device meta"):
+        LinearPlan(weight.to("meta"), bias)
+
+
+def test_changed_weights_are_seen():
+    for which in (0, 1):
+        x, *tensors = problem(2, 33, 70)
+        plan = LinearPlan(*tensors)
+        plan(x)
+        tensors[which].data.mul_(2)
+        with pytest.raises(StaleWeights):
+            plan(x)
+
+
+@ROUNDS
+def test_no_memory_is_an_error_of_the_caller(rounds):
+    x, weight, bias = problem(64, 5000, 8)
+    plan = LinearPlan(weight, bias, rounds=rounds)
+    LIBRARY.d2dmoe_limit_allocations(0)
+    try:
+        with pytest.raises(MemoryError, match="no memory for 64 tokens"):
+            plan(x)
+    finally:
+        LIBRARY.d2dmoe_limit_allocations(-1)
+    check(x, weight, bias, rounds)
+
+
+def test_struct_is_as_large_here_as_there():
+    assert ctypes.sizeof(linear._Linear) == LIBRARY.d2dmoe_linear_bytes()
