@@ -41,7 +41,7 @@ class DynamicHead(DynamicLinear):
         if self.observer is not None:
             self.observer(self, input.reshape(-1, input.shape[-1]), None)
         if state.method == "dense":
-            return linear(input, self.weight, self.bias)
+            return self._product(input)
         rough = self.rough(input, state.ranks)
         return self.refined(input, rough, state.candidates) if state.candidates else rough
 
@@ -52,7 +52,7 @@ class DynamicHead(DynamicLinear):
             return linear((x - mean) @ self.low_rank_out[:rank].T @ self.low_rank_in[:, :rank].T + mean, self.weight,
                           self.bias)  # fmt: skip
         few = None
-        if not torch.compiler.is_compiling():
+        if self.linear_dtype is None and not torch.compiler.is_compiling():
             few = self.few_tokens.run(self, ProjectionState("low-rank", ranks), x)
         return self._factored(x, self.factors(ranks), ranks) if few is None else few
 

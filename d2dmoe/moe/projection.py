@@ -24,6 +24,7 @@ from ..kernels import Watch, identity, native
 from ..tensors import PROJECTED
 from .few_tokens import FewTokens
 from .gate import Gate, Gated
+from .int8_plans import Plans
 from .prepared import offloaded
 
 linear = nn.functional.linear
@@ -63,6 +64,8 @@ class DynamicProjection(Gated, nn.Module):
             channels that run, or `None` where there is no such choice.
         merged: Does it hold one budget only (`merge`)?
         few_tokens: What the native library needs to compute it on few tokens.
+        linear_dtype: `int8` or `int8-dynamic` where weights and factors are rounded (`set_linear_dtype`), else `None`.
+        plans: What the native library needs for that.
         ADDED: Names of the parameters beside the dense ones. OWN: names of all parameters.
     """
 
@@ -75,11 +78,14 @@ class DynamicProjection(Gated, nn.Module):
     observer: Callable | None
     merged: bool
     few_tokens: FewTokens
+    linear_dtype: str | None
+    plans: Plans
 
     def extend(self, projection: Projection, number: int) -> None:
         """Add what the dense map does not have; parameters without values."""
         self.projection, self.number, self.gate = projection, number, Gate(ProjectionState())
         self.observer, self.merged, self.few_tokens = None, False, FewTokens()
+        self.linear_dtype, self.plans = None, Plans()
         self._factors: dict[tuple[int, ...], tuple[tuple, Watch | _Samples, Factors]] = {}
         like = {"device": self.weight.device, "dtype": self.weight.dtype}
         for name, shape in zip(self.ADDED, self.added_shapes(), strict=True):
@@ -99,9 +105,9 @@ class DynamicProjection(Gated, nn.Module):
         state = self.gate.in_force(self)
         if isinstance(state, tuple):
             return self.by_rows(input, state)
-        if state.method == "dense" and self.observer is None:
+        if state.method == "dense" and self.observer is None and self.linear_dtype is None:
             return super().forward(input)
-        few = state.method != "dense" and not torch.compiler.is_compiling()
+        few = state.method != "dense" and self.linear_dtype is None and not torch.compiler.is_compiling()
         y = self.few_tokens.run(self, state, input) if few else None
         return self._readable(input, state) if y is None else y
 
@@ -113,7 +119,15 @@ class DynamicProjection(Gated, nn.Module):
             self.observer(self, rows, None if keep is None else keep.reshape(rows.shape))
         if keep is not None:
             return self._channels(input, keep, state.ranks)
-        return self._low_rank(input, state.ranks) if state.method == "low-rank" else super().forward(input)
+        if state.method == "low-rank":
+            return self._low_rank(input, state.ranks)
+        return super().forward(input) if self.linear_dtype is None else self._product(input)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """The dense map, rounded where that is asked for."""
+        if self.linear_dtype is None:
+            return linear(x, self.matrix(), self.bias)
+        return self.plans.linear(self, x, self.matrix(), self.bias, self.linear_dtype)
 
     def channels(self, x: torch.Tensor, state: ProjectionState) -> torch.Tensor:
         """Which input channels run, booleans of the shape of `x` ``(…, inputs)``."""
@@ -121,7 +135,7 @@ class DynamicProjection(Gated, nn.Module):
 
     def _channels(self, x: torch.Tensor, keep: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor:
         kept = x * keep
-        y = linear(kept, self.matrix(), self.bias)
+        y = self._product(kept)
         if not any(ranks):
             return y
         return y + (self._projected(linear(x - kept, self.matrix()), ranks) if self._learns() else
@@ -141,14 +155,27 @@ class DynamicProjection(Gated, nn.Module):
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
-    @staticmethod
-    def _factored(x: torch.Tensor, factors: Factors, ranks: tuple[int, ...], constant: bool = True) -> torch.Tensor:
+    def _factored(
+        self, x: torch.Tensor, factors: Factors, ranks: tuple[int, ...], constant: bool = True
+    ) -> torch.Tensor:
         """The same, with the bias and the mean, by factors that were derived beforehand."""
         first, second, constants = factors
+        if self.linear_dtype is not None:
+            return self._factored_int8(x, factors, ranks, constant)
         if len(second) == 1 and constant:
             return linear(linear(x, first), second[0], constants[0])
         thin = linear(x, first).split(ranks, -1)
         parts = [linear(t, *((s, c) if constant else (s,))) for t, s, c in zip(thin, second, constants, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def _factored_int8(self, x: torch.Tensor, factors: Factors, ranks: tuple[int, ...], constant: bool) -> torch.Tensor:
+        first, second, constants = factors
+        thin, parts = self.plans.linear(self, x, first, None, self.linear_dtype).split(ranks, -1), []
+        for t, s, c in zip(thin, second, constants, strict=True):
+            if t.shape[-1]:
+                parts.append(self.plans.linear(self, t, s, c if constant else None, self.linear_dtype))
+            else:
+                parts.append((c if constant else torch.zeros_like(c)).expand(*t.shape[:-1], -1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def _learns(self) -> bool:
@@ -212,7 +239,7 @@ class DynamicProjection(Gated, nn.Module):
         if state.method != "channels":
             for name in PROJECTED:
                 setattr(self, name, nn.Parameter(self.weight.new_empty(0), requires_grad=False))
-        self._factors, self.merged = {}, True
+        self._factors, self.plans, self.merged = {}, Plans(), True
         self.few_tokens.invalidate()
 
     def _merged_factors(self) -> Factors:
@@ -222,7 +249,7 @@ class DynamicProjection(Gated, nn.Module):
 
     def _apply(self, *args, **kwargs) -> nn.Module:
         """Moves and casts: what was derived from the tensors goes with them."""
-        self._factors = {}
+        self._factors, self.plans = {}, Plans()
         self.few_tokens.invalidate()
         return super()._apply(*args, **kwargs)
 

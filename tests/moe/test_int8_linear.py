@@ -110,18 +110,41 @@ def test_outputs_follow_the_weights_and_copies_keep_the_setting():
 
 
 @needs_native
-def test_a_converted_model_keeps_experts_and_converted_projections(tmp_path):
+@pytest.mark.parametrize("attention", ["low-rank", "channels", "low-rank:o"])
+def test_converted_models(attention, tmp_path):
     model = tiny("gpt2")
     quick = {"experts": 8, "router_width": 8, "router_tokens": 64, "router_batch": 16, "calibration_tokens": 400}
-    config = ConvertConfig(**quick, active=[0.5], attention="low-rank:o", attention_active=0.5)
+    config = ConvertConfig(
+        **quick, active=[0.5], attention=attention, attention_active=0.5, head="svd-softmax", head_active=0.5
+    )
     convert_model(model, config, texts(60))
     projected = [m for m in model.modules() if isinstance(m, DynamicProjection)]
     inputs = {"input_ids": torch.arange(12)[None]}
     plain = model(**inputs).logits.detach()
-    set_linear_dtype(model, "int8")
+    assert set_linear_dtype(model, "int8") > 0
     assert not any(isinstance(m, Int8Map) for m in projected)
     assert not any(isinstance(m, Int8Map) for layer in layers(model) for m in layer.modules())
-    rounded = model(**inputs).logits
+    with torch.no_grad():
+        rounded = model(**inputs).logits
+        with use_backend("reference"):
+            assert apart(rounded, model(**inputs).logits) < 1e-3
+        for layer in projected:  # each at its setting
+            x = torch.randn(3, layer.projection.inputs)
+            y = layer(x)
+            layer.linear_dtype = None
+            assert 0 < apart(y, layer(x)) < 0.05
+            layer.linear_dtype = "int8"
+            assert torch.equal(layer(x), y)
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(**inputs).logits, rounded)
+        set_linear_dtype(twin, None)
+        assert apart(twin(**inputs).logits, plain) < 1e-5  # which was computed by steps with gradients
+        layer = projected[0]
+        layer.weight.data.mul_(2)  # factors and plans follow
+        with use_backend("reference"):
+            expected = model(**inputs).logits
+        assert apart(model(**inputs).logits, expected) < 1e-3
+        layer.weight.data.div_(2)
     assert 0 < apart(rounded, plain) < 0.1
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)

@@ -1,0 +1,67 @@
+"""Products with weights in int8, by the native library where it can, by PyTorch elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..kernels import LinearPlan, StaleWeights, identity, projects, rounded_rows
+from .prepared import offloaded
+
+KEPT = 32  # maps whose plans are kept: a projection has some for each budget
+
+
+class Plans:
+    """The library's plans of a module's maps, each made again after a change of its weights. Copies make their own."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple, LinearPlan] = {}
+
+    def __reduce__(self) -> tuple:
+        return Plans, ()
+
+    def linear(
+        self, module: nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: str
+    ) -> torch.Tensor:
+        """``y = x round(weight) + bias``, and with `int8-dynamic` ``round(x)``.
+
+        Every output has one scale for its weights, and every token one where tokens are rounded: the largest value
+        becomes 127. Biases are not rounded. Gradients pass the rounding as if it were not there.
+
+        Args:
+            module: Whose map this is.
+            x: ``(…, inputs)``.
+            weight: ``(outputs, inputs)``.
+            bias: ``(outputs,)``, or `None`.
+            dtype: `int8` or `int8-dynamic`.
+        """
+        if _can(module, weight, x):
+            key = (dtype, identity(weight), None if bias is None else identity(bias))
+            for _ in range(2):
+                plan = self._known.get(key)
+                if plan is None:
+                    plan = LinearPlan(weight, bias, rounds=dtype == "int8-dynamic")
+                    others = list(self._known.items())[-KEPT + 1 :]
+                    self._known = {**{k: v for k, v in others if k[1][0] != key[1][0]}, key: plan}
+                try:
+                    return plan(x)
+                except StaleWeights:
+                    self._known = {}
+        x = rounded_rows(x) if dtype == "int8-dynamic" else x
+        return nn.functional.linear(x, rounded_rows(weight), bias)
+
+
+def _can(layer: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> bool:
+    """May the library do this? It has no gradients, and nobody can watch its steps."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack():
+        return False
+    plain = type(x) is torch.Tensor and type(weight) in (torch.Tensor, nn.Parameter)
+    if not plain or "weight" not in layer._parameters:  # a parametrised weight is another tensor at every call
+        return False
+    if not (x.is_cpu and weight.is_cpu and x.numel() and weight.numel()):
+        return False
+    if x.dtype != weight.dtype or not projects(x.dtype) or torch.is_autocast_enabled("cpu") or offloaded(layer):
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())))
