@@ -35,6 +35,7 @@ from d2dmoe.report import machine, portable, table
 HERE = Path(__file__).resolve().parent
 FORMS = ("full", "quick", "paper")
 SECTIONS = ("sparsify", "convert", "ours", "theirs", "eval", "bench")
+INT8 = {"expert_dtype": "int8-dynamic", "linear_dtype": "int8-dynamic"}  # evaluated and timed beside the model's dtype
 BEGIN, END = "<!-- outcomes -->", "<!-- end of outcomes -->"  # in recipes/README.md
 PYTHON, D2DMOE = [sys.executable], [sys.executable, "-m", "d2dmoe"]
 
@@ -96,7 +97,8 @@ class Recipe:
             words = [*D2DMOE, "convert", *flags(keys)]
             found.append(Step(f"convert-{name}", words, out / name / "results.json", resumable=True))
             found.append(self._evaluation(name, str(out / name), test))
-        times = {"model": out / "ours", "json": out / "bench.json", "data": self.eval_data, **sections["bench"]}
+        found.append(self._evaluation("int8", str(out / "ours"), {**test, **INT8}))
+        times = {"model": out / "ours", "json": out / "bench.json", "data": self.eval_data, **INT8, **sections["bench"]}
         found.append(Step("bench", [*D2DMOE, "bench", *flags(times)], out / "bench.json"))
         page = out / "report.html"
         words = [*D2DMOE, "report", str(out / "ours"), str(out / "theirs"), "--output", str(page)]
@@ -200,20 +202,25 @@ def outcome(recipe: Recipe, done: dict[str, Any]) -> dict[str, Any]:
     def rows(file: str) -> list[dict[str, Any]]:
         return json.loads((recipe.folder / file).read_text())["rows"]
 
-    base, ours, theirs = (rows(f"eval-{name}.json") for name in ("base", "ours", "theirs"))
+    base, ours, theirs, int8 = (rows(f"eval-{name}.json") for name in ("base", "ours", "theirs", "int8"))
     keys = ("active_fraction", "flops_fraction_model", "flops_fraction_attention")
     points = []
     for found in ours:
         if found["active_fraction"] == 1:
             continue
         asked = found.get("active", found["active_fraction"])
-        other = next((r for r in theirs if abs(r.get("active", r["active_fraction"]) - asked) < 1e-6), None)
+        other, rounded = (
+            next((r for r in table if abs(r.get("active", r["active_fraction"]) - asked) < 1e-6), None)
+            for table in (theirs, int8)
+        )
         times = [
-            {"phase": r["phase"], "batch": r["batch"], "tokens": r["tokens"], "speedup": round(r["speedup"], 3)}
+            {"phase": r["phase"], "batch": r["batch"], "tokens": r["tokens"], "speedup": round(r["speedup"], 3),
+             "int8": round(r["all int8-dynamic_speedup"], 3), "dense_int8": round(r["dense int8-dynamic_speedup"], 3)}
             for r in rows("bench.json")
             if abs(r.get("active", -1) - asked) < 1e-6
-        ]
+        ]  # fmt: skip
         point = {"active": asked, "ours": found["metric"]["value"], "times": times}
+        point |= {"int8": rounded["metric"]["value"]} if rounded else {}
         point |= {f"ours_{key}": round(found[key], 4) for key in keys if key in found}
         if other:
             point |= {"theirs": other["metric"]["value"]}
@@ -232,15 +239,21 @@ def outcome_table(entry: dict[str, Any]) -> str:
     """One run: a line for each budget."""
     body = []
     for point in entry["points"]:
-        times = ", ".join(f"{t['phase']} {t['batch']}: {t['speedup']:.2f}×" for t in point["times"])
         line = [f"{point['active']:g}", f"{point['ours_active_fraction']:.3f}"]
         line += [f"{point['ours_flops_fraction_model']:.3f}", f"{point['ours']:.4f}"]
         line += [f"{point[key]:.{digits}f}" if key in point else ""
                  for key, digits in (("theirs_flops_fraction_model", 3), ("theirs", 4))]  # fmt: skip
-        body.append([*line, times])
+        times = [f"{t['phase']} {t['batch']}: {t['speedup']:.2f}×" for t in point["times"]]
+        int8 = [
+            f"{t['phase']} {t['batch']}: {t['int8']:.2f}× ({t['dense_int8']:.2f}×)"
+            for t in point["times"]
+            if "int8" in t
+        ]
+        body.append([*line, ", ".join(times), f"{point['int8']:.4f}" if "int8" in point else "", ", ".join(int8)])
     metric = entry["metric"]
     theirs = ["model FLOPs (paper's rule)", f"{metric} (paper's rule)"]
-    head = ["budget", "active", "model FLOPs", metric, *theirs, "speed-up"]
+    ours = ["budget", "active", "model FLOPs", metric]
+    head = [*ours, *theirs, "speed-up", f"{metric} in int8", "speed-up in int8 (dense in int8)"]
     return f"base {entry['base']:.4f}, converted with everything on {entry['dense']:.4f}\n\n" + table(head, body)
 
 

@@ -158,6 +158,9 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert found["points"][0]["ours"] == rows[0]["metric"]["value"] != found["points"][0]["theirs"]
     assert found["points"][1]["times"][0]["speedup"] > 0
     assert {t["phase"] for t in found["points"][0]["times"]} == {"prefill", "decode"}
+    assert all(t["int8"] > 0 < t["dense_int8"] for t in found["points"][0]["times"])
+    assert json.loads(Path(recipe.folder, "eval-int8.json").read_text())["rows"][0]["expert_dtype"] == "int8-dynamic"
+    assert found["points"][0]["int8"] == pytest.approx(found["points"][0]["ours"], rel=0.05)
     assert found["peak_mb"] == 100 + len(ran)
     assert f"| 0.5 | {rows[1]['active_fraction']:.3f} |" in recipes.outcome_table(found)
     assert Path(recipe.folder, "report.html").exists()

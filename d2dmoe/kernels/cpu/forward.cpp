@@ -629,6 +629,9 @@ std::atomic<int> allocations_left{-1};
 const Kernels& kernels_number(int number) { return *all_kernels[number]; }
 
 Panel panel_rounded(const Kernels& kernels, int64_t depth) {
+#if defined(D2DMOE_INT8_TILES)
+    if (by_vnni(kernels, depth) && amx_int8_usable(depth, depth)) return panel_rounded_amx;
+#endif
 #if defined(__x86_64__) && !defined(D2DMOE_NO_VNNI)
     if (by_vnni(kernels, depth)) return panel_rounded_vnni;
 #endif

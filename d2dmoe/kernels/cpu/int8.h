@@ -218,6 +218,15 @@ void panel(const char* const* rows, int64_t count, const uint8_t* w, int64_t dep
     product_quads<false>(reinterpret_cast<const X* const*>(rows), count, w, depth, width, nullptr, out);
 }
 
+inline void scale(const float* x, const float* by, const float* bias, int64_t n, float* out) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        vf v = load(x + i) * load(by + i);
+        store(out + i, bias ? v + load(bias + i) : v);
+    }
+    for (; i < n; i++) out[i] = x[i] * by[i] + (bias ? bias[i] : 0.0f);
+}
+
 // y[t][i] += sum over c of x[t][c] w[c][i] on few tokens, one quad after the other from beginning to end.
 template <int TOKENS>
 void add_quads(const float* x, int64_t ld_x, const uint8_t* w, int64_t depth, int64_t width, float* const* y) {

@@ -237,4 +237,30 @@ void experts_rounded_amx(const ExpertCall* calls, int64_t n, int64_t tokens) {
     _tile_release();
 }
 
+// Rows lie one after the other, their bytes at the beginning of a line, and up to whole blocks of them may be read.
+void panel_rounded_amx(const char* const* rows, int64_t count, const uint8_t* w, int64_t depth, int64_t width,
+                       float* const* out) {
+    using namespace amxint8;
+    if (count < FEWEST) return panel_rounded_vnni(rows, count, w, depth, width, out);
+    const Steps steps(depth);
+    load_shapes(steps);
+    alignas(LINE) int32_t sums[2][BLOCK * BLOCK];
+    int64_t stride = rows[1] - rows[0];
+    auto give = [&](int64_t t, int64_t n, const int32_t* from) {
+        for (int64_t r = 0, most = std::min(count - t, BLOCK); r < most; r++) {
+            auto* row = reinterpret_cast<const Rounded*>(rows[t + r]);
+            for (int64_t v = 0; v < std::min(width - n, BLOCK); v += LANES)
+                store(out[t + r] + n + v, value_of(from + r * BLOCK + v, row));
+        }
+    };
+    int64_t columns = tiles(width, BLOCK), blocks = tiles(count, BLOCK) * columns;
+    for (int64_t b = 0; b <= blocks; b++) {  // what a tile has stored is not there at once
+        int64_t t = b / columns * BLOCK, n = b % columns * BLOCK;
+        if (b < blocks)
+            block(rows[0] + t * stride - HEAD, stride, w + n * 4, width, steps, count - t, width - n, sums[b % 2]);
+        if (b) give((b - 1) / columns * BLOCK, (b - 1) % columns * BLOCK, sums[(b - 1) % 2]);
+    }
+    _tile_release();
+}
+
 }  // namespace d2dmoe

@@ -42,7 +42,8 @@ struct GateCall {
     int64_t min_experts, max_experts, shared;
 };
 
-// out[t][i] = sum over k of rows[t][k] w[k][i], with w in int8 as int8.h has it and rows in fp32, or as `round_row` makes them.
+// out[t][i] = sum over k of rows[t][k] w[k][i], with w in int8 as int8.h has it and rows in fp32, or as `round_row` makes them:
+// then all of them one after the other, see `rounded_rows`.
 using Panel = void (*)(const char* const* rows, int64_t count, const uint8_t* w, int64_t depth, int64_t width,
                        float* const* out);
 
@@ -58,6 +59,8 @@ struct Kernels {
     void (*expert_rounded)(const ExpertCall&);
     void (*round_row)(const float* x, int64_t n, char* out);
     Panel panel_int8, panel_rounded;  // of rows in fp32, and of rounded ones
+    // out[i] = x[i] scale[i] + bias[i], where there is one
+    void (*scale)(const float* x, const float* scale, const float* bias, int64_t n, float* out);
     // Several experts on rows of the same `tokens`, for a table that gains by seeing them all; null elsewhere.
     void (*experts_bf16)(const ExpertCall* calls, int64_t n, int64_t tokens);
     int64_t (*experts_scratch)(int64_t tokens, int64_t d, int64_t size, int64_t d_out);
@@ -96,6 +99,13 @@ inline int64_t expert_scratch(int64_t count, int64_t size) {
 // Bytes from one rounded row of n values to the next.
 inline int64_t rounded_bytes(int64_t n) { return round_up(8 + round_up(n, 4), 64); }
 
+// Rounded rows of n values for a `Panel`: bytes from row to row, an odd number of lines, so that rows fall into different sets;
+// where the first one begins, so that what comes after scale and offset begins a line; and the rows that there is to be room for.
+struct RoundedRows {
+    int64_t stride, start, rows;
+    RoundedRows(int64_t n, int64_t count) : stride((((n + 63) / 64 + 1) | 1) * 64), start(64 - 8), rows(round_up(count, 32)) {}
+};
+
 extern const Kernels kernels_portable;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16, kernels_amx;
@@ -105,6 +115,7 @@ bool amx_usable();  // asks the system for the tiles, once
 // The same for several experts of one size, by tiles, where the processor has them and the widths suit them.
 bool amx_int8_usable(int64_t d, int64_t size);
 void experts_rounded_amx(const ExpertCall* calls, int64_t n, int64_t tokens);
+void panel_rounded_amx(const char* const*, int64_t, const uint8_t*, int64_t, int64_t, float* const*);
 int64_t experts_rounded_scratch(int64_t tokens, int64_t d, int64_t size);
 #endif
 

@@ -1,7 +1,6 @@
 // A linear map with weights in int8. The threads share its outputs in panels of `panel` of them, whose weights lie one
 // panel after the other as int8.h has those of an expert; so a result depends on the input alone.
 #include <algorithm>
-#include <cstring>
 #include <new>
 
 #include "library.h"
@@ -28,7 +27,7 @@ struct D2dmoeLinear {
 
 namespace {
 
-constexpr int64_t TILE = 64;  // tokens whose values stay in the cache while panels pass
+constexpr int64_t TILE = 192;  // tokens whose values stay in the cache while panels pass
 
 thread_local Buffer buffer;
 
@@ -40,16 +39,18 @@ struct Call {
     char* y;               // (tokens, outputs), contiguous
     int threads;
     float* wide;           // tokens in fp32, where they are not
-    char* rounded;         // tokens rounded
+    char* rounded;         // tokens rounded, from the first of them on
     const char** rows;     // one list of TILE tokens for each thread, what the products read
     float* sums;           // TILE rows of a panel for each thread
     float** outs;
     Meeting meeting;
 
-    int64_t ld_rounded() const { return rounded_bytes(l.inputs); }
+    int64_t ld_rounded() const { return RoundedRows(l.inputs, tokens).stride; }
     void take(Pieces& pieces) {
         wide = pieces.take<float>(l.bf16 ? tokens * l.inputs : 0);
-        rounded = pieces.take<char>(l.rounds ? tokens * ld_rounded() : 0);
+        const RoundedRows rows_of(l.inputs, tokens);
+        rounded = pieces.take<char>(l.rounds ? (rows_of.rows + 1) * rows_of.stride : 0);
+        if (rounded) rounded += rows_of.start;
         int64_t tile = std::min(tokens, TILE);
         rows = pieces.take<const char*>(threads * tile);
         outs = pieces.take<float*>(threads * tile);
@@ -73,12 +74,10 @@ void prepare(const Call& c, int64_t first, int64_t last) {
 void store(const Call& c, float* sums, int64_t token, int64_t first, int64_t width) {
     const auto& l = c.l;
     const float* scale = l.scale + first;
-    for (int64_t i = 0; i < width; i++) sums[i] = sums[i] * scale[i] + (l.bias ? l.bias[first + i] : 0.0f);
     int64_t at = token * l.outputs + first;
-    if (l.bf16)
-        c.kernels.narrow(sums, width, reinterpret_cast<bf16*>(c.y) + at);
-    else
-        std::memcpy(reinterpret_cast<float*>(c.y) + at, sums, size_t(width) * 4);
+    float* to = l.bf16 ? sums : reinterpret_cast<float*>(c.y) + at;
+    c.kernels.scale(sums, scale, l.bias ? l.bias + first : nullptr, width, to);
+    if (l.bf16) c.kernels.narrow(sums, width, reinterpret_cast<bf16*>(c.y) + at);
 }
 
 void body(void* context, int id, int team) {
