@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -45,6 +46,11 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
     )
     whole = "for --model: the other linear maps in this dtype in that column, and a column of the dense model in it"
     sub.add_argument("--linear-dtype", choices=("int8", "int8-dynamic"), help=whole)
+    peers = (
+        "for --model: the dense model compiled, in bf16 and in int8, by torchao, ONNX Runtime and OpenVINO where they "
+    )
+    peers += "are installed, beside the converted one in fp32 and int8; all tokens at once"
+    sub.add_argument("--rivals", action="store_true", help=peers)
     turn = "layers alike, used in turn so that their weights come from memory, as in a model; for --layer"
     sub.add_argument("--copies", type=int, default=1, help=turn)
     sub.add_argument("--columns", default=columns, help="what to compare with; eager is always there")
@@ -58,7 +64,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
 
     from ..measure import bench
     from ..measure.pairs import parse_layer
-    from ..report import bench_table, check_plot, plot_times
+    from ..report import bench_table, check_plot, peers_table, plot_times
 
     columns = tuple(arguments.columns.split(","))
     if unknown := set(columns) - set(bench.COLUMNS):
@@ -68,6 +74,8 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
     _check_numbers(arguments)
     if arguments.data and arguments.layer:
         raise UserError(f"--data {arguments.data}: a single layer has random inputs; give --model")
+    if arguments.rivals:
+        _check_rivals(arguments)
     if arguments.linear_dtype and arguments.layer:
         raise UserError(f"--linear-dtype {arguments.linear_dtype}: a single layer has experts only; give --model")
     if arguments.plot:
@@ -84,6 +92,10 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
         "seconds": arguments.seconds, "columns": columns, "clock": arguments.clock, "keep_dense": arguments.keep_dense,
         "expert_dtype": arguments.expert_dtype,
     }  # fmt: skip
+    if arguments.rivals:
+        rows = _bench_rivals(arguments)
+        emit(arguments, command, 0, rows, peers_table(rows))
+        return 0
     if arguments.layer:
         tokens = [int(n) for n in arguments.tokens]
         spec, dtype = parse_layer(arguments.layer), getattr(torch, arguments.dtype)
@@ -115,6 +127,53 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
                 raise UserError(f"--{name} {value:g}: must be a whole number of at least 1")
 
 
+def _check_rivals(arguments: argparse.Namespace) -> None:
+    """Refuse what a comparison with peers does not do.
+
+    Raises:
+        UserError: Naming the flag.
+    """
+    others = {
+        "layer": arguments.layer, "plot": arguments.plot, "expert-dtype": arguments.expert_dtype,
+        "linear-dtype": arguments.linear_dtype, "keep-dense": arguments.keep_dense,
+        "dtype": arguments.dtype != "float32",
+    }  # fmt: skip
+    for name in (name for name, given in others.items() if given):
+        raise UserError(f"--rivals and --{name} do not go together; leave one of them out")
+
+
+def _bench_rivals(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from .. import hub
+    from ..measure.peers import bench_peers
+
+    config, stored = _converted(arguments.model)
+    if stored.networks:
+        raise UserError(f"--rivals: {arguments.model} holds no dense model (--attention mlp) to compare with")
+    batches = [int(n) for n in arguments.batch]
+    prompts = _real(arguments, config, max(batches)) if arguments.data else None
+    model, dense = hub.load_model(arguments.model, config), hub.load_dense(arguments.model, config)
+    return bench_peers(
+        model, dense, batches=batches, length=arguments.length, seconds=arguments.seconds, clock=arguments.clock,
+        actives=arguments.active or [budget.active for budget in stored.budgets], prompts=prompts,
+        say=lambda text: print(f"d2dmoe: note: {text}", file=sys.stderr),
+    )  # fmt: skip
+
+
+def _converted(name: str) -> tuple[Any, Any]:
+    """Config and record of a converted model.
+
+    Raises:
+        UserError: If it is not converted.
+    """
+    from .. import hub
+
+    config = hub.read_config(name)
+    stored = hub.conversion_record(config)
+    if stored is None:
+        raise UserError(f"--model {name}: not converted; run `d2dmoe convert --model {name}` first")
+    return config, stored
+
+
 def _bench_model(arguments: argparse.Namespace, options: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
 
@@ -122,12 +181,7 @@ def _bench_model(arguments: argparse.Namespace, options: dict[str, Any]) -> list
     from ..measure import bench
     from ..report import recorded_quality
 
-    config = hub.read_config(arguments.model)
-    stored = hub.conversion_record(config)
-    if stored is None:
-        raise UserError(
-            f"--model {arguments.model}: not converted; run `d2dmoe convert --model {arguments.model}` first"
-        )
+    config, stored = _converted(arguments.model)
     actives = arguments.active or [budget.active for budget in stored.budgets]
     quality = {active: recorded_quality(arguments.model, active) for active in actives}
     missing = ", ".join(f"{active:g}" for active, found in quality.items() if not found)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import nn
 
 from ..kernels import LinearPlan, StaleWeights, identity, projects, rounded_rows
 from .prepared import offloaded
 
+Factors = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
 KEPT = 32  # maps whose plans are kept: a projection has some for each budget
 
 
@@ -35,20 +39,55 @@ class Plans:
             bias: ``(outputs,)``, or `None`.
             dtype: `int8` or `int8-dynamic`.
         """
+        y = None
         if _can(module, weight, x):
             key = (dtype, identity(weight), None if bias is None else identity(bias))
-            for _ in range(2):
-                plan = self._known.get(key)
-                if plan is None:
-                    plan = LinearPlan(weight, bias, rounds=dtype == "int8-dynamic")
-                    others = list(self._known.items())[-KEPT + 1 :]
-                    self._known = {**{k: v for k, v in others if k[1][0] != key[1][0]}, key: plan}
-                try:
-                    return plan(x)
-                except StaleWeights:
-                    self._known = {}
-        x = rounded_rows(x) if dtype == "int8-dynamic" else x
-        return nn.functional.linear(x, rounded_rows(weight), bias)
+            y = self._by_library(x, key, lambda: LinearPlan(weight, bias, rounds=dtype == "int8-dynamic"))
+        return _by_torch(x, weight, bias, dtype) if y is None else y
+
+    def folded(
+        self, module: nn.Module, x: torch.Tensor, factors: Factors, ranks: tuple[int, ...], dtype: str
+    ) -> torch.Tensor:
+        """The same for factors, multiplied out before they are rounded.
+
+        Args:
+            module: Whose factors these are.
+            x: ``(…, inputs)``.
+            factors: See `DynamicProjection.factors`.
+            ranks: Of the sections.
+            dtype: `int8` or `int8-dynamic`.
+        """
+        first, second, constants = factors
+
+        def weight() -> torch.Tensor:
+            parts = zip(first.split(ranks), second, strict=True)
+            return torch.cat([(s.float() @ f.float()).to(s.dtype) for f, s in parts])
+
+        y = None
+        if _can(module, first, x):
+            sources = [t for t in (first, *second, *constants) if t.numel()]
+            make = partial(LinearPlan, rounds=dtype == "int8-dynamic", sources=sources)
+            key = (dtype, identity(first), "folded")
+            y = self._by_library(x, key, lambda: make(weight(), torch.cat(constants)))
+        return _by_torch(x, weight(), torch.cat(constants), dtype) if y is None else y
+
+    def _by_library(self, x: torch.Tensor, key: tuple, make: Callable[[], LinearPlan]) -> torch.Tensor | None:
+        """By the plan of this key: dtype, identity of the main weights, and what tells plans of these apart."""
+        for _ in range(2):
+            plan = self._known.get(key)
+            if plan is None:
+                plan, others = make(), list(self._known.items())[-KEPT + 1 :]
+                self._known = {**{k: v for k, v in others if k[1][0] != key[1][0]}, key: plan}
+            try:
+                return plan(x)
+            except StaleWeights:
+                self._known = {}
+        return None  # somebody writes to the weights meanwhile
+
+
+def _by_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: str) -> torch.Tensor:
+    x = rounded_rows(x) if dtype == "int8-dynamic" else x
+    return nn.functional.linear(x, rounded_rows(weight), bias)
 
 
 def _can(layer: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> bool:

@@ -24,12 +24,12 @@ from ..kernels import Watch, identity, native
 from ..tensors import PROJECTED
 from .few_tokens import FewTokens
 from .gate import Gate, Gated
-from .int8_plans import Plans
+from .int8_plans import Factors, Plans
 from .prepared import offloaded
 
 linear = nn.functional.linear
 KEPT = 8  # ranks of a layer whose factors are kept
-Factors = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
+FOLDED = 2**21  # weights up to which factors in int8 are multiplied out: one product is faster than several small ones
 
 
 class _Samples:
@@ -170,6 +170,8 @@ class DynamicProjection(Gated, nn.Module):
 
     def _factored_int8(self, x: torch.Tensor, factors: Factors, ranks: tuple[int, ...], constant: bool) -> torch.Tensor:
         first, second, constants = factors
+        if constant and self.projection.macs <= FOLDED:
+            return self.plans.folded(self, x, factors, ranks, self.linear_dtype)
         thin, parts = self.plans.linear(self, x, first, None, self.linear_dtype).split(ranks, -1), []
         for t, s, c in zip(thin, second, constants, strict=True):
             if t.shape[-1]:

@@ -3,9 +3,24 @@
 from .card import auto_class, model_card
 from .machine import envelope, machine, portable, recorded_quality, write_json
 from .plots import check_plot, plot_curves, plot_times
-from .tables import bench_table, compare_table, drift_table, eval_table, list_table, table
+from .tables import bench_table, compare_table, drift_table, eval_table, list_table, peers_table, table
 
 __all__ = [
-    "auto_class", "bench_table", "check_plot", "compare_table", "drift_table", "envelope", "eval_table", "list_table",
-    "machine", "model_card", "plot_curves", "plot_times", "portable", "recorded_quality", "table", "write_json",
+    "auto_class",
+    "bench_table",
+    "check_plot",
+    "compare_table",
+    "drift_table",
+    "envelope",
+    "eval_table",
+    "list_table",
+    "machine",
+    "model_card",
+    "peers_table",
+    "plot_curves",
+    "plot_times",
+    "portable",
+    "recorded_quality",
+    "table",
+    "write_json",
 ]  # fmt: skip

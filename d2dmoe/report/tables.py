@@ -105,6 +105,20 @@ def bench_table(rows: list[dict[str, Any]]) -> str:
     return table(header + ([quality] if quality else []), body)
 
 
+def peers_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of `bench --rivals`: a line for each way to run the model, a table for each batch size."""
+    tables = []
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        body = [
+            [row["column"], row["active_fraction"], f"{row['ms']:.3g} ({_range(row['quartiles_ms'])})", row["speedup"],
+             f"{row['close']:.4f}"]
+            for row in rows if row["batch"] == batch
+        ]  # fmt: skip
+        header = ["", "active", "ms", "times dense", "outputs like dense"]
+        tables.append(f"batch {batch}\n\n" + table(header, body))
+    return "\n\n".join(tables)
+
+
 def _range(ends: list[float]) -> str:
     return "–".join(f"{end:.3g}" for end in ends)
 

@@ -17,7 +17,7 @@ from d2dmoe.data.batches import Batches
 from d2dmoe.discovery import dummy_inputs
 from d2dmoe.kernels import use_backend
 from d2dmoe.measure.evaluate import evaluate
-from d2dmoe.moe import int8_linear
+from d2dmoe.moe import int8_linear, projection
 from d2dmoe.moe.int8_linear import Int8Map
 from d2dmoe.moe.layer import layers
 from d2dmoe.moe.projection import DynamicProjection
@@ -110,8 +110,10 @@ def test_outputs_follow_the_weights_and_copies_keep_the_setting():
 
 
 @needs_native
+@pytest.mark.parametrize("folded", [0, int8_linear.LEAST], ids=["factors", "folded"])
 @pytest.mark.parametrize("attention", ["low-rank", "channels", "low-rank:o"])
-def test_converted_models(attention, tmp_path):
+def test_converted_models(attention, folded, tmp_path, monkeypatch):
+    monkeypatch.setattr(projection, "FOLDED", folded)
     model = tiny("gpt2")
     quick = {"experts": 8, "router_width": 8, "router_tokens": 64, "router_batch": 16, "calibration_tokens": 400}
     config = ConvertConfig(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 
@@ -38,14 +39,15 @@ class LinearPlan:
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, rounds: bool = False,
-        kernels: int | None = None,
+        sources: Sequence[torch.Tensor] | None = None, kernels: int | None = None,
     ):  # fmt: skip
         """``y = x W + b`` with weights as `quads.rounded` has them, a scale for each output.
 
         Args:
-            weight: ``(outputs, inputs)``, in fp32 or bf16; at each call compared with what it was, see `Watch`.
+            weight: ``(outputs, inputs)``, in fp32 or bf16.
             bias: ``(outputs,)``, or `None`.
             rounds: Round tokens as well, each on a scale of its own.
+            sources: Compared at each call with what they were, see `Watch`; by default weight and bias.
             kernels: Forces an instruction set.
 
         Raises:
@@ -63,7 +65,8 @@ class LinearPlan:
             kernels=kernel_for(weight.dtype, int8=True) if kernels is None else kernels, weight=quads.data_ptr(),
             scale=scale.data_ptr(), bias=None if beside is None else beside.data_ptr(),
         )  # fmt: skip
-        self.watch = Watch([t.detach() for t in (weight, bias) if t is not None])
+        watched = (weight, bias) if sources is None else sources
+        self.watch = Watch([t.detach() for t in watched if t is not None])
         self.watch.enter(struct)
         self.call, self.linear = struct, library()[0].d2dmoe_linear
 
