@@ -68,7 +68,7 @@ def set_linear_dtype(model: nn.Module, dtype: str | None) -> int:
 
     Args:
         model: Any model, changed in place. Its copies keep the setting, its checkpoints do not.
-        dtype: `"int8"` (weights; for few tokens), `"int8-dynamic"` (tokens as well; for many), or `None` for the
+        dtype: `"int8"` (weights; for few tokens), `"int8-dynamic"` (tokens as well; for all), or `None` for the
             parameters' own.
 
     Returns:

@@ -218,6 +218,19 @@ void panel(const char* const* rows, int64_t count, const uint8_t* w, int64_t dep
     product_quads<false>(reinterpret_cast<const X* const*>(rows), count, w, depth, width, nullptr, out);
 }
 
+// Weights as integers in fp32, (depth, width).
+inline void unpack(const uint8_t* w, int64_t depth, int64_t width, float* out) {
+    for (int64_t k = 0; k < depth; k += 4)
+        for (int64_t v = 0; v < width; v += LANES) {
+            vu rows = quad(w + k * width + v * 4);
+            float* to = out + k * width + v;
+            store(to, row_of<0>(rows));
+            if (k + 1 < depth) store(to + width, row_of<1>(rows));
+            if (k + 2 < depth) store(to + 2 * width, row_of<2>(rows));
+            if (k + 3 < depth) store(to + 3 * width, row_of<3>(rows));
+        }
+}
+
 inline void scale(const float* x, const float* by, const float* bias, int64_t n, float* out) {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {

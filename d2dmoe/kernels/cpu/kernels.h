@@ -59,6 +59,7 @@ struct Kernels {
     void (*expert_rounded)(const ExpertCall&);
     void (*round_row)(const float* x, int64_t n, char* out);
     Panel panel_int8, panel_rounded;  // of rows in fp32, and of rounded ones
+    void (*unpack)(const uint8_t* w, int64_t depth, int64_t width, float* out);  // to integers in fp32; whole vectors
     // out[i] = x[i] scale[i] + bias[i], where there is one
     void (*scale)(const float* x, const float* scale, const float* bias, int64_t n, float* out);
     // Several experts on rows of the same `tokens`, for a table that gains by seeing them all; null elsewhere.

@@ -29,6 +29,8 @@ namespace {
 
 constexpr int64_t TILE = 192;  // tokens whose values stay in the cache while panels pass
 
+constexpr int64_t MANY = 48;   // tokens from which weights are widened once for all of them
+
 thread_local Buffer buffer;
 
 struct Call {
@@ -43,7 +45,11 @@ struct Call {
     const char** rows;     // one list of TILE tokens for each thread, what the products read
     float* sums;           // TILE rows of a panel for each thread
     float** outs;
+    float* widened;        // weights of a panel for each thread
     Meeting meeting;
+
+    bool widens() const { return !l.rounds && tokens >= MANY; }
+    int64_t panel_values() const { return l.inputs * l.panel; }
 
     int64_t ld_rounded() const { return RoundedRows(l.inputs, tokens).stride; }
     void take(Pieces& pieces) {
@@ -55,6 +61,7 @@ struct Call {
         rows = pieces.take<const char*>(threads * tile);
         outs = pieces.take<float*>(threads * tile);
         sums = pieces.take<float>(threads * tile * l.panel);
+        widened = pieces.take<float>(widens() ? threads * panel_values() : 0);
     }
 };
 
@@ -94,6 +101,8 @@ void body(void* context, int id, int team) {
     float** outs = c.outs + id * tile;
     float* sums = c.sums + id * tile * l.panel;
     auto product = l.rounds ? panel_rounded(c.kernels, l.inputs) : c.kernels.panel_int8;
+    float* widened = c.widens() ? c.widened + id * c.panel_values() : nullptr;
+    int64_t ld_rows = l.bf16 ? l.inputs : c.ld_x / 4;
     for (int64_t t = 0; t < tile; t++) outs[t] = sums + t * l.panel;
     for (int64_t start = 0; start < c.tokens; start += tile) {
         int64_t count = std::min(tile, c.tokens - start);
@@ -104,7 +113,13 @@ void body(void* context, int id, int team) {
                                : c.x + token * c.ld_x;
         }
         for (int64_t p = from; p < to; p++) {
-            product(rows, count, l.weight + p * bytes, l.inputs, l.panel, outs);
+            if (widened && count >= MANY) {
+                c.kernels.unpack(l.weight + p * bytes, l.inputs, l.panel, widened);
+                c.kernels.product_f32(reinterpret_cast<const float*>(rows[0]), ld_rows, count, widened, l.inputs, l.panel, 0,
+                                      l.panel, sums, l.panel, DOTS_PLAIN);
+            } else {
+                product(rows, count, l.weight + p * bytes, l.inputs, l.panel, outs);
+            }
             int64_t first = p * l.panel, width = std::min(l.panel, l.outputs - first);
             for (int64_t t = 0; t < count; t++) store(c, outs[t], start + t, first, width);
         }

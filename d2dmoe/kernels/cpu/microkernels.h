@@ -730,6 +730,7 @@ const Kernels D2DMOE_TABLE_NAME(D2DMOE_ISA) = {
     D2DMOE_FP32(isa::round_row),
     D2DMOE_FP32(isa::panel<float>),
     D2DMOE_FP32(isa::panel<isa::Rounded>),
+    D2DMOE_FP32(isa::unpack),
     D2DMOE_FP32(isa::scale),
     nullptr,
     nullptr,
