@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_refused():
     arguments = problem(2, 33, [48], [5], channels=True)
     plan = plan_of(arguments)
     for x in (torch.zeros(2, 32), torch.zeros(2, 33).double(), torch.zeros(2, 33, device="meta")):
-        with pytest.raises(ValueError, match="for a projection of 33"):
+        with pytest.raises(ValueError, match="for a map of 33"):
             plan(x)
     with pytest.raises(RuntimeError, match="weight is on the device meta"):
         plan_of(arguments | {"weight": arguments["weight"].to("meta")})

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..quads import in_quads
-from .native import STALE, StaleWeights, Watch, kernel_for, library
+from .native import Watch, by_rows, kernel_for, library
 
 PANEL = 64  # outputs whose weights lie together
 
@@ -35,7 +35,7 @@ def panels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class LinearPlan:
     """One linear map as the library wants it. Holds the tensors that it points to."""
 
-    __slots__ = ("call", "dtype", "inputs", "keep", "linear", "outputs", "watch")
+    __slots__ = ("call", "dtype", "inputs", "keep", "linear", "outputs", "struct", "watch")
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, rounds: bool = False,
@@ -68,7 +68,7 @@ class LinearPlan:
         watched = (weight, bias) if sources is None else sources
         self.watch = Watch([t.detach() for t in watched if t is not None])
         self.watch.enter(struct)
-        self.call, self.linear = struct, library()[0].d2dmoe_linear
+        self.struct, self.call, self.linear = struct, ctypes.byref(struct), library()[0].d2dmoe_linear
 
     @property
     def nbytes(self) -> int:
@@ -82,16 +82,4 @@ class LinearPlan:
             StaleWeights: If the weights have changed.
             ValueError: If `x` is not of this width, dtype and device.
         """
-        shape, inputs = x.shape, self.inputs
-        if shape[-1] != inputs or x.dtype != self.dtype or not x.is_cpu:
-            raise ValueError(f"tokens of {shape[-1]} x {x.dtype} on {x.device} for a map of {inputs} x {self.dtype}")
-        if not x.is_contiguous():
-            x = x.contiguous()
-        y = x.new_empty((*shape[:-1], self.outputs))
-        tokens = x.numel() // inputs
-        failed = self.linear(
-            ctypes.byref(self.call), x.data_ptr(), inputs, tokens, y.data_ptr(), torch.get_num_threads()
-        )
-        if failed:
-            raise StaleWeights if failed == STALE else MemoryError(f"no memory for {tokens} tokens")
-        return y
+        return by_rows(self.linear, self.call, x, self.inputs, self.outputs, self.dtype)

@@ -201,6 +201,35 @@ def made_of(weight: torch.Tensor, make: Callable[[torch.Tensor], Any], known: Ti
     return found[1]
 
 
+def by_rows(
+    function: Callable, call: Any, x: torch.Tensor, inputs: int, outputs: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """``(…, outputs)`` of ``(…, inputs)`` by a function of the library.
+
+    Args:
+        function: Takes the struct, tokens, elements from token to token, their number, outputs and threads.
+        call: The struct, by reference.
+        x: Tokens.
+        inputs, outputs: Widths.
+        dtype: Of tokens and outputs.
+
+    Raises:
+        StaleWeights: If a source of the struct has changed.
+        ValueError: If `x` is not of this width, dtype and device.
+    """
+    shape = x.shape
+    if shape[-1] != inputs or x.dtype != dtype or not x.is_cpu:
+        raise ValueError(f"tokens of {shape[-1]} x {x.dtype} on {x.device} for a map of {inputs} x {dtype}")
+    if not x.is_contiguous():
+        x = x.contiguous()
+    y = x.new_empty((*shape[:-1], outputs))
+    tokens = x.numel() // inputs
+    failed = function(call, x.data_ptr(), inputs, tokens, y.data_ptr(), torch.get_num_threads())
+    if failed:
+        raise StaleWeights if failed == STALE else MemoryError(f"no memory for {tokens} tokens")
+    return y
+
+
 def _top(experts: int, tau: float) -> int:
     """How many experts `topk` runs."""
     return int((topk_priority(torch.arange(experts, 0.0, -1, device="cpu")) >= tau).sum())

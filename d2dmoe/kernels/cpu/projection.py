@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .native import DTYPES, LIVE, STALE, StaleWeights, Watch, kernel_for, library
+from .native import DTYPES, LIVE, Watch, by_rows, kernel_for, library
 
 _TENSORS = ("weight", "norms", "first")
 
@@ -118,16 +118,4 @@ class ProjectionPlan:
             StaleWeights: If a source has changed.
             ValueError: If `x` is not of this width, dtype and device.
         """
-        shape, inputs = x.shape, self.inputs
-        if shape[-1] != inputs or x.dtype != self.dtype or not x.is_cpu:
-            raise ValueError(
-                f"tokens of {shape[-1]} x {x.dtype} on {x.device} for a projection of {inputs} x {self.dtype}"
-            )
-        if not x.is_contiguous():
-            x = x.contiguous()
-        y = x.new_empty((*shape[:-1], self.outputs))
-        tokens = x.numel() // inputs
-        failed = self.project(self.call, x.data_ptr(), inputs, tokens, y.data_ptr(), torch.get_num_threads())
-        if failed:
-            raise StaleWeights if failed == STALE else MemoryError(f"no memory for {tokens} tokens")
-        return y
+        return by_rows(self.project, self.call, x, self.inputs, self.outputs, self.dtype)
