@@ -22,6 +22,7 @@ from ..kernels import dispatching
 from ..measure.observe import TOKENS_AT_ONCE, model_inputs
 from ..moe.gating import set_gate
 from ..moe.layer import layers
+from ..moe.projection import projections
 from ..training import train
 
 LOGITS_AT_ONCE = 2**24  # elements per forward pass with gradients, 64 MB in fp32
@@ -218,7 +219,7 @@ class Parts:
 
 @contextmanager
 def training_only(model: nn.Module, what: str) -> Iterator[None]:
-    """Gradients for stand-ins, for routers as well, or for everything; afterwards as it was."""
+    """Gradients for stand-ins, for routers as well, or for all but the bases of projections; afterwards as it was."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in before:
         parameter.requires_grad_(what == "all")
@@ -226,6 +227,9 @@ def training_only(model: nn.Module, what: str) -> Iterator[None]:
         for value in layer.stand_ins().values():
             value.requires_grad_(True)
         layer.router.requires_grad_(what != "stand-ins")
+    for projection in projections(model):
+        for name in projection.ADDED:  # in units of gradients: a step of a usual size would be anything but small there
+            getattr(projection, name).requires_grad_(False)
     try:
         yield
     finally:

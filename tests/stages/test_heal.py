@@ -15,10 +15,14 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 import d2dmoe.stages.heal as stage
 from d2dmoe import set_gate
 from d2dmoe.config import ConvertConfig
+from d2dmoe.convert import convert_model
 from d2dmoe.kernels.gates import select, straight_through
+from d2dmoe.moe.gating import stored_config
 from d2dmoe.moe.layer import layers
+from d2dmoe.moe.projection import projections
 from d2dmoe.stages.budgets.calibrate import calibrate
 from d2dmoe.stages.heal import Parts, divergence, heal
+from d2dmoe.tensors import PROJECTED
 
 
 def calibrated(**settings):
@@ -184,3 +188,23 @@ def test_gradients_pass_the_gate_to_routers_and_to_nothing_before_them():
         given = [p.grad for p in layer.router.parameters()]
         assert all(g is not None and g.any() for g in given) if soft else given == [None, None]
     assert_close(found[True], found[False])
+
+
+def test_bases_of_projections_are_not_trained():
+    """Their entries are in units of gradients, so that a step of AdamW would make others of them."""
+    from zoo import tiny
+
+    model = tiny("gpt2")
+    quick = {"experts": 8, "router_width": 8, "router_tokens": 64, "router_batch": 16, "calibration_tokens": 400}
+    config = ConvertConfig(**quick, active=[0.5], attention="low-rank", attention_active=0.6, heal_parameters="all",
+                           heal=20, heal_tokens=64)  # fmt: skip
+    convert_model(model, replace(config, heal=0), documents(64))
+    bases = {n: p for n, p in model.named_parameters() if n.rpartition(".")[2] in PROJECTED}
+    for layer in projections(model):
+        layer.low_rank_in.data.mul_(1e-5)
+        layer.low_rank_out.data.mul_(1e5)
+    before = {name: value.clone() for name, value in bases.items()}
+    log = heal(model, documents(64), config, stored_config(model))
+    assert log[-1]["after"] < log[-1]["before"]
+    assert bases
+    assert all(torch.equal(value, before[name]) for name, value in bases.items())
