@@ -30,7 +30,7 @@ from .bench import active_fraction
 from .prompts import Prompts, random_prompts
 from .timing import Function, measure
 
-FORMS = (None, "int8", "int8-dynamic")  # of experts and other linear maps alike
+FORMS = ("fp32", "bf16", "int8", "int8-dynamic")  # of a converted model; int8 means experts and other linear maps alike
 Inputs = dict[str, torch.Tensor]
 
 
@@ -53,12 +53,7 @@ class Last(nn.Module):
 
 def bf16(dense: Last, inputs: Sequence[Inputs]) -> Function:
     """Weights and arithmetic in bf16, by torch."""
-    module = copy.deepcopy(dense).to(torch.bfloat16)
-
-    def run(x: Inputs) -> torch.Tensor:
-        return module(*(v.bfloat16() if v.is_floating_point() else v for v in x.values()))
-
-    return run
+    return _cast(copy.deepcopy(dense).to(torch.bfloat16))
 
 
 def compiled(dense: Last, inputs: Sequence[Inputs]) -> Function:
@@ -196,9 +191,9 @@ def bench_peers(
             with set_gate(model, active=active):
                 fractions[active] = active_fraction(model, given)
             for form in FORMS:
-                twin = Last(twin_in(model, form, form), list(given[0])).eval()
-                set_gate(twin.model, active=active)
-                columns[f"{active:g} active, {form or 'fp32'}"] = lambda x, m=twin: m(*x.values())
+                twin = _in_form(model, form)
+                set_gate(twin, active=active)
+                columns[f"{active:g} active, {form}"] = _cast(Last(twin, list(given[0])).eval())
         expected = [columns["dense"](x) for x in given]  # others may use their memory for outputs again
         close = {name: _close([function(x).clone() for x in given], expected) for name, function in columns.items()}
         times = measure(columns, given, seconds=seconds, clock="process" if clock == "cpu" else clock)
@@ -211,6 +206,20 @@ def bench_peers(
                 "speedup": median["dense"] / value, "close": close[name], "threads": torch.get_num_threads(),
             })  # fmt: skip
     return rows
+
+
+def _in_form(model: nn.Module, form: str) -> nn.Module:
+    """A copy in one of `FORMS`, which shares the parameters where it can."""
+    if form == "bf16":
+        return copy.deepcopy(model).to(torch.bfloat16)
+    dtype = None if form == "fp32" else form
+    return twin_in(model, dtype, dtype)
+
+
+def _cast(module: Last) -> Function:
+    """The module as a function of inputs, which it gets in the dtype of its weights."""
+    dtype = next(module.parameters()).dtype
+    return lambda x: module(*(v.to(dtype) if v.is_floating_point() else v for v in x.values()))
 
 
 def _close(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
