@@ -46,10 +46,8 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
     )
     whole = "for --model: the other linear maps in this dtype in that column, and a column of the dense model in it"
     sub.add_argument("--linear-dtype", choices=("int8", "int8-dynamic"), help=whole)
-    peers = (
-        "for --model: the dense model compiled, in bf16 and in int8, by torchao, ONNX Runtime and OpenVINO where they "
-    )
-    peers += "are installed, beside the converted one in fp32, bf16 and int8; all tokens at once"
+    peers = "for --model: dense compiled, in bf16 and int8, by torchao, ONNX Runtime and OpenVINO (those installed),"
+    peers += " and the converted model in fp32, bf16 and int8; all tokens at once"
     sub.add_argument("--rivals", action="store_true", help=peers)
     turn = "layers alike, used in turn so that their weights come from memory, as in a model; for --layer"
     sub.add_argument("--copies", type=int, default=1, help=turn)
