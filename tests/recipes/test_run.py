@@ -54,7 +54,7 @@ def test_every_command_is_one_that_the_program_takes(name, form, tmp_path):
 @pytest.mark.parametrize("name", recipes.names())
 def test_each_recipe_says_what_it_is(name):
     content = yaml.safe_load((ROOT / "recipes" / name / "recipe.yaml").read_text())
-    assert set(content) <= {"about", "authors", "model", "base", "data", "noise", "tokens", "quick", "paper",
+    assert set(content) <= {"about", "authors", "model", "base", "data", "noise", "tokens", "full", "quick", "paper",
                             *recipes.SECTIONS}  # fmt: skip
     for form in ("quick", "paper"):
         assert set(content[form]) <= {"model", "base", "data", "tokens", *recipes.SECTIONS}
