@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..kernels import EXPERT_DTYPES
 from .int8_plans import Plans
 from .layer import layers
-from .packing import is_plain
+from .packing import is_plain, matrix_of, sizes
 from .projection import DynamicProjection
 
 LEAST = 2**14  # weights of a map below which rounding saves nothing that could be measured
@@ -33,7 +33,7 @@ class Int8Map(nn.Module):
 
     def matrix(self) -> torch.Tensor:
         """The weights as ``(outputs, inputs)``."""
-        raise NotImplementedError
+        return matrix_of(self)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``(…, inputs)`` to ``(…, outputs)``."""
@@ -43,17 +43,9 @@ class Int8Map(nn.Module):
 class Int8Linear(Int8Map, nn.Linear):
     """A `torch.nn.Linear` in int8, see `Int8Map`."""
 
-    def matrix(self) -> torch.Tensor:
-        """The weights as ``(outputs, inputs)``."""
-        return self.weight
-
 
 class Int8Conv1D(Int8Map, Conv1D):
     """GPT-2's `Conv1D` in int8, see `Int8Map`."""
-
-    def matrix(self) -> torch.Tensor:
-        """The weights as ``(outputs, inputs)``."""
-        return self.weight.T
 
 
 def set_linear_dtype(model: nn.Module, dtype: str | None) -> int:
@@ -86,7 +78,7 @@ def set_linear_dtype(model: nn.Module, dtype: str | None) -> int:
         found += [m for m in model.modules() if id(m) not in within and _takes(m)]
     for module in found:
         _set(module, dtype)
-    return sum(n * k + 4 * n for n, k in map(_shape, found)) if dtype else 0
+    return sum(n * k + 4 * n for k, n in map(sizes, found)) if dtype else 0
 
 
 def dtypes_of(model: nn.Module) -> dict[str, str]:
@@ -101,12 +93,6 @@ def _takes(module: nn.Module) -> bool:
     """A linear map and nothing more, whose call nobody has taken over."""
     kinds = isinstance(module, nn.Linear | Conv1D) and not isinstance(module, Int8Map | DynamicProjection)
     return kinds and "forward" not in vars(module) and module.weight.numel() >= LEAST and is_plain(module)
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    if isinstance(module, DynamicProjection):
-        return module.projection.outputs, module.projection.inputs
-    return module.matrix().shape
 
 
 def _set(module: Any, dtype: str | None) -> None:
