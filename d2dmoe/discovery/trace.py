@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..moe.fatrelu import fatrelu_names
+from ..moe.packing import sizes as features
 
 # One name per function: gelu_new, gelu_fast and gelu_accurate are gelu_pytorch_tanh; swish is silu.
 ACTIVATIONS = (
@@ -48,13 +49,6 @@ def _is_map(linear: nn.Module) -> bool:
     width, out = features(linear)
     y = linear(torch.zeros(1, width, device=linear.weight.device, dtype=linear.weight.dtype))
     return isinstance(y, torch.Tensor) and y.shape == (1, out)
-
-
-def features(linear: nn.Module) -> tuple[int, int]:
-    """Input and output width of a `Linear` or `Conv1D`."""
-    if isinstance(linear, Conv1D):
-        return linear.nx, linear.nf
-    return linear.in_features, linear.out_features
 
 
 def runs_on(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> set[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import nn
@@ -63,12 +62,13 @@ class Plans:
             parts = zip(first.split(ranks), second, strict=True)
             return torch.cat([(s.float() @ f.float()).to(s.dtype) for f, s in parts])
 
+        def plan() -> LinearPlan:
+            sources = [t for t in (first, *second, *constants) if t.numel()]
+            return LinearPlan(weight(), torch.cat(constants), rounds=dtype == "int8-dynamic", sources=sources)
+
         y = None
         if _can(module, first, x):
-            sources = [t for t in (first, *second, *constants) if t.numel()]
-            make = partial(LinearPlan, rounds=dtype == "int8-dynamic", sources=sources)
-            key = (dtype, identity(first), "folded")
-            y = self._by_library(x, key, lambda: make(weight(), torch.cat(constants)))
+            y = self._by_library(x, (dtype, identity(first), "folded"), plan)
         return _by_torch(x, weight(), torch.cat(constants), dtype) if y is None else y
 
     def _by_library(self, x: torch.Tensor, key: tuple, make: Callable[[], LinearPlan]) -> torch.Tensor | None:
