@@ -16,7 +16,8 @@ from ..moe.gating import set_gate
 from ..moe.projection import DynamicProjection, around_attention
 from ..progress import progress
 
-GRADIENT_TOKENS = 4096
+GRADIENT_TOKENS = (4096, 16384)  # of large and of small models; more than that brings little
+GRADIENT_WORK = 2**42  # parameters times tokens between them
 
 
 @dataclass
@@ -70,12 +71,17 @@ def gradient_moments(model: nn.Module, batches: Batches, *, seed: int = 0) -> li
     sums = [torch.zeros(x.projection.outputs, x.projection.outputs, device=model.device) for x in layers]
     generator, rows = torch.Generator().manual_seed(seed), 0
     with set_gate(model, active=1), _only_outputs_learn(model, layers, sums) as current:
-        for batch in progress(list(pieces(batches.first(GRADIENT_TOKENS))), desc="gradients"):
+        for batch in progress(list(pieces(batches.first(_gradient_tokens(model)))), desc="gradients"):
             mask = batch.get("attention_mask")
             current["mask"] = None if mask is None else mask.to(model.device)
             _probe(model(**model_inputs(model, batch)), current["mask"], generator).backward()
             rows += len(next(iter(batch.values()))) if mask is None else int(mask.sum())
     return [(total / max(rows, 1)).double().cpu() for total in sums]
+
+
+def _gradient_tokens(model: nn.Module) -> int:
+    least, most = GRADIENT_TOKENS
+    return min(max(GRADIENT_WORK // max(sum(p.numel() for p in model.parameters()), 1), least), most)
 
 
 def _probe(output: Any, mask: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
