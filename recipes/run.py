@@ -30,7 +30,7 @@ import yaml
 from d2dmoe import hub
 from d2dmoe.config import UserError
 from d2dmoe.files import write_text
-from d2dmoe.report import machine, portable, table
+from d2dmoe.report import machine, parts_table, portable, table
 
 HERE = Path(__file__).resolve().parent
 FORMS = ("full", "quick", "paper")
@@ -98,7 +98,8 @@ class Recipe:
             found.append(Step(f"convert-{name}", words, out / name / "results.json", resumable=True))
             found.append(self._evaluation(name, str(out / name), test))
         found.append(self._evaluation("int8", str(out / "ours"), {**test, **INT8}))
-        times = {"model": out / "ours", "json": out / "bench.json", "data": self.eval_data, **INT8, **sections["bench"]}
+        times = {"model": out / "ours", "json": out / "bench.json", "data": self.eval_data, "profile": True, **INT8}
+        times |= sections["bench"]
         found.append(Step("bench", [*D2DMOE, "bench", *flags(times)], out / "bench.json"))
         page = out / "report.html"
         words = [*D2DMOE, "report", str(out / "ours"), str(out / "theirs"), "--output", str(page)]
@@ -215,7 +216,8 @@ def outcome(recipe: Recipe, done: dict[str, Any]) -> dict[str, Any]:
         )
         times = [
             {"phase": r["phase"], "batch": r["batch"], "tokens": r["tokens"], "speedup": round(r["speedup"], 3),
-             "int8": round(r["all int8-dynamic_speedup"], 3), "dense_int8": round(r["dense int8-dynamic_speedup"], 3)}
+             "int8": round(r["all int8-dynamic_speedup"], 3), "dense_int8": round(r["dense int8-dynamic_speedup"], 3),
+             "parts": {c: {p: round(ms, 3) for p, ms in parts.items()} for c, parts in r["parts"].items()}}
             for r in rows("bench.json")
             if abs(r.get("active", -1) - asked) < 1e-6
         ]  # fmt: skip
@@ -254,7 +256,18 @@ def outcome_table(entry: dict[str, Any]) -> str:
     theirs = ["model FLOPs (paper's rule)", f"{metric} (paper's rule)"]
     ours = ["budget", "active", "model FLOPs", metric]
     head = [*ours, *theirs, "speed-up", f"{metric} in int8", "speed-up in int8 (dense in int8)"]
-    return f"base {entry['base']:.4f}, converted with everything on {entry['dense']:.4f}\n\n" + table(head, body)
+    text = f"base {entry['base']:.4f}, converted with everything on {entry['dense']:.4f}\n\n" + table(head, body)
+    return text + (profile_table(entry) if any("parts" in t for p in entry["points"] for t in p["times"]) else "")
+
+
+def profile_table(entry: dict[str, Any]) -> str:
+    """Where the time goes at the smallest budget that keeps 99 % of the base, or at the largest there is."""
+    base, lower = entry["base"], entry["metric"] in ("perplexity", "masked_lm")
+    keeping = [p for p in entry["points"] if (base / p["ours"] if lower else p["ours"] / base) >= 0.99]
+    point = min(keeping, key=lambda p: p["active"]) if keeping else max(entry["points"], key=lambda p: p["active"])
+    keeps = "the smallest that keeps 99 %" if keeping else "the largest, and none keeps 99 %"
+    rows = [{**times, "active_fraction": point["ours_active_fraction"]} for times in point["times"]]
+    return f"\n\nWhere the milliseconds go at a budget of {point['active']:g}, {keeps}:\n\n{parts_table(rows)}"
 
 
 def recorded_table() -> str:

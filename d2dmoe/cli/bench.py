@@ -49,6 +49,8 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
     peers = "for --model: dense compiled, in bf16 and int8, by torchao, ONNX Runtime and OpenVINO (those installed),"
     peers += " and the converted model in fp32, bf16 and int8; all tokens at once"
     sub.add_argument("--rivals", action="store_true", help=peers)
+    spent = "for --model: where the time goes, in blocks, other linear maps, head and everything else"
+    sub.add_argument("--profile", action="store_true", help=spent)
     turn = "layers alike, used in turn so that their weights come from memory, as in a model; for --layer"
     sub.add_argument("--copies", type=int, default=1, help=turn)
     sub.add_argument("--columns", default=columns, help="what to compare with; eager is always there")
@@ -62,7 +64,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
 
     from ..measure import bench
     from ..measure.pairs import parse_layer
-    from ..report import bench_table, check_plot, peers_table, plot_times
+    from ..report import bench_table, check_plot, parts_table, peers_table, plot_times
 
     columns = tuple(arguments.columns.split(","))
     if unknown := set(columns) - set(bench.COLUMNS):
@@ -76,6 +78,8 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
         _check_rivals(arguments)
     if arguments.linear_dtype and arguments.layer:
         raise UserError(f"--linear-dtype {arguments.linear_dtype}: a single layer has experts only; give --model")
+    if arguments.profile and arguments.layer:
+        raise UserError("--profile takes a model apart; give --model")
     if arguments.plot:
         if arguments.layer:
             raise UserError("--plot draws the quality of a model, and a single layer has none; give --model")
@@ -100,8 +104,10 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
         options["copies"] = arguments.copies
         rows = bench.bench_layer(spec, tokens=tokens, actives=arguments.active or [0.25], dtype=dtype, **options)
     else:
-        rows = _bench_model(arguments, {**options, "linear_dtype": arguments.linear_dtype})
-    emit(arguments, command, 0, rows, bench_table(rows))
+        own = {"linear_dtype": arguments.linear_dtype, "profile": arguments.profile}
+        rows = _bench_model(arguments, {**options, **own})
+    text = bench_table(rows)
+    emit(arguments, command, 0, rows, f"{text}\n\n{parts_table(rows)}" if arguments.profile else text)
     if arguments.plot:
         plot_times(rows, arguments.plot)
     return 0
@@ -133,7 +139,7 @@ def _check_rivals(arguments: argparse.Namespace) -> None:
     """
     others = {
         "layer": arguments.layer, "plot": arguments.plot, "expert-dtype": arguments.expert_dtype,
-        "linear-dtype": arguments.linear_dtype, "keep-dense": arguments.keep_dense,
+        "linear-dtype": arguments.linear_dtype, "keep-dense": arguments.keep_dense, "profile": arguments.profile,
         "dtype": arguments.dtype != "float32",
     }  # fmt: skip
     for name in (name for name, given in others.items() if given):

@@ -23,6 +23,7 @@ from ..moe.layer import DynamicFFN, GateState, layers
 from ..moe.memory import twin_in
 from .observe import ActiveCounter, model_inputs, observing
 from .pairs import make_pair
+from .parts import time_parts
 from .prompts import INPUTS, Prompts, random_prompts
 from .rivals import RIVAL_FUNCTIONS, dense_columns, works
 from .timing import Function, measure, row
@@ -154,7 +155,7 @@ def speedup(model: nn.Module, dense: nn.Module, batches: Sequence[dict[str, Any]
 def bench_model(
     model: nn.Module, dense: nn.Module, *, batches: list[int], length: int, settings: list[dict], seconds: float = 4.0,
     columns: tuple[str, ...] = COLUMNS, clock: str = "wall", keep_dense: bool = False, expert_dtype: str | None = None,
-    linear_dtype: str | None = None, prompts: Prompts | None = None,
+    linear_dtype: str | None = None, prompts: Prompts | None = None, profile: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of prefill (all tokens or patches at once) and, for generative models, of decode (one token each).
 
@@ -171,6 +172,8 @@ def bench_model(
         expert_dtype: A further column, the model with its experts in that dtype.
         linear_dtype: Of the other linear maps in that column, and of those of the dense model in one more.
         prompts: What to time them on, by default random tokens.
+        profile: Add an entry `parts` to each row: where the time of the dense model, the converted one and those in
+            other dtypes goes, see `time_parts`.
     """
     make = prompts or random_prompts(length)
     for layer in layers(model):
@@ -178,6 +181,8 @@ def bench_model(
     title = rounded_title(expert_dtype, linear_dtype)
     twin = twin_in(model, expert_dtype, linear_dtype) if title else None
     rounded = {f"dense {linear_dtype}": twin_in(dense, None, linear_dtype)} if linear_dtype else {}
+    whole = {"eager": dense, "sparse": model, **({title: twin} if twin else {}), **rounded}  # which can be taken apart
+    blocks = [layer.block for layer in layers(model)]
     rows = []
     text = model.main_input_name == "input_ids"
     decodes = text and hasattr(model, "can_generate") and model.can_generate() and not model.config.is_encoder_decoder
@@ -206,13 +211,19 @@ def bench_model(
                         if name in columns and all(layer.gate_state.tau > 0 for layer in layers(model)):
                             functions[name] = _rival(model, RIVAL_FUNCTIONS[name], call)
                     times = measure(_working(functions, inputs[0]), inputs, seconds=seconds, clock=clock)
+                    parts = {
+                        name: time_parts(module, blocks, functions[name], inputs, seconds=seconds, clock=clock)
+                        for name, module in whole.items() if profile
+                    }  # fmt: skip
                 tokens = batch * each if phase == "prefill" else batch
                 dtype = next(model.parameters()).dtype
                 backend = chosen(
                     torch.empty(0, dtype=dtype), layers(model)[0].activation, layers(model)[0].gate_state.name
                 )
                 one = row(times, dtype=dtype, phase=phase, tokens=tokens, active=active, backend=backend)
-                rows.append({**setting, "batch": batch, "context": each, **one})
+                rows.append(
+                    {**setting, "batch": batch, "context": each, **one, **({"parts": parts} if profile else {})}
+                )
     return rows
 
 

@@ -3,7 +3,7 @@
 from .card import auto_class, model_card
 from .machine import envelope, machine, portable, recorded_quality, write_json
 from .plots import check_plot, plot_curves, plot_times
-from .tables import bench_table, compare_table, drift_table, eval_table, list_table, peers_table, table
+from .tables import bench_table, compare_table, drift_table, eval_table, list_table, parts_table, peers_table, table
 
 __all__ = [
     "auto_class",
@@ -16,6 +16,7 @@ __all__ = [
     "list_table",
     "machine",
     "model_card",
+    "parts_table",
     "peers_table",
     "plot_curves",
     "plot_times",

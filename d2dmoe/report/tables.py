@@ -105,6 +105,22 @@ def bench_table(rows: list[dict[str, Any]]) -> str:
     return table(header + ([quality] if quality else []), body)
 
 
+def parts_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of `bench --profile`: where the milliseconds go, a line for each model."""
+    names = list(dict.fromkeys(part for row in rows for parts in row["parts"].values() for part in parts))
+    body, dense = [], set()
+    for row in rows:
+        for column, parts in row["parts"].items():
+            same = (row["phase"], row["batch"], column)
+            if same in dense:
+                continue  # a dense model is the same at every budget
+            if column == "eager" or column.startswith("dense"):
+                dense.add(same)
+            active = 1 if same in dense else row["active_fraction"]
+            body.append([row["phase"], row["batch"], column, active, *(f"{parts[name]:.3g}" for name in names)])
+    return table(["phase", "batch", "", "active", *(f"{name} ms" for name in names)], body)
+
+
 def peers_table(rows: list[dict[str, Any]]) -> str:
     """Rows of `bench --rivals`: a line for each way to run the model, a table for each batch size."""
     tables = []

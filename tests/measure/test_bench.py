@@ -177,6 +177,24 @@ def test_the_plot_shows_recorded_quality_at_measured_times(folder, tmp_path, mon
     assert drawn[0].axes[0].get_ylabel() == "perplexity"
 
 
+def test_the_profile_has_a_line_for_each_model(folder, tmp_path, capsys):
+    rounded = ["--expert-dtype", "int8", "--linear-dtype", "int8"]
+    argv = ["bench", "--model", str(folder), "--batch", "1", *BENCH, *rounded, "--json", str(tmp_path / "b.json")]
+    assert main([*argv, "--profile"]) == 0
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    for row in rows:
+        assert [*row["parts"]] == ["eager", "sparse", "all int8", "dense int8"]
+        assert all(0 < ms < 1000 for parts in row["parts"].values() for ms in parts.values())
+    printed = capsys.readouterr().out.partition("blocks ms")[2]
+    assert [line.split("|")[3].strip() for line in printed.splitlines()[2:]] == [
+        "eager", "sparse", "all int8", "dense int8", "sparse", "all int8",
+    ] * 2  # fmt: skip
+
+
+def test_a_single_layer_has_no_parts(d2dmoe):
+    assert "--profile" in d2dmoe("bench", "--layer", "d=32,f=64,experts=8", "--profile", code=1).err
+
+
 # --- real text -------------------------------------------------------------------------------------------------------
 
 

@@ -163,8 +163,26 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert found["points"][0]["int8"] == pytest.approx(found["points"][0]["ours"], rel=0.05)
     assert found["peak_mb"] == 100 + len(ran)
     assert f"| 0.5 | {rows[1]['active_fraction']:.3f} |" in recipes.outcome_table(found)
+    assert "milliseconds go at a budget of 0." in recipes.outcome_table(found)
     assert Path(recipe.folder, "report.html").exists()
     assert str(tmp_path) not in json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("metric", "qualities", "shown"),
+    [("accuracy", (0.90, 0.92, 0.93), "0.25, the smallest"), ("perplexity", (70, 60.4, 60.1), "0.25, the smallest"),
+     ("accuracy", (0.5, 0.6, 0.7), "0.5, the largest, and none keeps 99 %")],
+)  # fmt: skip
+def test_the_profile_is_of_the_smallest_budget_that_keeps_the_quality(metric, qualities, shown):
+    times = {"phase": "prefill", "batch": 1, "parts": {"eager": {"blocks": 3.0}, "sparse": {"blocks": 1.25}}}
+    points = [
+        {"active": active, "ours": quality, "ours_active_fraction": active, "times": [times]}
+        for active, quality in zip((0.1, 0.25, 0.5), qualities, strict=True)
+    ]
+    base = {"accuracy": 0.925, "perplexity": 60.0}[metric]
+    text = recipes.profile_table({"base": base, "metric": metric, "points": points})
+    assert shown in text
+    assert "| 1.25 |" in text
 
 
 def test_a_step_is_a_process_whose_memory_is_told(tmp_path):
