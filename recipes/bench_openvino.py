@@ -23,7 +23,8 @@ import torch
 from d2dmoe import hub
 from d2dmoe.config.options import DataConfig
 from d2dmoe.moe.gating import stored_config
-from d2dmoe.openvino.graph import BUDGET, Feed, trace
+from d2dmoe.openvino.cache import Feed
+from d2dmoe.openvino.graph import BUDGET, trace
 from d2dmoe.pipeline.openvino import calibration, compressed, example_inputs, feeds, traced
 
 DENSE, INT8 = "OpenVINO fp32", "OpenVINO int8"

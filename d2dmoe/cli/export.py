@@ -30,6 +30,8 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
     rest = "everything else by NNCF: weights and activations, or weights only, in int8 (default: fp32)"
     further.add_argument("--rest", choices=("int8", "int8-weights"), help=rest)
     further.add_argument("--batches", type=int, default=64, help="batches of --data that --rest int8 measures")
+    past = "keys and values of a decoder as its state, to generate token by token (default: where it has them)"
+    further.add_argument("--cache", action=argparse.BooleanOptionalAction, default=None, help=past)
     add_fields(sub, DataConfig)
 
 
@@ -43,7 +45,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
         return _openvino(arguments, command)
     data = given(arguments, DataConfig)
     for flag, value in (("active", arguments.active), ("expert-dtype", arguments.expert_dtype),
-                        ("rest", arguments.rest), *data.items()):  # fmt: skip
+                        ("rest", arguments.rest), ("cache", arguments.cache), *data.items()):  # fmt: skip
         if value is not None:
             raise UserError(f"--{flag.replace('_', '-')} belongs to --openvino; leave it out")
     if arguments.dense:
@@ -64,8 +66,10 @@ def _openvino(arguments: argparse.Namespace, command: list[str]) -> int:
     row = export_openvino(
         arguments.openvino, arguments.output, actives=arguments.active, expert_dtype=arguments.expert_dtype,
         rest=arguments.rest, data=resolve(DataConfig, given(arguments, DataConfig)), batches=arguments.batches,
+        cache=arguments.cache,
     )  # fmt: skip
     budgets = ", ".join(f"{active:g}" for active in row["actives"])
-    text = f"{row['layers']} layers at budgets {budgets}, {row['error']:.1g} from PyTorch: {arguments.output}"
+    cached = ", with its cache" if row["cached"] else ""
+    text = f"{row['layers']} layers at budgets {budgets}{cached}, {row['error']:.1g} from PyTorch: {arguments.output}"
     emit(arguments, command, 0, [row], text)
     return 0

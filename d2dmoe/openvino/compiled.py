@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError, first_line
+from .cache import BEAMS, MASK, POSITIONS, complete
 from .extension import add_operation, check_installed
 from .graph import BUDGET
 
 MODEL = "openvino_model.xml"
+IN_FP32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
 class CompiledModel:
@@ -27,7 +29,9 @@ class CompiledModel:
 
     def __init__(self, compiled: Any, actives: tuple[float, ...], active: float, operation: str):
         self.compiled, self.actives, self.active, self.operation = compiled, actives, active, operation
-        self.names = [port.any_name for port in compiled.inputs if port.any_name != BUDGET]
+        self.ports = [port.any_name for port in compiled.inputs]
+        self.names = [name for name in self.ports if name not in (BUDGET, BEAMS, POSITIONS)]
+        self.request = compiled.create_infer_request()
 
     def place(self, active: float | None) -> int:
         """The number of a budget.
@@ -59,12 +63,14 @@ class CompiledModel:
         given = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
         first = given.get("input_ids")
         if first is not None:
-            given = {"attention_mask": np.ones_like(first), "token_type_ids": np.zeros_like(first), **given}
+            given = {MASK: np.ones_like(first), "token_type_ids": np.zeros_like(first), **given}
             given = {n: v for n, v in given.items() if n in self.names or n in inputs}
-        if sorted(given) != sorted(self.names):
+        if sorted(given.keys() - {POSITIONS} if POSITIONS in self.ports else given) != sorted(self.names):
             raise UserError(f"inputs {', '.join(sorted(given))}: this model takes {', '.join(sorted(self.names))}")
         budget = np.array(self.place(active), dtype=np.int32)
-        found = self.compiled({**given, BUDGET: budget})
+        if BEAMS in self.ports:
+            self.request.reset_state()
+        found = self.request.infer(complete({**given, BUDGET: budget}, self.ports))
         return {port.any_name: found[port] for port in self.compiled.outputs}
 
 
@@ -87,7 +93,7 @@ def compile_model(
             fp32, also where OpenVINO would take bf16 by itself (`INFERENCE_PRECISION_HINT`).
 
     Returns:
-        A callable.
+        A callable. A decoder that was exported with its cache has `generate` as well, see `Decoder`.
 
     Raises:
         UserError: If `openvino` is missing, the folder is no export, or it does not hold the budget.
@@ -109,10 +115,16 @@ def compile_model(
         raise UserError(
             f"{file} is no model that d2dmoe has exported, or it is damaged ({first_line(error)})"
         ) from None
-    options = {"INFERENCE_PRECISION_HINT": "f32", **(config or {})}
+    options = {**IN_FP32, **(config or {})}
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
-    compiled = CompiledModel(core.compile_model(model, "CPU", options), actives, actives[0], operation)
+    given = (core.compile_model(model, "CPU", options), actives, actives[0], operation)
+    if any(port.any_name == BEAMS for port in model.inputs):
+        from .generation import Decoder
+
+        compiled: CompiledModel = Decoder(*given, Path(folder))
+    else:
+        compiled = CompiledModel(*given)
     if active is not None:
         compiled.place(active)
         compiled.active = active

@@ -17,11 +17,11 @@ from ..kernels.quads import SLACK
 from ..moe.gating import set_gate
 from ..moe.layer import DynamicFFN, layers
 from ..moe.prepared import settings
+from . import cache
 from .attributes import NUMBERS
 from .extension import extension_library
 
 BUDGET = "budget"  # name of the input that says which budget runs
-Feed = dict[str, np.ndarray]  # inputs of an OpenVINO model by name
 
 
 @torch.library.custom_op("d2dmoe::openvino_layer", mutates_args=())
@@ -168,8 +168,9 @@ def make_node(x: Any, budget: Any, tensors: np.ndarray, attributes: Mapping[str,
 
 @torch.no_grad()
 def openvino_model(
-    model: nn.Module, inputs: Mapping[str, torch.Tensor], actives: Sequence[float], expert_dtype: str | None = None
-) -> Any:
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], actives: Sequence[float], expert_dtype: str | None = None,
+    cached: bool = False,
+) -> Any:  # fmt: skip
     """Trace a converted model.
 
     Args:
@@ -177,6 +178,7 @@ def openvino_model(
         inputs: Of a small forward pass; their sizes stay open in the result.
         actives: Budgets that the result can run at, as of `set_gate`.
         expert_dtype: One of `kernels.EXPERT_DTYPES`.
+        cached: See `trace`.
 
     Returns:
         `openvino.Model` with one more input, the number of the budget in `actives`.
@@ -204,7 +206,7 @@ def openvino_model(
 
     for place, layer in enumerate(found):
         model.set_submodule(names[layer], _Mark(place, layer.down_weight.shape[-1]))
-    result = trace(model, inputs, ConversionExtension("d2dmoe::openvino_layer", convert))
+    result = trace(model, inputs, ConversionExtension("d2dmoe::openvino_layer", convert), cached=cached)
     parameter = opset13.parameter([], np.int32, name=BUDGET)
     held.output(0).replace(parameter.output(0))
     result.add_parameters([parameter])
@@ -213,22 +215,28 @@ def openvino_model(
 
 
 @torch.no_grad()
-def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor], *extensions: Any) -> Any:
+def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor], *extensions: Any, cached: bool = False) -> Any:
     """The `openvino.Model` of a Hugging Face model, its inputs and outputs named as there.
 
     Args:
         model: In evaluation mode.
         inputs: Of a small forward pass; their sizes stay open in the result.
         extensions: Of OpenVINO's frontend for PyTorch.
+        cached: Keys and values of a decoder are its state, see `cache`.
     """
     import openvino as ov
 
-    traced = _Traced(model, list(inputs)).eval()
+    def convert(module: nn.Module, example: tuple[torch.Tensor, ...]) -> Any:
+        given = {"example_input": example, **({"extension": list(extensions)} if extensions else {})}
+        with warnings.catch_warnings():  # of sizes that could be taken for constants; outputs are compared instead
+            warnings.simplefilter("ignore")
+            return ov.convert_model(module.eval(), **given)
+
+    if cached:
+        return cache.openvino_model(model, inputs, convert)
+    traced = _Traced(model, list(inputs))
     outputs = list(traced.outputs(*inputs.values()))
-    given = {"example_input": tuple(inputs.values()), **({"extension": list(extensions)} if extensions else {})}
-    with warnings.catch_warnings():  # of every size that could be taken for a constant; outputs are compared instead
-        warnings.simplefilter("ignore")
-        result = ov.convert_model(traced, **given)
+    result = convert(traced, tuple(inputs.values()))
     for ports, labels in ((result.inputs, inputs), (result.outputs, outputs)):
         for port, label in zip(ports, labels, strict=True):
             port.get_tensor().set_names({label})

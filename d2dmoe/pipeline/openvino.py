@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import logging
 import os
@@ -26,9 +27,10 @@ from ..discovery.positions import fit_to_positions
 from ..errors import UserError
 from ..moe.gating import set_gate
 from ..moe.memory import set_expert_dtype
-from ..openvino.compiled import MODEL
+from ..openvino.cache import MASK, Feed, complete, why_not
+from ..openvino.compiled import IN_FP32, MODEL
 from ..openvino.extension import check_installed, extension_library
-from ..openvino.graph import BUDGET, Feed, check_record, openvino_model
+from ..openvino.graph import BUDGET, check_record, openvino_model
 from .export import check_output, open_record
 from .verify import MODEL_TOLERANCE
 
@@ -45,25 +47,29 @@ def export_openvino(
     rest: str | None = None,
     data: DataConfig | None = None,
     batches: int = 64,
+    cache: bool | None = None,
 ) -> dict[str, Any]:
     """Write a converted model in OpenVINO's form, after a comparison with what PyTorch computes.
 
     Args:
         name: Converted folder.
-        output: New folder: `openvino_model.xml` and `.bin`, and the tokenizer's and other files beside the weights.
+        output: New folder: `openvino_model.xml` and `.bin`, `config.json`, and the tokenizer's and other files beside
+            the weights.
         actives: Active fractions that it can run at; by default the stored budgets.
         expert_dtype: One of `kernels.EXPERT_DTYPES`.
         rest: What NNCF makes of everything else: `int8` (weights and activations, whose ranges are measured on
             `data`), `int8-weights`, or `None` for fp32.
         data: Text or images for `int8`.
         batches: How many batches of them.
+        cache: Keys and values of a decoder are its state, so that it generates token by token. By default they are
+            where the model has them.
 
     Returns:
-        `layers`, `actives`, and `error`, the relative error against PyTorch before NNCF.
+        `layers`, `actives`, `cached`, and `error`, the relative error against PyTorch before NNCF.
 
     Raises:
         UserError: If a package is missing, the folder is not a converted one, a layer is of a kind that the native
-            library does not have, or the output is not empty.
+            library does not have, there is no cache, or the output is not empty.
     """
     folder, (config, _) = check_output(output), open_record(name)
     check_installed(*(("nncf",) if rest else ()))
@@ -79,21 +85,39 @@ def export_openvino(
     wanted = batches * data.batch_size * data.max_length
     found = calibration(name, config, data, wanted) if rest == "int8" else None
     model = hub.load_model(name, config)
-    result, error = traced(model, actives, expert_dtype)
+    cached = _cached(model, cache)
+    result, error = traced(model, actives, expert_dtype, cached)
     if rest:
         result = compressed(result, rest, list(feeds(result, found, len(actives), batches)) if found else [])
     result.set_rt_info(" ".join(map(repr, actives)), ["d2dmoe", "active"])
-    _write(result, folder, name)
-    return {"layers": len(record.blocks), "actives": actives, "error": error}
+    _write(result, folder, name, model)
+    return {"layers": len(record.blocks), "actives": actives, "cached": cached, "error": error}
 
 
-def traced(model: nn.Module, actives: Sequence[float], expert_dtype: str | None = None) -> tuple[Any, float]:
+def _cached(model: nn.Module, wanted: bool | None) -> bool:
+    """Is the model exported with its cache?
+
+    Raises:
+        UserError: If it has none, and one is wanted.
+    """
+    if wanted is False:
+        return False
+    why = why_not(model, example_inputs(model))
+    if why and wanted:
+        raise UserError(f"--cache: {why}; leave it out")
+    return not why
+
+
+def traced(
+    model: nn.Module, actives: Sequence[float], expert_dtype: str | None = None, cached: bool = False
+) -> tuple[Any, float]:
     """The `openvino.Model` of a converted model, and its relative error against it.
 
     Args:
         model: In fp32; its converted layers are taken out of it.
         actives: Active fractions that it can run at.
         expert_dtype: One of `kernels.EXPERT_DTYPES`.
+        cached: Keys and values of a decoder are its state.
 
     Raises:
         UserError: If it does not compute what the model does.
@@ -105,7 +129,7 @@ def traced(model: nn.Module, actives: Sequence[float], expert_dtype: str | None 
         for active in actives:
             with set_gate(model, active=active):
                 wanted.append(next(iter(model(**inputs).values())))
-    result = openvino_model(model, inputs, actives, expert_dtype)
+    result = openvino_model(model, inputs, actives, expert_dtype, cached)
     allowed = ROUNDED_TOLERANCE if expert_dtype == "int8-dynamic" else MODEL_TOLERANCE
     return result, _compare(result, inputs, wanted, actives, allowed)
 
@@ -137,11 +161,11 @@ def _compare(
     """
     import openvino as ov
 
-    run = ov.Core().compile_model(result, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
-    worst = 0.0
+    options = {"INFERENCE_NUM_THREADS": 1, **IN_FP32}
+    request, worst = ov.Core().compile_model(result, "CPU", options).create_infer_request(), 0.0
     for number, value in enumerate(wanted):
         feed = {k: v.numpy() for k, v in inputs.items()} | {BUDGET: np.array(number, dtype=np.int32)}
-        found = torch.from_numpy(run(feed)[0]).reshape(-1, value.shape[-1])
+        found = torch.from_numpy(_run(request, feed)).reshape(-1, value.shape[-1])
         rows = value.reshape(found.shape)
         error = float(((found - rows).norm(dim=-1) / rows.norm(dim=-1).clamp_min(1e-12)).quantile(0.5))
         if not error <= allowed:
@@ -151,6 +175,19 @@ def _compare(
             )
         worst = max(worst, error)
     return worst
+
+
+def _run(request: Any, feed: Feed) -> np.ndarray:
+    """The first output; of a model with a state in two steps, which must give what one step does."""
+    names = [port.any_name for port in request.model_inputs]
+    if not request.query_state():
+        return request.infer(feed)[0].copy()
+    ids, mask, found = feed["input_ids"], feed[MASK], []
+    request.reset_state()
+    for start, end in ((0, ids.shape[1] // 2), (ids.shape[1] // 2, ids.shape[1])):
+        part = complete({**feed, "input_ids": ids[:, start:end], MASK: mask[:, :end]}, names)
+        found.append(request.infer(part)[0].copy())
+    return np.concatenate(found, axis=1)
 
 
 def calibration(name: str, config: Any, data: DataConfig, tokens: int = 0) -> Batches:
@@ -170,6 +207,7 @@ def feeds(model: Any, found: Batches, budgets: int, count: int) -> Iterator[Feed
     names = {port.any_name for port in model.inputs}
     for number, batch in zip(range(count), found, strict=False):
         given = {name: value.numpy() for name, value in batch.items() if name in names}
+        given = complete(given, list(names))
         for name in names - {*given, BUDGET}:  # a decoder gets the encoder's tokens; of segments there is one
             ids = given["input_ids"]
             given[name] = ids if name == "decoder_input_ids" else np.zeros_like(ids)
@@ -193,7 +231,7 @@ def compressed(model: Any, rest: str, feeds: Sequence[Feed]) -> Any:
         return nncf.quantize(model, nncf.Dataset(feeds), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(feeds))
 
 
-def _write(result: Any, folder: Path, name: str) -> None:
+def _write(result: Any, folder: Path, name: str, model: nn.Module) -> None:
     """Under a temporary name, which becomes the folder's when all files are there."""
     import openvino as ov
 
@@ -202,6 +240,11 @@ def _write(result: Any, folder: Path, name: str) -> None:
     scratch.mkdir(parents=True)
     try:
         ov.save_model(result, scratch / MODEL, compress_to_fp16=False)
+        config = copy.deepcopy(model.config)
+        del config.quantization_config  # the weights are not beside it
+        config.save_pretrained(scratch)
+        if model.can_generate():
+            model.generation_config.save_pretrained(scratch)
         for path, source in hub.companions(name).items():
             (scratch / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, scratch / path)

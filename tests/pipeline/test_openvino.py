@@ -25,6 +25,7 @@ from d2dmoe.moe.loader import attach
 openvino = pytest.importorskip("openvino")
 
 from d2dmoe.openvino import compile_model, extension  # noqa: E402
+from d2dmoe.openvino.cache import complete  # noqa: E402
 from d2dmoe.openvino.graph import layer_inputs, make_node  # noqa: E402
 from d2dmoe.pipeline.openvino import compressed, example_inputs, export_openvino, traced  # noqa: E402
 
@@ -209,6 +210,90 @@ def test_nncf_leaves_the_layers_alone(rest):
     assert 1e-7 < error < 0.1
 
 
+# --- generation ------------------------------------------------------------------------------------------------------
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "phi3"])
+def test_generated_tokens_are_those_of_pytorch(name, tmp_path):
+    """Alone, padded on the left, by beams and sampled, at each budget, one after the other on one state."""
+    model = converted(name)
+    model.save_pretrained(tmp_path / "model")
+    row = export_openvino(str(tmp_path / "model"), str(tmp_path / "out"), actives=ACTIVES)
+    assert row["cached"]
+    run = compile_model(tmp_path / "out", threads=1)
+    seen = set()
+    for batch, length, options in ((1, 9, {}), (3, 5, {}), (2, 1, {}), (2, 6, {"num_beams": 3}),
+                                   (2, 4, {"do_sample": True, "num_return_sequences": 2})):  # fmt: skip
+        ids = torch.randint(5, 90, (batch, length))
+        mask = torch.ones_like(ids)
+        mask[0, : length // 3] = 0
+        given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 8, "pad_token_id": 0, **options}
+        for active in ACTIVES:
+            torch.manual_seed(1)
+            with set_gate(model, active=active):
+                wanted = model.generate(**given)
+            torch.manual_seed(1)
+            assert run.generate(**given, active=active).tolist() == wanted.tolist()
+            seen.add((batch, length, tuple(wanted.flatten().tolist())))
+    assert len(seen) > 5  # budgets matter here
+    assert run.active == ACTIVES[0]
+
+
+@needs_native
+def test_calls_forget_what_was_generated(tmp_path):
+    model = converted("gpt2")
+    model.save_pretrained(tmp_path / "model")
+    for name, cache in (("with", True), ("without", False)):
+        export_openvino(str(tmp_path / "model"), str(tmp_path / name), actives=ACTIVES, cache=cache)
+    cached, plain = (compile_model(tmp_path / name, threads=1) for name in ("with", "without"))
+    assert not hasattr(plain, "generate")
+    ids = torch.arange(10, 22).reshape(2, 6)
+    wanted = plain(0.25, input_ids=ids)["logits"]
+    for _ in range(2):
+        assert_close(cached(0.25, input_ids=ids)["logits"], wanted, rtol=1e-4, atol=1e-5)
+        first = cached.generate(ids, max_new_tokens=4, pad_token_id=0, do_sample=False)
+        assert torch.equal(cached.generate(ids, max_new_tokens=4, pad_token_id=0, do_sample=False), first)
+    with pytest.raises(UserError, match=r"active=0\.4"):
+        cached.generate(ids, max_new_tokens=4, active=0.4)
+
+
+@needs_native
+def test_models_without_such_a_cache(tmp_path):
+    """Encoders, and decoders that remember a window only."""
+    converted("bert").save_pretrained(tmp_path / "bert")
+    with pytest.raises(UserError, match=r"--cache: a Bert.* is no decoder of text alone; leave it out"):
+        export_openvino(str(tmp_path / "bert"), str(tmp_path / "out"), cache=True)
+    model = converted("mistral")
+    model.config.sliding_window = 4
+    model.save_pretrained(tmp_path / "window")
+    row = export_openvino(str(tmp_path / "window"), str(tmp_path / "out"))
+    assert not row["cached"]
+    with pytest.raises(UserError, match="is not keys and values of all tokens"):
+        export_openvino(str(tmp_path / "window"), str(tmp_path / "other"), cache=True)
+    assert names(tmp_path) == {"bert", "window", "out"}
+
+
+@needs_native
+@pytest.mark.parametrize("rest", ["int8", "int8-weights"])
+def test_nncf_leaves_the_state_alone(rest, tmp_path):
+    pytest.importorskip("nncf")
+    model = converted("llama")
+    result, _ = traced(model, ACTIVES, cached=True)
+    given = [{"input_ids": np.arange(5 + n, 13 + n)[None], "attention_mask": np.ones((1, 8), dtype=np.int64)}
+             for n in range(4)]  # fmt: skip
+    budget = {"budget": np.array(0, dtype=np.int32)}
+    ports = [port.any_name for port in result.inputs]
+    whole = openvino.Core().compile_model(result, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+    small = compressed(result, rest, [complete({**feed, **budget}, ports) for feed in given])
+    assert layers_in(small) == 2
+    request = openvino.Core().compile_model(small, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+    assert request.query_state()
+    feed = complete({**given[0], **budget}, ports)
+    wanted, found = whole.infer(feed)[0], request.infer(feed)[0]
+    assert 1e-7 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.3
+
+
 # --- a folder --------------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +384,7 @@ def test_without_the_native_library(home, d2dmoe, tmp_path, monkeypatch):
     (("--openvino", "{home}/first", "out", "--rest", "int8", "--data", "nowhere.txt"), "nowhere.txt"),
     (("--dense", "{home}/first", "out", "--active", "0.5"), "--active belongs to --openvino"),
     (("--dense", "{home}/first", "out", "--data", "a.txt"), "--data belongs to --openvino"),
+    (("--dense", "{home}/first", "out", "--no-cache"), "--cache belongs to --openvino"),
 ])  # fmt: skip
 def test_refusals(words, message, home, d2dmoe, tmp_path, monkeypatch):
     if "--rest" in words:

@@ -1,0 +1,142 @@
+"""Time a decoder token by token in OpenVINO, dense and converted, random weights, a fixed share of the experts on.
+
+python recipes/bench_openvino_decode.py --shape llama --active 0.25 --threads 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import openvino
+import torch
+from bench_shapes import SHAPES, build
+
+from d2dmoe import set_expert_dtype, set_gate, set_linear_dtype
+from d2dmoe.openvino.cache import MASK, Feed, complete
+from d2dmoe.openvino.compiled import IN_FP32
+from d2dmoe.openvino.graph import BUDGET, trace
+from d2dmoe.pipeline.openvino import compressed, example_inputs, traced
+from d2dmoe.report import table
+
+STEPS = 32  # between two prompts
+DENSE = "OpenVINO, weights in int8"
+
+
+class InOpenVINO:
+    """Steps of one of OpenVINO's models."""
+
+    def __init__(self, graph: Any, threads: int, precision: str):
+        options = {**IN_FP32, "INFERENCE_NUM_THREADS": threads}
+        if precision != "f32":
+            options |= {"INFERENCE_PRECISION_HINT": precision}
+        compiled = openvino.Core().compile_model(graph, "CPU", options)
+        self.request, self.ports = compiled.create_infer_request(), [port.any_name for port in compiled.inputs]
+
+    def start(self, prompt: np.ndarray) -> None:
+        """Forget, and read a prompt ``(1, length)``."""
+        self.request.reset_state()
+        self.length = 0
+        self.step(prompt)
+
+    def step(self, ids: np.ndarray) -> np.ndarray:
+        """Logits of new tokens ``(1, new)``."""
+        self.length += ids.shape[1]
+        feed: Feed = {"input_ids": ids, MASK: np.ones((1, self.length), dtype=np.int64)}
+        if BUDGET in self.ports:
+            feed[BUDGET] = np.array(0, dtype=np.int32)
+        feed = complete(feed, self.ports)
+        return self.request.infer(feed, share_inputs=True, share_outputs=True)[0]
+
+
+class InTorch:
+    """Steps of a model of Transformers."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+
+    def start(self, prompt: np.ndarray) -> None:
+        """Forget, and read a prompt ``(1, length)``."""
+        self.cache = None
+        self.step(prompt)
+
+    @torch.no_grad()
+    def step(self, ids: np.ndarray) -> np.ndarray:
+        """Logits of new tokens ``(1, new)``."""
+        output = self.model(input_ids=torch.from_numpy(ids), past_key_values=self.cache, use_cache=True)
+        self.cache = output.past_key_values
+        return output.logits.numpy()
+
+
+def columns(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is timed, by name."""
+    model, dense = build(arguments.shape, arguments.active, 0.0)
+    set_gate(model, active=arguments.active)
+    inputs = example_inputs(dense)
+    found: dict[str, Any] = {"torch fp32": InTorch(dense)}
+    for name, rest in (("OpenVINO fp32", None), (DENSE, "int8-weights")):
+        graph = trace(dense, inputs, cached=True)
+        graph = compressed(graph, rest, []) if rest else graph
+        found[name] = InOpenVINO(graph, arguments.threads, arguments.precision)
+    share = f"{arguments.active:g} of the experts"
+    for name, dtype, rest in (
+        (f"OpenVINO fp32, {share}", None, None),
+        (f"{DENSE}, {share} in int8", "int8", "int8-weights"),
+    ):
+        graph, _ = traced(build(arguments.shape, arguments.active, 0.0)[0], [arguments.active], dtype, cached=True)
+        graph = compressed(graph, rest, []) if rest else graph
+        found[name] = InOpenVINO(graph, arguments.threads, arguments.precision)
+        gc.collect()
+    set_expert_dtype(model, "int8")
+    set_linear_dtype(model, "int8")
+    found[f"torch, {share}, all in int8"] = InTorch(model)
+    return found
+
+
+def timed(
+    found: dict[str, Any], prompt: np.ndarray, seconds: float, now: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Milliseconds of steps after the prompt, by name; the columns take turns."""
+    rng, times = np.random.default_rng(0), {name: [] for name in found}
+    end = time.monotonic() + seconds * len(found)
+    while time.monotonic() < end or len(times[DENSE]) < STEPS:
+        tokens = rng.integers(5, 8000, (STEPS, 1, 1))
+        for name, model in found.items():
+            model.start(prompt)
+            for ids in tokens:
+                start = now()
+                model.step(ids)
+                times[name].append(1000 * (now() - start))
+    return times
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="llama", choices=[name for name in SHAPES if name != "minilm"])
+    parser.add_argument("--active", type=float, default=0.25)
+    parser.add_argument("--length", type=int, default=128, help="tokens of the prompt")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: time of the whole process")
+    parser.add_argument("--precision", choices=("f32", "bf16"), default="f32", help="of what is not int8")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each row")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(arguments.threads)
+    found = columns(arguments)
+    prompt = np.random.default_rng(1).integers(5, 8000, (1, arguments.length))
+    times = timed(
+        found, prompt, arguments.seconds, time.process_time if arguments.clock == "cpu" else time.perf_counter
+    )
+    median = {name: statistics.median(values) for name, values in times.items()}
+    print(table(["", "ms", f"of {DENSE}"], [[n, f"{ms:.2f}", f"{ms / median[DENSE]:.2f}"] for n, ms in median.items()]))
+
+
+if __name__ == "__main__":
+    main()
