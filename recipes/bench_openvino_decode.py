@@ -1,6 +1,6 @@
 """Time a decoder token by token in OpenVINO, dense and converted, random weights, a fixed share of the experts on.
 
-python recipes/bench_openvino_decode.py --shape llama --active 0.25 --threads 1
+python recipes/bench_openvino_decode.py --shapes llama,gpt2 --active 0.25 --threads 1
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class InTorch:
         return output.logits.numpy()
 
 
-def columns(arguments: argparse.Namespace) -> dict[str, Any]:
+def columns(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """What is timed, by name."""
-    model, dense = build(arguments.shape, arguments.active, 0.0)
+    model, dense = build(shape, arguments.active, 0.0)
     set_gate(model, active=arguments.active)
     inputs = example_inputs(dense)
     found: dict[str, Any] = {"torch fp32": InTorch(dense)}
@@ -89,7 +89,7 @@ def columns(arguments: argparse.Namespace) -> dict[str, Any]:
         (f"OpenVINO fp32, {share}", None, None),
         (f"{DENSE}, {share} in int8", "int8", "int8-weights"),
     ):
-        graph, _ = traced(build(arguments.shape, arguments.active, 0.0)[0], [arguments.active], dtype, cached=True)
+        graph, _ = traced(build(shape, arguments.active, 0.0)[0], [arguments.active], dtype, cached=True)
         graph = compressed(graph, rest, []) if rest else graph
         found[name] = InOpenVINO(graph, arguments.threads, arguments.precision)
         gc.collect()
@@ -119,7 +119,8 @@ def timed(
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="llama", choices=[name for name in SHAPES if name != "minilm"])
+    decoders = [name for name in SHAPES if name != "minilm"]
+    parser.add_argument("--shapes", default="llama", help=", ".join(decoders))
     parser.add_argument("--active", type=float, default=0.25)
     parser.add_argument("--length", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--threads", type=int, default=1)
@@ -129,13 +130,13 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
-    found = columns(arguments)
     prompt = np.random.default_rng(1).integers(5, 8000, (1, arguments.length))
-    times = timed(
-        found, prompt, arguments.seconds, time.process_time if arguments.clock == "cpu" else time.perf_counter
-    )
-    median = {name: statistics.median(values) for name, values in times.items()}
-    print(table(["", "ms", f"of {DENSE}"], [[n, f"{ms:.2f}", f"{ms / median[DENSE]:.2f}"] for n, ms in median.items()]))
+    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
+    for shape in arguments.shapes.split(","):
+        times = timed(columns(shape, arguments), prompt, arguments.seconds, clock)
+        median = {name: statistics.median(values) for name, values in times.items()}
+        body = [[name, f"{ms:.2f}", f"{ms / median[DENSE]:.2f}"] for name, ms in median.items()]
+        print(f"{shape}\n\n" + table(["", "ms", f"of {DENSE}"], body) + "\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 `d2dmoe export --openvino` writes them. The package `openvino` is imported when it is needed, and only then.
 """
 
-from .compiled import CompiledModel, compile_model
+from .compile import compile_model
+from .compiled import CompiledModel
 from .extension import extension_library
 
 __all__ = ["CompiledModel", "compile_model", "extension_library"]
