@@ -11,6 +11,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from d2dmoe.openvino.graph import BUDGET, trace
 from d2dmoe.pipeline.openvino import compressed, example_inputs, traced
 from d2dmoe.report import table
 
-STEPS = 32  # between two prompts
+STEPS, PROMPTS = 32, 3  # steps between two prompts, and prompts at least
 DENSE = "OpenVINO, weights in int8"
 
 
@@ -88,6 +89,7 @@ def columns(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
     for name, dtype, rest in (
         (f"OpenVINO fp32, {share}", None, None),
         (f"{DENSE}, {share} in int8", "int8", "int8-weights"),
+        (f"{DENSE}, {share} in int8-dynamic", "int8-dynamic", "int8-weights"),
     ):
         graph, _ = traced(build(shape, arguments.active, 0.0)[0], [arguments.active], dtype, cached=True)
         graph = compressed(graph, rest, []) if rest else graph
@@ -101,19 +103,22 @@ def columns(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def timed(
     found: dict[str, Any], prompt: np.ndarray, seconds: float, now: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Milliseconds of steps after the prompt, by name; the columns take turns."""
-    rng, times = np.random.default_rng(0), {name: [] for name in found}
+) -> dict[str, tuple[float, float]]:
+    """Milliseconds of the prompt and of a step after it, medians, by name; the columns take turns."""
+    rng = np.random.default_rng(0)
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in found}
+    for model in found.values():
+        model.start(prompt)
     end = time.monotonic() + seconds * len(found)
-    while time.monotonic() < end or len(times[DENSE]) < STEPS:
+    while time.monotonic() < end or len(times[DENSE][0]) < PROMPTS:
         tokens = rng.integers(5, 8000, (STEPS, 1, 1))
         for name, model in found.items():
-            model.start(prompt)
-            for ids in tokens:
-                start = now()
-                model.step(ids)
-                times[name].append(1000 * (now() - start))
-    return times
+            for place, calls in enumerate(([partial(model.start, prompt)], [partial(model.step, t) for t in tokens])):
+                for call in calls:
+                    start = now()
+                    call()
+                    times[name][place].append(1000 * (now() - start))
+    return {name: (statistics.median(first), statistics.median(steps)) for name, (first, steps) in times.items()}
 
 
 def main() -> None:
@@ -134,9 +139,12 @@ def main() -> None:
     clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
     for shape in arguments.shapes.split(","):
         times = timed(columns(shape, arguments), prompt, arguments.seconds, clock)
-        median = {name: statistics.median(values) for name, values in times.items()}
-        body = [[name, f"{ms:.2f}", f"{ms / median[DENSE]:.2f}"] for name, ms in median.items()]
-        print(f"{shape}\n\n" + table(["", "ms", f"of {DENSE}"], body) + "\n", flush=True)
+        body = []
+        for name, figures in times.items():
+            pairs = zip(figures, times[DENSE], strict=True)
+            body.append([name, *(text for ms, dense in pairs for text in (f"{ms:.3g}", f"{ms / dense:.2f}"))])
+        head = ["", f"prompt of {arguments.length}, ms", f"of {DENSE}", "one token, ms", f"of {DENSE}"]
+        print(f"{shape}\n\n{table(head, body)}\n", flush=True)
 
 
 if __name__ == "__main__":
