@@ -134,6 +134,7 @@ def attention_for(
 
 
 @accelerate_state_kept()
+@torch.enable_grad()  # callers may have switched gradients off for everything
 def train(
     model: nn.Module,
     batch_at: Callable[[int], Batch],

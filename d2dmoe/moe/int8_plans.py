@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from ..kernels import LinearPlan, StaleWeights, identity, projects, rounded_rows
 from .prepared import offloaded
 
 Factors = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
+Projected = Any  # a `DynamicProjection`, which imports this
 KEPT = 32  # maps whose plans are kept: a projection has some for each budget
 
 
@@ -19,6 +21,7 @@ class Plans:
 
     def __init__(self) -> None:
         self._known: dict[tuple, LinearPlan] = {}
+        self._folded: dict[tuple[str, tuple[int, ...]], tuple[tuple, LinearPlan]] = {}  # with versions of all tensors
 
     def __reduce__(self) -> tuple:
         return Plans, ()
@@ -44,35 +47,41 @@ class Plans:
             y = self._by_library(x, key, lambda: LinearPlan(weight, bias, rounds=dtype == "int8-dynamic"))
         return _by_torch(x, weight, bias, dtype) if y is None else y
 
-    def folded(
-        self, module: nn.Module, x: torch.Tensor, factors: Factors, ranks: tuple[int, ...], dtype: str
-    ) -> torch.Tensor:
+    def folded(self, layer: Projected, x: torch.Tensor, ranks: tuple[int, ...], dtype: str) -> torch.Tensor:
         """The same for factors, multiplied out before they are rounded.
 
         Args:
-            module: Whose factors these are.
+            layer: A `DynamicProjection`.
             x: ``(…, inputs)``.
-            factors: See `DynamicProjection.factors`.
             ranks: Of the sections.
             dtype: `int8` or `int8-dynamic`.
         """
-        first, second, constants = factors
+        own, held = layer._parameters, layer._buffers  # `nn.Module` finds attributes slowly, and this is a hot path
+        weight = held.get("merged_first", own.get("weight"))
+        if own.keys() == layer.OWN and _can(layer, weight, x):
+            tensors = (*own.values(), *held.values()) if held else own.values()
+            # `kernels.identity`, inline
+            versions = tuple([(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None])
+            for _ in range(2):
+                known = self._folded.get((dtype, ranks))
+                if known is None or known[0] != versions:
+                    known = self._fold(layer, ranks, dtype, versions)
+                try:
+                    return known[1](x)
+                except StaleWeights:
+                    self._folded = {}
+        return _by_torch(x, *_multiplied_out(layer.factors(ranks), ranks), dtype)
 
-        def weight() -> torch.Tensor:
-            parts = zip(first.split(ranks), second, strict=True)
-            return torch.cat([(s.float() @ f.float()).to(s.dtype) for f, s in parts])
-
-        def plan() -> LinearPlan:
-            sources = [t for t in (first, *second, *constants) if t.numel()]
-            return LinearPlan(weight(), torch.cat(constants), rounds=dtype == "int8-dynamic", sources=sources)
-
-        y = None
-        if _can(module, first, x):
-            y = self._by_library(x, (dtype, identity(first), "folded"), plan)
-        return _by_torch(x, weight(), torch.cat(constants), dtype) if y is None else y
+    def _fold(self, layer: Projected, ranks: tuple[int, ...], dtype: str, versions: tuple) -> tuple[tuple, LinearPlan]:
+        weight, bias = _multiplied_out(layer.factors(ranks), ranks)
+        sources = [t for t in layer.factor_sources() if t.numel()]
+        plan = LinearPlan(weight, bias, rounds=dtype == "int8-dynamic", sources=sources)
+        others = [(key, known) for key, known in self._folded.items() if key != (dtype, ranks)][-KEPT + 1 :]
+        self._folded = {**dict(others), (dtype, ranks): (versions, plan)}
+        return versions, plan
 
     def _by_library(self, x: torch.Tensor, key: tuple, make: Callable[[], LinearPlan]) -> torch.Tensor | None:
-        """By the plan of this key: dtype, identity of the main weights, and what tells plans of these apart."""
+        """By the plan of this key: dtype, and identities of weight and bias."""
         for _ in range(2):
             plan = self._known.get(key)
             if plan is None:
@@ -83,6 +92,14 @@ class Plans:
             except StaleWeights:
                 self._known = {}
         return None  # somebody writes to the weights meanwhile
+
+
+@torch.no_grad()
+def _multiplied_out(factors: Factors, ranks: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights ``(outputs, inputs)`` and constants ``(outputs,)`` of factors."""
+    first, second, constants = factors
+    parts = zip(first.split(ranks), second, strict=True)
+    return torch.cat([(s.float() @ f.float()).to(s.dtype) for f, s in parts]), torch.cat(constants)
 
 
 def _by_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: str) -> torch.Tensor:

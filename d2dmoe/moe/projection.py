@@ -143,6 +143,8 @@ class DynamicProjection(Gated, nn.Module):
 
     def _low_rank(self, x: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor:
         if not self._learns():
+            if self.linear_dtype is not None and self.projection.macs <= FOLDED:
+                return self.plans.folded(self, x, ranks, self.linear_dtype)
             return self._factored(x, self.factors(ranks), ranks)
         y = self._projected(linear(x, self.matrix()) - self.output_mean, ranks) + self.output_mean
         return y if self.bias is None else y + self.bias
@@ -170,8 +172,6 @@ class DynamicProjection(Gated, nn.Module):
 
     def _factored_int8(self, x: torch.Tensor, factors: Factors, ranks: tuple[int, ...], constant: bool) -> torch.Tensor:
         first, second, constants = factors
-        if constant and self.projection.macs <= FOLDED:
-            return self.plans.folded(self, x, factors, ranks, self.linear_dtype)
         thin, parts = self.plans.linear(self, x, first, None, self.linear_dtype).split(ranks, -1), []
         for t, s, c in zip(thin, second, constants, strict=True):
             if t.shape[-1]:

@@ -154,40 +154,45 @@ def example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
 def _compare(
     result: Any, inputs: dict[str, torch.Tensor], wanted: list[torch.Tensor], actives: Sequence[float], allowed: float
 ) -> float:
-    """The largest error of all budgets: the median of the rows' relative errors.
+    """The largest error of all budgets and steps: the median of the rows' relative errors, or a lower quantile.
 
     Sums in another order can tip a choice of the router that was close, or the rounding of a token, and then the rest
-    of that text differs by more than rounding. The median leaves such texts out.
+    of that text differs by more than rounding. The quantile leaves such texts out: in `int8-dynamic`, where PyTorch
+    alone differs from itself by up to 0.2 between one step and two, three rows in four may be such ones, and what goes
+    on from a state may differ three times as much.
     """
     import openvino as ov
 
     options = {"INFERENCE_NUM_THREADS": 1, **IN_FP32}
     request, worst = ov.Core().compile_model(result, "CPU", options).create_infer_request(), 0.0
+    quantile, later = (0.25, 3 * allowed) if allowed == ROUNDED_TOLERANCE else (0.5, allowed)
     for number, value in enumerate(wanted):
         feed = {k: v.numpy() for k, v in inputs.items()} | {BUDGET: np.array(number, dtype=np.int32)}
-        found = torch.from_numpy(_run(request, feed)).reshape(-1, value.shape[-1])
-        rows = value.reshape(found.shape)
-        error = float(((found - rows).norm(dim=-1) / rows.norm(dim=-1).clamp_min(1e-12)).quantile(0.5))
-        if not error <= allowed:
-            raise UserError(
-                f"active={actives[number]:g}: in OpenVINO the model differs by {error:.2g} relative from PyTorch "
-                f"(allowed {allowed:g}), so it is not exported"
-            )
-        worst = max(worst, error)
+        for step, (place, output) in enumerate(_steps(request, feed)):
+            found = torch.from_numpy(output).reshape(-1, value.shape[-1])
+            rows = value[place].reshape(found.shape)
+            errors = (found - rows).norm(dim=-1) / rows.norm(dim=-1).clamp_min(1e-12)
+            error = float(errors.quantile(quantile))
+            if not error <= (later if step else allowed):
+                raise UserError(
+                    f"active={actives[number]:g}: in OpenVINO the model differs by {error:.2g} relative from PyTorch "
+                    f"(allowed {later if step else allowed:g}), so it is not exported"
+                )
+            worst = max(worst, error)
     return worst
 
 
-def _run(request: Any, feed: Feed) -> np.ndarray:
-    """The first output; of a model with a state in two steps, which must give what one step does."""
+def _steps(request: Any, feed: Feed) -> Iterator[tuple[Any, np.ndarray]]:
+    """The first output and its place in the whole; of a model with a state half of each text after the other."""
     names = [port.any_name for port in request.model_inputs]
     if not request.query_state():
-        return request.infer(feed)[0].copy()
-    ids, mask, found = feed["input_ids"], feed[MASK], []
+        yield ..., request.infer(feed)[0]
+        return
+    ids, mask = feed["input_ids"], feed[MASK]
     request.reset_state()
     for start, end in ((0, ids.shape[1] // 2), (ids.shape[1] // 2, ids.shape[1])):
         part = complete({**feed, "input_ids": ids[:, start:end], MASK: mask[:, :end]}, names)
-        found.append(request.infer(part)[0].copy())
-    return np.concatenate(found, axis=1)
+        yield (slice(None), slice(start, end)), request.infer(part)[0]
 
 
 def calibration(name: str, config: Any, data: DataConfig, tokens: int = 0) -> Batches:

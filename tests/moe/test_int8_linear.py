@@ -12,12 +12,13 @@ from torch import nn
 from zoo import tiny
 
 from d2dmoe import ConvertConfig, UserError, set_expert_dtype, set_gate, set_linear_dtype
+from d2dmoe.config.projections import ProjectionState
 from d2dmoe.convert import convert_model
 from d2dmoe.data.batches import Batches
 from d2dmoe.discovery import dummy_inputs
 from d2dmoe.kernels import use_backend
 from d2dmoe.measure.evaluate import evaluate
-from d2dmoe.moe import int8_linear, projection
+from d2dmoe.moe import int8_linear, int8_plans, projection
 from d2dmoe.moe.int8_linear import Int8Map
 from d2dmoe.moe.layer import layers
 from d2dmoe.moe.projection import DynamicProjection
@@ -141,12 +142,13 @@ def test_converted_models(attention, folded, tmp_path, monkeypatch):
         assert torch.equal(twin(**inputs).logits, rounded)
         set_linear_dtype(twin, None)
         assert apart(twin(**inputs).logits, plain) < 1e-5  # which was computed by steps with gradients
-        layer = projected[0]
-        layer.weight.data.mul_(2)  # factors and plans follow
-        with use_backend("reference"):
-            expected = model(**inputs).logits
-        assert apart(model(**inputs).logits, expected) < 1e-3
-        layer.weight.data.div_(2)
+        layer, x = projected[0], torch.randn(3, projected[0].projection.inputs)
+        for name in ("weight", *layer.ADDED[:3]):  # factors and plans follow
+            for change in (lambda value: value.data.mul_(2), lambda value: value.mul_(0.5)):
+                change(getattr(layer, name))
+                with use_backend("reference"):
+                    expected = layer(x)
+                assert apart(layer(x), expected) < 1e-3
     assert 0 < apart(rounded, plain) < 0.1
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
@@ -157,6 +159,26 @@ def test_converted_models(attention, folded, tmp_path, monkeypatch):
     text = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     cached, whole = (model.generate(**inputs, **text, use_cache=use) for use in (True, False))
     assert torch.equal(cached, whole)
+
+
+@needs_native
+@torch.no_grad()
+def test_factors_are_multiplied_out_once_for_each_setting(monkeypatch):
+    made = []
+    plan = int8_plans.LinearPlan
+    monkeypatch.setattr(int8_plans, "LinearPlan", lambda *a, **k: made.append(1) or plan(*a, **k))
+    model = tiny("bert")
+    quick = {"experts": 8, "router_width": 8, "router_tokens": 64, "router_batch": 16, "calibration_tokens": 400}
+    convert_model(model, ConvertConfig(**quick, active=[0.5], attention="low-rank:o", attention_active=0.9), texts(60))
+    set_linear_dtype(model, "int8-dynamic")
+    layer = next(m for m in model.modules() if isinstance(m, DynamicProjection) and m.low_rank_in.shape[1] > 7)
+    x, seen = torch.randn(3, layer.projection.inputs), {}
+    for rank in (3, 7) * 3:
+        layer.gate_state = ProjectionState("low-rank", (rank,))
+        seen.setdefault(rank, layer(x))
+        assert torch.equal(layer(x), seen[rank])
+    assert len(made) == 2
+    assert not torch.equal(*seen.values())
 
 
 def test_gradients_pass_the_rounding():
