@@ -91,12 +91,14 @@ class Decoder(CompiledModel, GenerationMixin):
             self.active, self._state = before, None
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, past_key_values: State | None = None,
-        attention_mask: torch.Tensor | None = None, **unused: Any,
-    ) -> dict[str, Any]:  # fmt: skip
-        """What the next step takes: the tokens that are new."""
-        new = input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
-        return {"input_ids": new, "attention_mask": attention_mask, "past_key_values": past_key_values}
+        self, input_ids: torch.Tensor, past_key_values: State, attention_mask: torch.Tensor | None = None, **unused: Any
+    ) -> dict[str, Any]:
+        """What the next step takes: the tokens that are not in the state."""
+        return {
+            "input_ids": input_ids[:, past_key_values.length :],
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+        }
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,

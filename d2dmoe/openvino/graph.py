@@ -230,7 +230,11 @@ def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor], *extensions: Any
         given = {"example_input": example, **({"extension": list(extensions)} if extensions else {})}
         with warnings.catch_warnings():  # of sizes that could be taken for constants; outputs are compared instead
             warnings.simplefilter("ignore")
-            return ov.convert_model(module.eval(), **given)
+            try:
+                return ov.convert_model(module.eval(), **given)
+            except Exception as error:  # whatever its frontend does not know
+                reason = next(line for line in reversed(str(error).splitlines()) if line.strip()).strip()
+                raise UserError(f"OpenVINO cannot take over a {type(model).__name__}: {reason}") from error
 
     if cached:
         return cache.openvino_model(model, inputs, convert)

@@ -223,7 +223,7 @@ def test_generated_tokens_are_those_of_pytorch(name, tmp_path):
     assert row["cached"]
     run = compile_model(tmp_path / "out", threads=1)
     seen = set()
-    for batch, length, options in ((1, 9, {}), (3, 5, {}), (2, 1, {}), (2, 6, {"num_beams": 3}),
+    for batch, length, options in ((1, 9, {}), (3, 5, {}), (2, 1, {"use_cache": False}), (2, 6, {"num_beams": 3}),
                                    (2, 4, {"do_sample": True, "num_return_sequences": 2})):  # fmt: skip
         ids = torch.randint(5, 90, (batch, length))
         mask = torch.ones_like(ids)
@@ -402,6 +402,12 @@ def test_kinds_that_the_library_does_not_have(tmp_path):
     layers(model)[1].activation = None
     with pytest.raises(UserError, match="does not have its activation, gelu"):
         traced(model, ACTIVES)
+
+
+@needs_native
+def test_models_that_openvino_does_not_have():
+    with pytest.raises(UserError, match=r"^OpenVINO cannot take over a Qwen2MoeForCausalLM: .*No conversion rule"):
+        traced(converted("qwen2_moe"), ACTIVES)
 
 
 @needs_native
