@@ -21,6 +21,7 @@ from . import vocabulary
 from .config.options import DataConfig
 from .config.record import D2DMoEConfig
 from .errors import UserError, causes, first_line
+from .files import identity
 from .tensors import CHECKSUMS
 
 Data = TypeVar("Data", bound=DataConfig)
@@ -332,12 +333,9 @@ def token_facts(name: str, config: Any, revision: str | None = None) -> dict[str
 
 
 def fingerprint(name: str, config: Any) -> dict[str, Any]:
-    """What tells whether a model is still the same one: the hub commit, or names, sizes and times of local files."""
+    """What tells whether a model is still the same one: the hub commit, or the identity of local files."""
     commit = getattr(config, "_commit_hash", None)
     if not Path(name).is_dir():
         return {"model": name, "commit": commit}
     files = [f for pattern in ("*.safetensors", "*.json") for f in sorted(Path(name).glob(pattern))]
-    return {
-        "model": str(Path(name).resolve()),
-        "files": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
-    }
+    return {"model": str(Path(name).resolve()), **identity({f.name: f for f in files})}

@@ -21,7 +21,7 @@ from .. import hub
 from ..config.record import D2DMoEConfig
 from ..data.reading import sources_of
 from ..errors import UserError
-from ..files import replacing, write_text
+from ..files import identity, replacing, same_files, write_text
 from ..measure.observe import release_memory
 from ..moe.layer import layers
 from ..moe.projection import projections
@@ -223,16 +223,16 @@ def check_recipe(work: Path, recipe: dict[str, Any], files: dict[str, Any], resu
             if then != now:
                 raise UserError(f"{stop}: {key} changed ({_short(then)} then, {_short(now)} now); {again}")
         for kind, found in wanted["files"].items():
-            if found != before["files"].get(kind):
+            if not same_files(before["files"].get(kind), found):
                 raise UserError(f"{stop}: the files of --{kind} {recipe[kind]} changed meanwhile; {again}")
     write_text(file, json.dumps(wanted))
 
 
-def local_files(path: str) -> list[Any]:
-    """Names, sizes and times of local files, or of those in folders, that `--data` names; empty for anything else."""
+def local_files(path: str) -> dict[str, Any]:
+    """The identity of local files, or of those in folders, that `--data` names; of none for anything else."""
     roots = map(Path, sources_of(path))
     files = [p for root in roots for p in ([root] if root.is_file() else sorted(root.rglob("*"))) if p.is_file()]
-    return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    return identity({str(p.resolve()): p for p in files})
 
 
 def _short(value: Any) -> str:

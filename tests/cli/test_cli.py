@@ -474,16 +474,26 @@ def test_a_changed_key_is_not_resumed(
 
 @pytest.mark.parametrize("kind", ["model", "data"])
 def test_other_files_are_not_resumed(kind: str, home: Path, d2dmoe, tmp_path: Path) -> None:
+    """Nor are large ones with other times. Files that were copied again are the same."""
     shutil.copytree(home / "dense", tmp_path / "dense")
     shutil.copy(home / "text.txt", tmp_path)
     argv = convert_argv(tmp_path / "dense", tmp_path / "text.txt", tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("d2dmoe.pipeline.model.train_routers", lambda *_, **__: 1 / 0)
         d2dmoe(*argv, code=1)
-    os.utime(tmp_path / ("dense/model.safetensors" if kind == "model" else "text.txt"), (1, 1))
-    result = d2dmoe(*argv, "--resume", code=1)
-    assert f"the files of --{kind} {tmp_path}" in result.err
-    assert "--overwrite" in result.err
+        file = tmp_path / ("dense/model.safetensors" if kind == "model" else "text.txt")
+        os.utime(file, (1, 1))
+        assert "ZeroDivisionError" in d2dmoe(*argv, "--resume", code=1).err  # it went on, up to there
+        patch.setattr("d2dmoe.files.DIGESTED", 10)
+        os.utime(file, (2, 2))
+        refused = [d2dmoe(*argv, "--resume", code=1)]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    refused.append(d2dmoe(*argv, "--resume", code=1))
+    for result in refused:
+        assert f"the files of --{kind} {tmp_path}" in result.err
+        assert "--overwrite" in result.err
 
 
 def test_a_killed_conversion_is_started_again_with_overwrite(home: Path, killed: Path, d2dmoe, tmp_path: Path) -> None:
