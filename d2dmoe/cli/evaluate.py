@@ -31,6 +31,10 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--tokens", type=int, default=0, help="stop after this many tokens; 0 for all")
     second = "a second text: its active fraction and loss stand beside those of --data, for each budget"
     sub.add_argument("--also-eval", metavar="DATA", help=second)
+    other = (
+        "dense model to compare with, where healing or sparsify has changed the model's own weights: hub id or folder"
+    )
+    sub.add_argument("--original", metavar="MODEL", help=f"{other} (default: the model with everything on)")
     sub.add_argument("--plot", metavar="FILE", help="draw quality against whole-model FLOPs (needs matplotlib)")
     sub.add_argument(
         "--expert-dtype",
@@ -58,7 +62,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
         check_active(setting.get("active", 1.0))
     part = arguments.part or ("held_out" if config.data == "builtin" else "all")
     options = {"part": part, "tokens": arguments.tokens, "metric": arguments.metric}
-    options["also_eval"] = arguments.also_eval
+    options |= {"also_eval": arguments.also_eval, "original": arguments.original}
     subjects = [prepare(name, config, settings, **options) for name in dict.fromkeys(names)]
     dtypes = {"expert_dtype": arguments.expert_dtype, "linear_dtype": arguments.linear_dtype}
     rows = compare(subjects, settings, oracle=arguments.oracle, **dtypes)

@@ -28,7 +28,7 @@ from ..moe.layer import layers
 from ..moe.memory import set_expert_dtype, twin_in
 from ..moe.projection import around_attention, projections
 from ..progress import progress
-from ..vocabulary import special_tokens
+from ..vocabulary import size_of, special_tokens
 from .drift import SecondText, add_drift, second_text
 from .flops import DenseCost, dense_cost, dense_ffn_flops, projection_flops, sparse_ffn_flops
 from .metrics import METRICS, Batch, Metric, choose_metric
@@ -86,7 +86,8 @@ def evaluate(
         original = plain if rounded and original is None else original
         settings = [] if original is None else [{"active": 1.0}]
     points = [_Point(setting, kind(), each) for setting in settings]
-    repeated = [point for point in points if converted and not rounded and _runs_everything(model, point)]
+    own = converted and not rounded and original is None
+    repeated = [point for point in points if own and _runs_everything(model, point)]
     for batch in pieces(progress(batches, desc="eval"), limit):
         tokens += _tokens(batch, each)
         batch = kind.prepare(batch, tokenizer, generator)
@@ -98,8 +99,8 @@ def evaluate(
     timed = [model_inputs(model, batch) for batch in islice(pieces(batches, limit), TIMED)]
     base = dense.row(plain, timed, dense.metric, None) | {"tokens": tokens}
     if not converted:
-        own = {"tokens": tokens, **rounded}
-        return [point.row(model, timed, dense.metric, None) | own for point in points] or [base]
+        common = {"tokens": tokens, **rounded}
+        return [point.row(model, timed, dense.metric, None) | common for point in points] or [base]
     cost = dense_cost(plain, timed[0])
     rows = []
     for point in points:
@@ -231,6 +232,7 @@ class Subject:
     metric: str
     tokenizer: Any
     second: SecondText | None = None
+    original: str | None = None  # the dense model that it is compared with, if it is not itself with everything on
 
     def rows(
         self, settings: list[Setting], *, oracle: bool = False, expert_dtype: str | None = None,
@@ -240,7 +242,7 @@ class Subject:
         if not settings and self.stored:
             settings = [{"active": a} for a in sorted({*(b.active for b in self.stored.budgets), 1.0})]
         settings = [{**s, "oracle": True} for s in settings] if oracle else settings
-        if self.stored and self.stored.networks:
+        if self.stored and self.stored.networks and not self.original:
             warnings.warn(
                 f"{self.name} holds no dense model (--attention mlp): what is called dense here is this model with all "
                 f"experts on; its results.json compares it with the dense model it was made from", stacklevel=2
@@ -249,7 +251,10 @@ class Subject:
         if expert_dtype and self.stored:
             set_expert_dtype(model, expert_dtype)
         set_linear_dtype(model, linear_dtype)
-        return evaluate_both(model, self.batches, self.second, settings, metric=self.metric, tokenizer=self.tokenizer)
+        options = {"metric": self.metric, "tokenizer": self.tokenizer}
+        if self.original:
+            options["original"] = hub.load_model(self.original, hub.read_config(self.original))
+        return evaluate_both(model, self.batches, self.second, settings, **options)
 
 
 def prepare(
@@ -261,6 +266,7 @@ def prepare(
     tokens: int = 0,
     metric: str | None = None,
     also_eval: str | None = None,
+    original: str | None = None,
 ) -> Subject:
     """Prepare an evaluation: every check that needs no weights.
 
@@ -272,15 +278,18 @@ def prepare(
         tokens: Stop after this many tokens; 0 for all.
         metric: A key of `METRICS`, or `None` for the natural one.
         also_eval: A second text, on which every row gets an entry `drift`.
+        original: The dense model to compare with, hub id or folder; by default the model itself with everything on.
 
     Raises:
-        UserError: If the model, the data, a setting or the metric does not fit.
+        UserError: If the model, the data, a setting, the metric or the dense model does not fit.
     """
     config = hub.read_config(name)
     stored = hub.conversion_record(config)
     for setting in settings:
         check_tau(setting.get("tau", 0.0), stored.gate if stored else "max")
     kind = hub.model_class(config, name)
+    if original:
+        _check_original(original, name, config)
     data = fit_to_positions(data, kind, config)
     processor = hub.load_processor(name, config)
     facts = hub.token_facts(name, config) | {"packed": hub.is_causal(kind)}
@@ -292,7 +301,22 @@ def prepare(
     second = also_eval and second_text(
         also_eval, data, name=name, config=config, kind=kind, processor=processor, metric=metric, tokens=tokens
     )
-    return Subject(name, config, stored, batches, metric, processor, second or None)
+    return Subject(name, config, stored, batches, metric, processor, second or None, original)
+
+
+def _check_original(original: str, name: str, config: Any) -> None:
+    """Check that a model is dense and of the kind that another one is.
+
+    Raises:
+        UserError: If it is not.
+    """
+    theirs = hub.read_config(original)
+    if hub.conversion_record(theirs) is not None:
+        raise UserError(f"--original {original}: is converted itself; give the dense model")
+    ours, other = ((hub.model_class(c, n), size_of(c), c.num_labels) for c, n in ((config, name), (theirs, original)))
+    if ours != other:
+        raise UserError(f"--original {original}: class, vocabulary and number of labels are not those of {name}")
+    hub.check_safetensors(original)
 
 
 def compare(

@@ -196,6 +196,39 @@ def test_figures_are_those_of_the_checkpoint(home: Path, d2dmoe, tmp_path: Path)
     assert [row["metric"] for row in again] == [row["metric"] for row in kept]
 
 
+def test_eval_beside_another_dense_model(home: Path, d2dmoe, tmp_path: Path) -> None:
+    """That of a model whose own weights have changed since, and one of which nothing is known to be equal."""
+    dense = AutoModelForCausalLM.from_pretrained(home / "dense")
+    dense.transformer.h[0].mlp.c_proj.weight.data.mul_(3)
+    dense.save_pretrained(tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(home / "dense" / name, tmp_path / "other")
+    flags = ["--data", home / "text.txt", "--max-length", 32, "--tokens", 500, "--json", tmp_path / "f.json"]
+
+    def rows(*argv: object) -> list:
+        d2dmoe("eval", *argv, *flags)
+        return figures(tmp_path / "f.json")["rows"]
+
+    own = rows("--model", tmp_path / "other")[0]["metric"]["value"]
+    beside = rows("--model", home / "first", "--original", tmp_path / "other")
+    alone = rows("--model", home / "first")
+    assert [row["metric"]["value"] for row in beside] == [row["metric"]["value"] for row in alone]
+    assert {row["dense"]["value"] for row in beside} == {own}
+    cosine = ["--metric", "cosine_to_dense"]
+    assert rows("--model", home / "first", *cosine)[-1]["metric"]["value"] == pytest.approx(1, abs=1e-6)
+    for model, original in ((home / "first", tmp_path / "other"), (tmp_path / "other", home / "dense")):
+        assert rows("--model", model, "--original", original, *cosine)[-1]["metric"]["value"] < 0.999
+    dense.resize_token_embeddings(77)
+    dense.save_pretrained(tmp_path / "small")
+    refused = {
+        home / "first": "is converted itself; give the dense model",
+        "nowhere": "nowhere",
+        tmp_path / "small": "class, vocabulary and number of labels are not those of",
+    }
+    for name, sentence in refused.items():
+        assert sentence in d2dmoe("eval", "--model", home / "first", "--original", name, *flags, code=1).err
+
+
 def test_the_default_output_folder(home: Path, d2dmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     argv = convert_argv(home / "dense", home / "text.txt", "")
