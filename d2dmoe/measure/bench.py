@@ -181,8 +181,14 @@ def bench_model(
     title = rounded_title(expert_dtype, linear_dtype)
     twin = twin_in(model, expert_dtype, linear_dtype) if title else None
     rounded = {f"dense {linear_dtype}": twin_in(dense, None, linear_dtype)} if linear_dtype else {}
-    whole = {"eager": dense, "sparse": model, **({title: twin} if twin else {}), **rounded}  # which can be taken apart
     blocks = [layer.block for layer in layers(model)]
+
+    def parts_of(modules: dict[str, nn.Module], call: Callable, inputs: list[Any]) -> dict[str, dict[str, float]]:
+        return {
+            name: time_parts(m, blocks, lambda x, m=m: call(m, x), inputs, seconds=seconds, clock=clock)
+            for name, m in modules.items() if profile
+        }  # fmt: skip
+
     rows = []
     text = model.main_input_name == "input_ids"
     decodes = text and hasattr(model, "can_generate") and model.can_generate() and not model.config.is_encoder_decoder
@@ -193,6 +199,7 @@ def bench_model(
             call = _prefill if phase == "prefill" else lambda m, x, c=caches, p=given[0]: _decode(m, x, p, c)
             inputs: list[Any] = given if phase == "prefill" else [p["input_ids"][:, :1] for p in given]
             dense_functions = dense_columns(dense, inputs[0], columns, call)
+            dense_parts = parts_of({"eager": dense, **rounded}, call, inputs)
             for setting in settings:
                 with _gate(model, setting), _gate(twin, setting) if twin else nullcontext():
                     single = {k: v[:1] for k, v in given[0].items()}
@@ -211,19 +218,15 @@ def bench_model(
                         if name in columns and all(layer.gate_state.tau > 0 for layer in layers(model)):
                             functions[name] = _rival(model, RIVAL_FUNCTIONS[name], call)
                     times = measure(_working(functions, inputs[0]), inputs, seconds=seconds, clock=clock)
-                    parts = {
-                        name: time_parts(module, blocks, functions[name], inputs, seconds=seconds, clock=clock)
-                        for name, module in whole.items() if profile
-                    }  # fmt: skip
+                    parts = parts_of({"sparse": model, **({title: twin} if twin else {})}, call, inputs)
                 tokens = batch * each if phase == "prefill" else batch
                 dtype = next(model.parameters()).dtype
                 backend = chosen(
                     torch.empty(0, dtype=dtype), layers(model)[0].activation, layers(model)[0].gate_state.name
                 )
                 one = row(times, dtype=dtype, phase=phase, tokens=tokens, active=active, backend=backend)
-                rows.append(
-                    {**setting, "batch": batch, "context": each, **one, **({"parts": parts} if profile else {})}
-                )
+                one |= {"parts": {"eager": dense_parts["eager"], **parts, **dense_parts}} if profile else {}
+                rows.append({**setting, "batch": batch, "context": each, **one})
     return rows
 
 

@@ -60,7 +60,6 @@ class Decoder(CompiledModel, GenerationMixin):
         self.config = AutoConfig.from_pretrained(folder)
         self.generation_config = GenerationConfig.from_pretrained(folder)
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        self._state: State | None = None  # whose past the request holds
 
     def can_generate(self) -> bool:
         """It can."""
@@ -88,7 +87,7 @@ class Decoder(CompiledModel, GenerationMixin):
         try:
             return super().generate(inputs, *args, past_key_values=State(), **options)
         finally:
-            self.active, self._state = before, None
+            self.active = before
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, past_key_values: State, attention_mask: torch.Tensor | None = None, **unused: Any
@@ -101,14 +100,12 @@ class Decoder(CompiledModel, GenerationMixin):
         }
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
-        past_key_values: State | None = None, **unused: Any,
-    ) -> CausalLMOutputWithPast:  # fmt: skip
+        self, input_ids: torch.Tensor, past_key_values: State, attention_mask: torch.Tensor | None = None, **unused: Any
+    ) -> CausalLMOutputWithPast:
         """One step of `generate`: new tokens ``(batch, new)`` to logits ``(batch, new, vocabulary)``."""
-        state = State() if past_key_values is None else past_key_values
-        if state is not self._state:
+        state = past_key_values
+        if not state.length:
             self.request.reset_state()
-            self._state = state
         state.length += input_ids.shape[1]
         mask = input_ids.new_ones(len(input_ids), state.length) if attention_mask is None else attention_mask
         feed = {"input_ids": input_ids.numpy(), MASK: mask.numpy().astype(np.int64)}
@@ -122,5 +119,4 @@ class Decoder(CompiledModel, GenerationMixin):
         """As of `CompiledModel`; within `generate`, `forward`."""
         if isinstance(inputs.get("past_key_values"), State):
             return self.forward(*args, **inputs)
-        self._state = None
         return super().__call__(*args, **inputs)

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from conftest import randomise_routers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from zoo import tiny
+from zoo import converted_tiny, tiny
 
-from d2dmoe.config import D2DMoEConfig
-from d2dmoe.discovery import discover
 from d2dmoe.measure.parts import PARTS, parts_of, time_parts
 from d2dmoe.measure.timing import CLOCKS
 from d2dmoe.moe.layer import DynamicFFN, layers
-from d2dmoe.moe.loader import attach
 
 
 def pair(name: str) -> tuple[nn.Module, nn.Module]:
-    """A tiny dense model and itself converted."""
-    dense = tiny(name).eval()
-    model = copy.deepcopy(dense)
-    blocks = discover(model).blocks
-    for block in blocks:
-        block.experts = 8
-    attach(model, D2DMoEConfig(blocks=blocks, router_width=8, gate="topk"),
-           [torch.arange(b.width) for b in blocks], budgets=0)  # fmt: skip
-    randomise_routers(model)
-    return dense, model
+    """A tiny dense model and a converted one of its shape."""
+    return tiny(name), converted_tiny(name)
 
 
 def inputs_of(model: nn.Module) -> dict[str, torch.Tensor]:
