@@ -1,5 +1,6 @@
 """Loss of attention projections at a share of their work, feed-forward blocks dense: each way alone, and `auto`.
 
+With `--heal STEPS` the bases of `auto` are then trained by distillation from the dense model, the shares taking turns.
 With `--networks` it is the paper's way instead (`--attention mlp`): all experts on, then with the paper's gate, nothing
 for skipped experts, and with the default gate and refitted down projections; routers are narrow in both. Shares count
 routers.
@@ -16,6 +17,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from alone import Rows, keys_of, parser, prepared, shares_of, show
@@ -33,12 +35,13 @@ from d2dmoe.pipeline.model import convert_model
 from d2dmoe.pipeline.plan import ConversionPlan
 from d2dmoe.stages.budgets.allocate import give_out
 from d2dmoe.stages.budgets.projections import KINDS, groups_of
+from d2dmoe.stages.heal import heal
 
 
 def rows_of(config: ConvertConfig, eval_data: str, eval_limit: int, shares: list[float]) -> Rows:
     """One row of the table for each way."""
-    subject, plan, batches = prepared(config, eval_data, eval_limit)
-    batches = batches.first(config.calibration_tokens)
+    subject, plan, all_batches = prepared(config, eval_data, eval_limit)
+    batches = all_batches.first(config.calibration_tokens)
     model = hub.load_model(config.model, subject.config)
     record = D2DMoEConfig(blocks=plan.blocks, router_width=1, projections=plan.projections)
     attach(model, record, [torch.arange(block.width) for block in plan.blocks])
@@ -60,8 +63,17 @@ def rows_of(config: ConvertConfig, eval_data: str, eval_limit: int, shares: list
         record.budgets.replace(budgets)
         settings = [{"active": share} for share in shares]
         found = evaluate(model, subject.batches, settings, metric=subject.metric, tokenizer=subject.tokenizer)
-        rows.append([name, *(f"{quality_loss(r):.4g} (at {r['flops_fraction_attention']:.3f})" for r in found)])
+        rows.append([name, *cells(found)])
+    if config.heal:
+        heal(model, all_batches, config, record)
+        found = evaluate(model, subject.batches, settings, metric=subject.metric, tokenizer=subject.tokenizer)
+        rows.append([f"{name}, healed", *cells(found)])
     return rows
+
+
+def cells(found: list[dict[str, Any]]) -> list[str]:
+    """Loss and share of the projections' FLOPs of each evaluation."""
+    return [f"{quality_loss(r):.4g} (at {r['flops_fraction_attention']:.3f})" for r in found]
 
 
 NETWORKS = {
@@ -96,8 +108,8 @@ def rows_of_networks(config: ConvertConfig, eval_data: str, eval_limit: int, sha
                 model, subject.batches, [{"active": active} for active in (*own.active, 1.0)], original=dense,
                 metric=subject.metric, tokenizer=subject.tokenizer,
             )  # fmt: skip
-            cells = [f"{quality_loss(r):.4g} (at {r['flops_fraction_attention']:.3f})" for r in found]
-            rows += [["mlp, all on", *[cells[-1]] * len(shares)]] * (not number) + [[name, *cells[:-1]]]
+            own_cells = cells(found)
+            rows += [["mlp, all on", *[own_cells[-1]] * len(shares)]] * (not number) + [[name, *own_cells[:-1]]]
     return rows
 
 
@@ -107,13 +119,18 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser(__doc__, model=model, shares="0.25,0.5,0.75")
     flags.add_argument("--networks", action="store_true", help="the paper's way, --attention mlp, alone")
     flags.add_argument("--attention-tokens", type=int, default=700_000, help="of the distillation")
+    flags.add_argument("--heal", type=int, default=0, help="steps, on --router-tokens of text")
+    flags.add_argument("--heal-tokens", type=int, default=2048, help="of a step")
     arguments = flags.parse_args(argv)
+    if arguments.networks and arguments.heal:
+        flags.error("--heal trains bases, and --networks has none")
     if arguments.model == "minilm":
         arguments.model = places()["minilm"]
     shares = shares_of(arguments)
 
     def make() -> Rows:
-        own = {"attention_tokens": arguments.attention_tokens, "attention": "mlp" if arguments.networks else "auto"}
+        own = {key: getattr(arguments, key) for key in ("heal", "heal_tokens")}
+        own |= {"attention_tokens": arguments.attention_tokens, "attention": "mlp" if arguments.networks else "auto"}
         config = resolve(ConvertConfig, {**keys_of(arguments), **own})
         way = rows_of_networks if arguments.networks else rows_of
         return way(config, arguments.eval_data, arguments.eval_limit, shares)

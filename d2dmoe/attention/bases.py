@@ -13,6 +13,7 @@ from ..data.batches import Batches
 from ..moe.projection import DynamicProjection, around_attention
 from .moments import InputMoments, gradient_moments, input_moments
 
+TINY = 1e-30  # instead of the length of a direction that is not there
 DAMPING = 0.1  # of the gradients' moments towards equal weights of all outputs
 
 
@@ -92,7 +93,18 @@ def fit_bases(model: nn.Module, batches: Batches, seed: int = 0) -> list[Basis]:
 @torch.no_grad()
 def store_basis(layer: DynamicProjection, basis: Basis, norms: torch.Tensor) -> None:
     """Write a basis and the channels' norms ``(inputs,)``, scaled to a mean of 1, into a layer."""
-    layer.low_rank_in.copy_(basis.into)
-    layer.low_rank_out.copy_(basis.back)
+    set_basis(layer, basis.into, basis.back)
     layer.output_mean.copy_(basis.mean)
     layer.channel_norms.copy_(norms / norms.mean().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def set_basis(layer: DynamicProjection, into: torch.Tensor, back: torch.Tensor) -> None:
+    """Write `P` and `Q` of a layer, ``(…, rank)`` and ``(rank, …)``, each direction as long in one as in the other.
+
+    Only products count, and what weighs errors by gradients makes one very small and the other very large; whoever
+    trains both (`stages.heal`) needs steps of one size.
+    """
+    scale = (back.norm(dim=1) / into.norm(dim=0).clamp_min(TINY)).sqrt().clamp_min(TINY)
+    layer.low_rank_in.copy_(into * scale)
+    layer.low_rank_out.copy_(back / scale.unsqueeze(1))

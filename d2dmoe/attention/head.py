@@ -12,7 +12,7 @@ from ..moe.gating import set_gate
 from ..moe.head import DynamicHead
 from ..moe.projection import DynamicProjection, head_of
 from ..progress import progress
-from .bases import roots
+from .bases import roots, set_basis
 
 CANDIDATES = (0.003, 0.01, 0.03, 0.1)  # shares of the vocabulary that are tried
 HELD_OUT = 1024  # rows on which they are compared
@@ -46,8 +46,7 @@ def fit_head(model: nn.Module, batches: Batches, share: float) -> ProjectionStat
     root, inverse = roots(_output_moments(head, fitting).double().cpu(), 0.01)
     covariance = (centred.T @ centred / len(centred)).double().cpu()
     directions = torch.linalg.eigh(root @ covariance @ root)[1].flip(1)[:, : head.projection.rank]
-    head.low_rank_in.copy_(inverse @ directions)
-    head.low_rank_out.copy_(directions.T @ root)
+    set_basis(head, inverse @ directions, directions.T @ root)
     head.output_mean.copy_(mean)
     settings = _settings(head.projection, share)
     losses = _divergences(head, unseen, settings)

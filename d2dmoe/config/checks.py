@@ -108,13 +108,19 @@ def check(config: Any) -> None:
             raise UserError(f"--low-memory and --{name} do not go together; leave one of them out")
     if getattr(config, "heal_tokens", 1) < 1:
         raise UserError("--heal-tokens 0: must be at least 1")
-    if getattr(config, "heal", 0) and config.heal_parameters != "all" and config.stand_in == "zero":
+    if getattr(config, "heal", 0) and not _heals_something(config):
         raise UserError("--heal trains what stands in for skipped experts, and --stand-in zero has nothing to train")
     if getattr(config, "experts", 0) and getattr(config, "expert_size", 0):
         raise UserError(
             f"give --experts or --expert-size, not both ({config.experts} and {config.expert_size}); "
             f"0 takes one back that a recipe gives"
         )
+
+
+def _heals_something(config: Any) -> bool:
+    """Do the stand-ins or bases of a conversion have something to train, or is it every weight?"""
+    bases = config.head != "none" or attention_way(config.attention)[0] not in ("none", "mlp")
+    return bases or config.heal_parameters == "all" or config.stand_in != "zero"
 
 
 def check_active(active: float, given: str = "--active ") -> None:

@@ -257,7 +257,7 @@ class HealConfig(CalibrationConfig):
     heal: int = knob(0, "steps of distillation from the dense model with the gate in the loop, after calibration")
     heal_parameters: str = knob(
         "stand-ins",
-        "what it trains: stand-ins alone, the routers as well, or every weight (then the dense twin changes)",
+        "what it trains: stand-ins and bases alone, the routers as well, or every weight (then the dense twin changes)",
         choices=("stand-ins", "routers", "all"),
     )
     heal_tokens: int = knob(4096, "tokens per distillation step")

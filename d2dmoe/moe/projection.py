@@ -181,10 +181,8 @@ class DynamicProjection(Gated, nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def _learns(self) -> bool:
-        """Do gradients have to reach the weights? Then nothing is derived from them beforehand."""
-        if not torch.is_grad_enabled():
-            return False
-        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        """Do gradients have to reach weights or basis? Then nothing is derived from them beforehand."""
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters.values() if p is not None)
 
     @torch.no_grad()
     def factors(self, ranks: tuple[int, ...]) -> Factors:

@@ -219,7 +219,7 @@ class Parts:
 
 @contextmanager
 def training_only(model: nn.Module, what: str) -> Iterator[None]:
-    """Gradients for stand-ins, for routers as well, or for all but the bases of projections; afterwards as it was."""
+    """Gradients for stand-ins and the bases of projections, for routers as well, or for all; afterwards as it was."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in before:
         parameter.requires_grad_(what == "all")
@@ -228,8 +228,8 @@ def training_only(model: nn.Module, what: str) -> Iterator[None]:
             value.requires_grad_(True)
         layer.router.requires_grad_(what != "stand-ins")
     for projection in projections(model):
-        for name in projection.ADDED:  # in units of gradients: a step of a usual size would be anything but small there
-            getattr(projection, name).requires_grad_(False)
+        for name in projection.ADDED:
+            getattr(projection, name).requires_grad_(name != "channel_norms")  # the gate's
     try:
         yield
     finally:

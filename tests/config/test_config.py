@@ -71,6 +71,8 @@ def test_goals_out_of_range(values, said):
         ({"attention_active": 0.5}, "--attention-active 0.5 changes nothing without --attention"),
         ({"attention_layers": "0"}, "--attention-layers 0 changes nothing without --attention"),
         ({"heal_parameters": "all"}, "--heal-parameters all changes nothing without --heal"),
+        ({"heal": 9, "stand_in": "zero"}, "--stand-in zero has nothing to train"),
+        ({"heal": 9, "stand_in": "zero", "attention": "mlp:q"}, "--stand-in zero has nothing to train"),
         (
             {"router_fit": "closed-form", "router_learning_rate": 0.1},
             "--router-learning-rate 0.1 changes nothing with --router-fit closed-form",
@@ -82,6 +84,11 @@ def test_goals_out_of_range(values, said):
 def test_what_changes_nothing_is_refused(values, said):
     with pytest.raises(UserError, match=said):
         resolve(ConvertConfig, values)
+
+
+@pytest.mark.parametrize("added", [{"attention": "low-rank"}, {"head": "svd-softmax"}, {"heal_parameters": "all"}])
+def test_healing_without_stand_ins_trains_what_else_there_is(added):
+    resolve(ConvertConfig, {"heal": 9, "stand_in": "zero", **added})
 
 
 def test_every_kind_of_goal_becomes_a_target():

@@ -11,9 +11,11 @@ import torch
 from test_calibrate import converted, documents, points
 from torch.testing import assert_close
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from zoo import tiny
 
 import d2dmoe.stages.heal as stage
 from d2dmoe import set_gate
+from d2dmoe.attention.bases import set_basis
 from d2dmoe.config import ConvertConfig
 from d2dmoe.convert import convert_model
 from d2dmoe.kernels.gates import select, straight_through
@@ -22,7 +24,6 @@ from d2dmoe.moe.layer import layers
 from d2dmoe.moe.projection import projections
 from d2dmoe.stages.budgets.calibrate import calibrate
 from d2dmoe.stages.heal import Parts, divergence, heal
-from d2dmoe.tensors import PROJECTED
 
 
 def calibrated(**settings):
@@ -190,21 +191,44 @@ def test_gradients_pass_the_gate_to_routers_and_to_nothing_before_them():
     assert_close(found[True], found[False])
 
 
-def test_bases_of_projections_are_not_trained():
-    """Their entries are in units of gradients, so that a step of AdamW would make others of them."""
-    from zoo import tiny
-
+@pytest.mark.parametrize("what", ["stand-ins", "all"])
+@pytest.mark.parametrize("attention", ["low-rank", "channels"])
+def test_bases_of_projections_learn_and_the_dense_model_keeps_its_own(what, attention):
     model = tiny("gpt2")
     quick = {"experts": 8, "router_width": 8, "router_tokens": 64, "router_batch": 16, "calibration_tokens": 400}
-    config = ConvertConfig(**quick, active=[0.5], attention="low-rank", attention_active=0.6, heal_parameters="all",
-                           heal=20, heal_tokens=64)  # fmt: skip
+    config = ConvertConfig(**quick, active=[0.5], attention=attention, attention_active=0.4, heal_parameters=what,
+                           heal=40, heal_tokens=64, head="svd-softmax", head_active=0.5)  # fmt: skip
     convert_model(model, replace(config, heal=0), documents(64))
-    bases = {n: p for n, p in model.named_parameters() if n.rpartition(".")[2] in PROJECTED}
-    for layer in projections(model):
-        layer.low_rank_in.data.mul_(1e-5)
-        layer.low_rank_out.data.mul_(1e5)
-    before = {name: value.clone() for name, value in bases.items()}
+    before = copy.deepcopy(model)
     log = heal(model, documents(64), config, stored_config(model))
     assert log[-1]["after"] < log[-1]["before"]
-    assert bases
-    assert all(torch.equal(value, before[name]) for name, value in bases.items())
+    used = [any(state.ranks) for state in stored_config(model).budgets[0].projection_states]
+    for layer, old, learns in zip(projections(model), projections(before), used, strict=True):
+        for name in ("low_rank_in", "low_rank_out"):
+            assert torch.equal(getattr(layer, name), getattr(old, name)) != learns, (layer.projection.name, name)
+        assert all(torch.equal(layer.channel_norms, old.channel_norms) for _ in layer.ADDED[3:])
+    assert any(used)
+    ids = documents(4, seed=3)[0]
+    with set_gate(model, active=1), set_gate(before, active=1), torch.no_grad():
+        assert torch.equal(model(**ids).logits, before(**ids).logits) == (what == "stand-ins")
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_a_step_on_a_basis_does_not_depend_on_units(scale):
+    """Gradients of any size lead to factors that are equally long, with the same product."""
+    layer = projections(attached())[0]
+    torch.manual_seed(0)
+    into, back = torch.randn_like(layer.low_rank_in), torch.randn_like(layer.low_rank_out)
+    set_basis(layer, into * scale, back / scale)
+    assert_close(layer.low_rank_in @ layer.low_rank_out, into @ back)
+    assert_close(layer.low_rank_in.norm(dim=0), layer.low_rank_out.norm(dim=1))
+    set_basis(layer, into * 0, back)
+    assert not (layer.low_rank_in @ layer.low_rank_out).any()
+
+
+def attached():
+    """A model whose projections have room for bases."""
+    model = tiny("gpt2")
+    quick = {"experts": 8, "router_width": 8, "router_tokens": 64, "router_batch": 16, "calibration_tokens": 400}
+    convert_model(model, ConvertConfig(**quick, active=[0.5], attention="low-rank"), documents(16))
+    return model
