@@ -319,13 +319,11 @@ def _heal(
     teacher = dense() if stored.networks else None
     last = heal(model, batches, config, stored, state_dir=state_dir, resume=resume, teacher=teacher)[-1]
     if work is not None and first_process():
-        found = {"steps": config.heal, "before": last["before"], "after": last["after"]}
-        write_text(work / HEALING, json.dumps(found | {"kept": last["after"] < last["before"]}))
-    if last["after"] < last["before"]:
-        say(f"healed: {last['before']:.4f} to {last['after']:.4f} from the dense model, on text kept from healing")
-    else:
-        lost = f"on text kept from it {last['after']:.4f} from the dense model, {last['before']:.4f} without it"
-        say(f"healing undone: {lost}; try a lower --heal-learning-rate")
+        found = {"steps": config.heal, **{key: last[key] for key in ("before", "after", "relative")}}
+        write_text(work / HEALING, json.dumps(found | {"kept": last["relative"] < 1}))
+    lost = f"{last['before']:.4g} to {last['after']:.4g} from the dense model, {last['relative']:.2f} of it in the mean"
+    lost += " over the budgets, on text kept from healing"
+    say(f"healed: {lost}" if last["relative"] < 1 else f"healing undone: {lost}; try a lower --heal-learning-rate")
     fitting, unseen = _calibration_text(config, batches)
     calibrate_again(model, fitting, stored, targets(config), unseen=unseen, dense=dense)
 

@@ -23,11 +23,13 @@ from ..measure.observe import TOKENS_AT_ONCE, model_inputs
 from ..moe.gating import set_gate
 from ..moe.layer import layers
 from ..moe.projection import projections
+from ..tensors import is_added
 from ..training import train
 
 LOGITS_AT_ONCE = 2**24  # elements per forward pass with gradients, 64 MB in fp32
 ROUTERS = 0.01  # of the learning rate: a gate changes its mind by jumps, and its gradient holds for small steps only
 RATES = {"stand-ins": 1e-3, "routers": 1e-3, "all": 5e-5}  # what trains, and the learning rate unless another is given
+LEAST = 0.01  # of the largest divergence of a budget: what a smaller one counts as, where they are made relative
 CHECKED = 4096  # tokens, a tenth at most, that healing does not see: by them it is judged
 ELEMENTS = 2**18  # logits compared at a time, 1 MB in fp32: they stay in the processor's cache
 
@@ -117,8 +119,9 @@ def heal(
 ) -> list[dict[str, float]]:
     """Distil the dense model into the converted one at its stored budgets, taking turns.
 
-    If the model is not nearer to the dense one in the end, on text that it was not trained on, or if training fails,
-    everything is as before.
+    Budgets count alike: the loss of each is its divergence from the dense model relative to that at the start. If the
+    mean of these is not below 1 in the end, on text that it was not trained on, or if training fails, everything is as
+    before.
 
     Args:
         model: Converted and calibrated model.
@@ -130,8 +133,9 @@ def heal(
         teacher: The dense model, where the converted one does not hold it; by default that one with everything on.
 
     Returns:
-        The training log. Its last row has the mean `divergence` over the budgets before and after healing, on the text
-        that was kept from it.
+        The training log. Its last row has the mean `divergence` over the budgets `before` and `after` healing, on the
+        text that was kept from it, and as `relative` the mean of the quotients of each budget; a healing with less
+        than 1 was kept.
     """
     checked, part = batches, min(CHECKED, batches.tokens // 10)
     if part:
@@ -144,30 +148,44 @@ def heal(
         adam_betas=(0.9, 0.99), accumulation=parts.per_step, seed=config.seed, save_every=100,
     )  # fmt: skip
     student = Student(model, stored, config.heal_parameters, teacher)
-    start, end = student.distance(checked), float("nan")
+    start, end = student.distances(checked), torch.tensor(torch.nan)
+    student.scales = start.clamp_min(LEAST * start.max()).clamp_min(1e-12)
     with training_only(model, config.heal_parameters):
         before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         try:
             log = train(
                 student, parts, lambda student, batch: student(batch), settings,
                 name="heal", state_dir=state_dir, resume=resume, placed=True, in_turn=True,
-                rates=lambda name: ROUTERS if ".router." in name else 1.0,
+                rates=lambda name: rate_of(name, config.heal_parameters),
             )  # fmt: skip
-            end = student.distance(checked)
+            end = student.distances(checked)
         finally:
-            if not end < start:
+            relative = float((end / student.scales).mean())
+            if not relative < 1:
                 for name, value in before.items():
                     model.get_parameter(name).data.copy_(value)
-    log[-1] |= {"before": start, "after": end}
+    log[-1] |= {"before": float(start.mean()), "after": float(end.mean()), "relative": relative}
     return log
 
 
+def rate_of(name: str, what: str) -> float:
+    """What the learning rate of a parameter is multiplied by: what was added bears more than the dense weights."""
+    if ".router." in name:
+        return ROUTERS
+    return RATES["stand-ins"] / RATES["all"] if what == "all" and is_added(name) else 1.0
+
+
 class Student(nn.Module):
-    """The converted model as a module whose forward pass is the distillation loss. Dropout stays off."""
+    """The converted model as a module whose forward pass is the distillation loss. Dropout stays off.
+
+    Attributes:
+        scales: What the divergence of each budget is relative to.
+    """
 
     def __init__(self, model: nn.Module, stored: D2DMoEConfig, what: str, teacher: nn.Module | None = None):
         super().__init__()
         self.model, self.stored, self.through_gate = model, stored, what != "stand-ins"
+        self.scales = torch.ones(len(stored.budgets))
         self._everything_on = teacher is None
         if teacher is None:
             teacher = copy.deepcopy(model).eval() if what == "all" else model
@@ -179,17 +197,21 @@ class Student(nn.Module):
         return self
 
     @torch.no_grad()
-    def distance(self, batches: Batches) -> float:
-        """Mean of `forward` over budgets and batches."""
-        found = [self({**batch, "number": n}) for n in range(len(self.stored.budgets)) for batch in batches]
-        return float(torch.stack(found).mean())
+    def distances(self, batches: Batches) -> torch.Tensor:
+        """Mean divergence of each budget ``(budgets,)``."""
+        found = [[float(self.divergence(batch, n)) for batch in batches] for n in range(len(self.stored.budgets))]
+        return torch.tensor(found).mean(1)
 
     def forward(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Divergence from the dense model on a batch of `Parts`, at the budget whose turn it is."""
+        """Relative divergence from the dense model on a batch of `Parts`, at the budget whose turn it is."""
+        budget = batch["number"] % len(self.stored.budgets)
+        return self.divergence(batch, budget) / float(self.scales[budget])
+
+    def divergence(self, batch: dict[str, Any], budget: int) -> torch.Tensor:
+        """From the dense model on a batch."""
         teacher, inputs, mask = self._teacher[0], model_inputs(self.model, batch), batch.get("attention_mask")
         with torch.no_grad(), set_gate(teacher, active=1) if self._everything_on else nullcontext():
             reference = teacher(**inputs)
-        budget = batch["number"] % len(self.stored.budgets)
         with set_gate(self.model, budget=budget), differentiable_gate(self.model, self.through_gate):
             return divergence(self.model(**inputs), reference, None if mask is None else mask.to(self.model.device))
 
