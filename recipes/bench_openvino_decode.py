@@ -1,6 +1,6 @@
 """Time a decoder token by token in OpenVINO, dense and converted, random weights, a fixed share of the experts on.
 
-python recipes/bench_openvino_decode.py --shapes llama,gpt2 --active 0.25 --threads 1
+python recipes/bench_openvino_decode.py --shapes llama,gpt2 --active 0.25 --attention 0.5 --threads 1
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class InTorch:
 
 def columns(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """What is timed, by name."""
-    model, dense = build(shape, arguments.active, 0.0)
+    model, dense = build(shape, arguments.active, arguments.attention)
     set_gate(model, active=arguments.active)
     inputs = example_inputs(dense)
     found: dict[str, Any] = {"torch fp32": InTorch(dense)}
@@ -86,12 +86,14 @@ def columns(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
         graph = compressed(graph, rest, []) if rest else graph
         found[name] = InOpenVINO(graph, arguments.threads, arguments.precision)
     share = f"{arguments.active:g} of the experts"
+    share += f" and {arguments.attention:g} of the projections" if arguments.attention else ""
     for name, dtype, rest in (
         (f"OpenVINO fp32, {share}", None, None),
         (f"{DENSE}, {share} in int8", "int8", "int8-weights"),
         (f"{DENSE}, {share} in int8-dynamic", "int8-dynamic", "int8-weights"),
     ):
-        graph, _ = traced(build(shape, arguments.active, 0.0)[0], [arguments.active], dtype, cached=True)
+        converted = build(shape, arguments.active, arguments.attention)[0]
+        graph, _ = traced(converted, [arguments.active], dtype, cached=True)
         graph = compressed(graph, rest, []) if rest else graph
         found[name] = InOpenVINO(graph, arguments.threads, arguments.precision)
         gc.collect()
@@ -127,6 +129,9 @@ def main() -> None:
     decoders = [name for name in SHAPES if name != "minilm"]
     parser.add_argument("--shapes", default="llama", help=", ".join(decoders))
     parser.add_argument("--active", type=float, default=0.25)
+    parser.add_argument(
+        "--attention", type=float, default=0.0, help="share of the projections' work, at low rank; 0: dense"
+    )
     parser.add_argument("--length", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: time of the whole process")

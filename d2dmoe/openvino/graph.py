@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..config.record import D2DMoEConfig
 from ..errors import UserError
 from ..kernels import Tiles, native
 from ..kernels.quads import SLACK
@@ -62,19 +61,6 @@ class _Traced(nn.Module):
         """By name."""
         found = self.model(**dict(zip(self.names, values, strict=True)), **self.fixed, return_dict=True)
         return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
-
-
-def check_record(record: D2DMoEConfig) -> None:
-    """Check, before the weights are read, that nothing but feed-forward blocks was converted.
-
-    Raises:
-        UserError: Naming the first projection around attention.
-    """
-    if record.projections:
-        raise UserError(
-            f"{record.projections[0].name} is a projection around attention that was converted as well; the export to "
-            f"OpenVINO takes blocks of experts only: convert again with --attention none"
-        )
 
 
 def check_layers(model: nn.Module) -> None:

@@ -30,7 +30,8 @@ from ..moe.memory import set_expert_dtype
 from ..openvino.cache import MASK, Feed, complete, why_not
 from ..openvino.compiled import IN_FP32, MODEL
 from ..openvino.extension import check_installed, extension_library
-from ..openvino.graph import BUDGET, check_record, openvino_model
+from ..openvino.graph import BUDGET, openvino_model
+from ..openvino.projections import check_budgets, dense_head, plain_projections
 from .export import check_output, open_record
 from .verify import MODEL_TOLERANCE
 
@@ -74,12 +75,12 @@ def export_openvino(
     folder, (config, _) = check_output(output), open_record(name)
     check_installed(*(("nncf",) if rest else ()))
     record = hub.conversion_record(config)
-    check_record(record)
     for active in actives or ():
         check_active(active)
     actives = list(dict.fromkeys(actives or sorted(budget.active for budget in record.budgets)))
     if not actives:
         raise UserError(f"{name} stores no budgets; name one with --active")
+    check_budgets(record, actives)
     extension_library()  # says here, before the work, if there is no compiler
     data = data or DataConfig()
     wanted = batches * data.batch_size * data.max_length
@@ -114,8 +115,8 @@ def traced(
     """The `openvino.Model` of a converted model, and its relative error against it.
 
     Args:
-        model: In fp32; its converted layers are taken out of it.
-        actives: Active fractions that it can run at.
+        model: In fp32; its converted layers are taken out of it. A converted head becomes dense.
+        actives: Active fractions that it can run at; projections around attention are set as at the first of them.
         expert_dtype: One of `kernels.EXPERT_DTYPES`.
         cached: Keys and values of a decoder are its state.
 
@@ -123,12 +124,15 @@ def traced(
         UserError: If it does not compute what the model does.
     """
     set_expert_dtype(model, expert_dtype)
+    dense_head(model)
     inputs = example_inputs(model)
     wanted = []
     with torch.no_grad():
         for active in actives:
             with set_gate(model, active=active):
                 wanted.append(next(iter(model(**inputs).values())))
+    with set_gate(model, active=actives[0]):
+        plain_projections(model)
     result = openvino_model(model, inputs, actives, expert_dtype, cached)
     allowed = ROUNDED_TOLERANCE if expert_dtype == "int8-dynamic" else MODEL_TOLERANCE
     return result, _compare(result, inputs, wanted, actives, allowed)

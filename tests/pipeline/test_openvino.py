@@ -16,9 +16,12 @@ from torch.testing import assert_close
 from zoo import tiny
 
 from d2dmoe import UserError, set_expert_dtype, set_gate
-from d2dmoe.config import Budget, D2DMoEConfig
+from d2dmoe.config import Budget, ConvertConfig, D2DMoEConfig
+from d2dmoe.convert import convert_model
+from d2dmoe.data.batches import Batches
 from d2dmoe.discovery import discover
 from d2dmoe.kernels import native
+from d2dmoe.moe.gating import stored_config
 from d2dmoe.moe.layer import DynamicFFN, layers
 from d2dmoe.moe.loader import attach
 
@@ -27,6 +30,7 @@ openvino = pytest.importorskip("openvino")
 from d2dmoe.openvino import compile_model, extension  # noqa: E402
 from d2dmoe.openvino.cache import complete  # noqa: E402
 from d2dmoe.openvino.graph import layer_inputs, make_node  # noqa: E402
+from d2dmoe.openvino.projections import dense_head  # noqa: E402
 from d2dmoe.pipeline.openvino import compressed, example_inputs, export_openvino, traced  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is not a stored budget")
@@ -208,6 +212,81 @@ def test_nncf_leaves_the_layers_alone(rest):
     found = openvino.Core().compile_model(small, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(feed)[0]
     error = np.linalg.norm(found - wanted.numpy()) / wanted.norm()
     assert 1e-7 < error < 0.1
+
+
+# --- projections around attention ------------------------------------------------------------------------------------
+
+
+def texts(count: int, seed: int = 0) -> Batches:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 17, (count,), generator=generator).tolist()
+    return Batches([{"input_ids": torch.randint(5, 90, (n,), generator=generator)} for n in lengths], 5)
+
+
+def with_projections(name: str, attention: str, **keys: object) -> torch.nn.Module:
+    model = tiny(name)
+    quick = {"experts": 8, "router_width": 8, "router_tokens": 64, "router_batch": 16, "calibration_tokens": 400}
+    convert_model(model, ConvertConfig(**quick, attention=attention, **keys), texts(40))
+    return model
+
+
+@needs_native
+@pytest.mark.parametrize(("name", "attention", "head"), [
+    ("gpt2", "low-rank", "none"), ("gpt2", "channels", "svd-softmax"), ("llama", "low-rank", "svd-softmax"),
+    ("llama", "channels:q,o", "none"), ("bert", "low-rank:k", "none"),
+])  # fmt: skip
+def test_projections_are_exported_at_one_budget(name, attention, head, tmp_path):
+    model = with_projections(name, attention, active=[0.3, 0.6], head=head)
+    used = {s.method for s in stored_config(model).budgets.projection_states(0.3)}
+    assert attention.partition(":")[0] in used
+    model.save_pretrained(tmp_path / "model")
+    export_openvino(str(tmp_path / "model"), str(tmp_path / "out"), actives=[0.3])
+    compiled, inputs = compile_model(tmp_path / "out"), {"input_ids": torch.randint(5, 90, (3, 11))}
+    dense_head(model)
+    with torch.no_grad(), set_gate(model, active=0.3):
+        wanted = next(iter(model(**inputs).values()))
+    found = torch.from_numpy(next(iter(compiled(**inputs).values())))
+    assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    with torch.no_grad(), set_gate(model, active=1):
+        assert not torch.allclose(found, next(iter(model(**inputs).values())), atol=1e-4)
+
+
+@needs_native
+def test_a_decoder_with_projections_generates(tmp_path):
+    model = with_projections("gpt2", "low-rank", active=[0.4])
+    model.save_pretrained(tmp_path / "model")
+    export_openvino(str(tmp_path / "model"), str(tmp_path / "out"))
+    ids = torch.randint(5, 90, (1, 7))
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with set_gate(model, active=0.4):
+        wanted = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    found = compile_model(tmp_path / "out").generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert found.tolist() == wanted.tolist()
+
+
+@needs_native
+def test_budgets_at_which_projections_differ_are_refused_before_the_weights_are_read(tmp_path, monkeypatch):
+    model = with_projections("gpt2", "low-rank", active=[0.3, 0.6])
+    assert stored_config(model).budgets[0].projection_states != stored_config(model).budgets[1].projection_states
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("d2dmoe.hub.load_model", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(UserError, match=r"budgets 0.3 and 0.6.*--active 0.3"):
+        export_openvino(str(tmp_path / "model"), str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"budgets 0.6 and 1"):
+        export_openvino(str(tmp_path / "model"), str(tmp_path / "out"), actives=[0.6, 1.0])
+
+
+@needs_native
+def test_projections_that_are_alike_at_all_budgets_leave_these_open(tmp_path):
+    model = with_projections("bert", "low-rank", active=[0.3, 0.6], attention_active=0.5)
+    model.save_pretrained(tmp_path / "model")
+    export_openvino(str(tmp_path / "model"), str(tmp_path / "out"))
+    compiled, inputs = compile_model(tmp_path / "out"), {"input_ids": torch.randint(5, 90, (3, 11))}
+    for active in (0.3, 0.6):
+        with torch.no_grad(), set_gate(model, active=active):
+            wanted = next(iter(model(**inputs).values()))
+        found = torch.from_numpy(next(iter(compiled(active=active, **inputs).values())))
+        assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 # --- generation ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,107 @@
+"""Converted projections around attention in a model that is exported: plain maps, at the one setting that they get."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..config.projections import HEAD, Projection, ProjectionState
+from ..config.record import D2DMoEConfig
+from ..errors import UserError
+from ..moe.projection import DynamicProjection, projections
+
+linear = nn.functional.linear
+
+
+class LowRank(nn.Module):
+    """Two factors for each section of the outputs; with the mean output, unless they stand in for some channels."""
+
+    def __init__(self, layer: DynamicProjection, state: ProjectionState):
+        super().__init__()
+        first, second, constants = layer.factors(state.ranks)
+        self.firsts, self.seconds = first.split(state.ranks), second
+        self.constants = constants if state.method == "low-rank" else [None] * len(second)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(…, inputs)`` to ``(…, outputs)``."""
+        parts = [linear(linear(x, a), q, c) for a, q, c in zip(self.firsts, self.seconds, self.constants, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+class Channels(nn.Module):
+    """The dense map of the channels that run, and factors for the others. It saves no time outside our own kernels."""
+
+    def __init__(self, layer: DynamicProjection, state: ProjectionState):
+        super().__init__()
+        self.weight, self.bias = layer.matrix().detach(), layer.bias
+        self.norms, self.threshold = layer.channel_norms, state.threshold
+        self.others = LowRank(layer, state) if any(state.ranks) else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(…, inputs)`` to ``(…, outputs)``."""
+        kept = x * (x.abs() * self.norms >= self.threshold)
+        y = linear(kept, self.weight, self.bias)
+        return y if self.others is None else y + self.others(x - kept)
+
+
+class Dense(nn.Module):
+    """The map as it was."""
+
+    def __init__(self, layer: DynamicProjection):
+        super().__init__()
+        self.weight, self.bias = layer.matrix(), layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(…, inputs)`` to ``(…, outputs)``."""
+        return linear(x, self.weight, self.bias)
+
+
+def check_budgets(record: D2DMoEConfig, actives: Sequence[float]) -> None:
+    """Check that the projections around attention do the same at all of these budgets.
+
+    Raises:
+        UserError: Naming two budgets at which one does not.
+    """
+    found = [_states(record, active) for active in actives]
+    for active, states in zip(actives, found, strict=True):
+        for (projection, state), (_, first) in zip(states, found[0], strict=True):
+            if state != first:
+                one = f"{actives[0]:g}"
+                raise UserError(
+                    f"{projection.name}, a projection around attention, does not do the same at the budgets {one} and "
+                    f"{active:g}, and an export to OpenVINO holds one setting of each: name one budget, for instance "
+                    f"--active {one}, or convert with --attention-active"
+                )
+
+
+def _states(record: D2DMoEConfig, active: float) -> list[tuple[Projection, ProjectionState]]:
+    """What each projection around attention does at an active fraction."""
+    stored = record.budgets.projection_states(active) if active < 1 else None
+    states = [ProjectionState()] * len(record.projections) if stored is None else stored
+    return [(p, s) for p, s in zip(record.projections, states, strict=True) if p.role != HEAD]
+
+
+@torch.no_grad()
+def dense_head(model: nn.Module) -> None:
+    """Put the dense head in the place of a converted one, which OpenVINO would compute as a whole anyway."""
+    _replace(model, {layer: Dense(layer) for layer in projections(model) if layer.projection.role == HEAD})
+
+
+@torch.no_grad()
+def plain_projections(model: nn.Module) -> None:
+    """Put plain maps that do what the gates in force say in the places of all projections."""
+    _replace(model, {layer: _plain(layer, layer.gate_state) for layer in projections(model)})
+
+
+def _plain(layer: DynamicProjection, state: ProjectionState) -> nn.Module:
+    if state.method == "dense":
+        return Dense(layer)
+    return (LowRank if state.method == "low-rank" else Channels)(layer, state)
+
+
+def _replace(model: nn.Module, plain: dict[DynamicProjection, nn.Module]) -> None:
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in plain:
+            model.set_submodule(name, plain[module])
