@@ -48,6 +48,17 @@ class _Samples:
         return not all(torch.equal(a, b) for a, b in zip(self.now(), self.seen, strict=True))
 
 
+def _by_factors(x: torch.Tensor, factors: Factors, ranks: tuple[int, ...], constant: bool = True) -> torch.Tensor:
+    """``(…, inputs)`` to ``(…, outputs)``, each section by its own factors, with or without the constants."""
+    first, second, constants = factors
+    if len(second) == 1:
+        return linear(linear(x, first), second[0], constants[0] if constant else None)
+    thin = linear(x, first).split(ranks, -1)
+    return torch.cat(
+        [linear(t, s, c if constant else None) for t, s, c in zip(thin, second, constants, strict=True)], -1
+    )
+
+
 class DynamicProjection(Gated, nn.Module):
     """What `DynamicLinear` and `DynamicConv1D` have in common.
 
@@ -138,37 +149,24 @@ class DynamicProjection(Gated, nn.Module):
         y = self._product(kept)
         if not any(ranks):
             return y
-        return y + (self._projected(linear(x - kept, self.matrix()), ranks) if self._learns() else
-                    self._factored(x - kept, self.factors(ranks), ranks, constant=False))  # fmt: skip
+        if self._learns():
+            return y + _by_factors(x - kept, self._derive(ranks), ranks, constant=False)
+        return y + self._factored(x - kept, self.factors(ranks), ranks, constant=False)
 
     def _low_rank(self, x: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor:
-        if not self._learns():
-            if self.linear_dtype is not None and self.projection.macs <= FOLDED:
-                return self.plans.folded(self, x, ranks, self.linear_dtype)
-            return self._factored(x, self.factors(ranks), ranks)
-        y = self._projected(linear(x, self.matrix()) - self.output_mean, ranks) + self.output_mean
-        return y if self.bias is None else y + self.bias
-
-    def _projected(self, y: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor:
-        """Outputs without what the bases leave out."""
-        parts = [
-            y[..., rows] @ self.low_rank_in[rows, :rank] @ self.low_rank_out[:rank, rows]
-            for rank, rows in zip(ranks, rows_of(self.projection.sections), strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        if self._learns():
+            return _by_factors(x, self._derive(ranks), ranks)
+        if self.linear_dtype is not None and self.projection.macs <= FOLDED:
+            return self.plans.folded(self, x, ranks, self.linear_dtype)
+        return self._factored(x, self.factors(ranks), ranks)
 
     def _factored(
         self, x: torch.Tensor, factors: Factors, ranks: tuple[int, ...], constant: bool = True
     ) -> torch.Tensor:
         """The same, with the bias and the mean, by factors that were derived beforehand."""
-        first, second, constants = factors
         if self.linear_dtype is not None:
             return self._factored_int8(x, factors, ranks, constant)
-        if len(second) == 1 and constant:
-            return linear(linear(x, first), second[0], constants[0])
-        thin = linear(x, first).split(ranks, -1)
-        parts = [linear(t, *((s, c) if constant else (s,))) for t, s, c in zip(thin, second, constants, strict=True)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return _by_factors(x, factors, ranks, constant)
 
     def _factored_int8(self, x: torch.Tensor, factors: Factors, ranks: tuple[int, ...], constant: bool) -> torch.Tensor:
         first, second, constants = factors
@@ -181,7 +179,7 @@ class DynamicProjection(Gated, nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def _learns(self) -> bool:
-        """Do gradients have to reach weights or basis? Then nothing is derived from them beforehand."""
+        """Do gradients have to reach weights or basis? Then factors are derived anew at every call."""
         return torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters.values() if p is not None)
 
     @torch.no_grad()
@@ -215,12 +213,14 @@ class DynamicProjection(Gated, nn.Module):
         return [t.detach() for t in sources if t is not None]
 
     def _derive(self, ranks: tuple[int, ...]) -> Factors:
-        dtype, weight, first, second, constants = self.weight.dtype, self.matrix().float(), [], [], []
+        dtype, first, second, constants = self.weight.dtype, [], [], []
+        wide = torch.promote_types(dtype, torch.float32)
+        weight = self.matrix().to(wide)
         for rank, rows in zip(ranks, rows_of(self.projection.sections), strict=True):
-            basis, back = self.low_rank_in[rows, :rank].float(), self.low_rank_out[:rank, rows].float()
-            mean = self.output_mean[rows].float()
+            basis, back = self.low_rank_in[rows, :rank].to(wide), self.low_rank_out[:rank, rows].to(wide)
+            mean = self.output_mean[rows].to(wide)
             constant = mean - (mean @ basis) @ back
-            constant = constant if self.bias is None else constant + self.bias[rows].float()
+            constant = constant if self.bias is None else constant + self.bias[rows].to(wide)
             first.append(basis.T @ weight[rows])
             second.append(back.T.to(dtype).contiguous())
             constants.append(constant.to(dtype))

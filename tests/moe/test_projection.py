@@ -85,7 +85,7 @@ def test_every_way_is_its_formula(name):
                 layer(x).detach(), by_formula(layer, x, state).detach(), msg=f"{layer.projection.name} {state}"
             )
             with torch.no_grad():
-                assert_close(layer(x), by_formula(layer, x, state), rtol=1e-5, atol=1e-5)  # factors are made in fp32
+                assert_close(layer(x), by_formula(layer, x, state))
 
 
 @pytest.mark.parametrize("name", MODELS)
