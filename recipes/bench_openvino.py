@@ -74,7 +74,8 @@ def in_torch(model: torch.nn.Module, feed: Feed) -> np.ndarray:
 
 def at_budget(request: Any, number: int | None) -> Run:
     """A function of the inputs, without the copies that the Python binding makes by default."""
-    more = {} if number is None else {BUDGET: np.array(number, dtype=np.int32)}
+    named = {port.any_name for port in request.model_inputs}
+    more = {BUDGET: np.array(number, dtype=np.int32)} if number is not None and BUDGET in named else {}
     return lambda feed: request.infer({**feed, **more}, share_inputs=True, share_outputs=True)[0]
 
 

@@ -8,7 +8,7 @@ request forgets everything.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,11 +77,16 @@ def openvino_model(model: nn.Module, inputs: Mapping[str, torch.Tensor], convert
     names, example, past = _example(model, inputs)
     result = convert(Cached(model, names), (*example, *past))
     keep = [f"past.{n // 2}.{'value' if n % 2 else 'key'}" for n in range(len(past))]
-    for ports, labels in ((result.inputs, [*names, *keep]), (result.outputs, ["logits", *(f"new.{k}" for k in keep)])):
-        for port, label in zip(ports, labels, strict=True):
-            port.get_tensor().set_names({label})
+    name_ports(result, [*names, *keep], ["logits", *(f"new.{k}" for k in keep)])
     _make_state(result, keep, past)
     return result
+
+
+def name_ports(model: Any, inputs: Iterable[str], outputs: Iterable[str]) -> None:
+    """Give the inputs and outputs of an `openvino.Model` these names."""
+    for ports, labels in ((model.inputs, inputs), (model.outputs, outputs)):
+        for port, label in zip(ports, labels, strict=True):
+            port.get_tensor().set_names({label})
 
 
 def _example(

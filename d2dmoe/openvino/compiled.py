@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from .cache import BEAMS, MASK, POSITIONS, complete
+from .cache import BEAMS, MASK, POSITIONS, Feed, complete
 from .graph import BUDGET
 
 MODEL = "openvino_model.xml"
@@ -19,7 +19,8 @@ class CompiledModel:
 
     Attributes:
         compiled: The `openvino.CompiledModel`.
-        actives: The budgets that it holds, as active fractions; their places are what its input `budget` takes.
+        actives: The budgets that it holds, as active fractions; their places are what its input `budget` takes,
+            which a model of one budget does not have.
         active: The one that calls run at unless they name another.
         operation: `c++`, or `python` where no compiler was found.
     """
@@ -43,6 +44,15 @@ class CompiledModel:
         held = ", ".join(f"{a:g}" for a in self.actives)
         raise UserError(f"active={wanted!r}: this export holds {held}; export again with --active to add another")
 
+    def budget(self, active: float | None = None) -> Feed:
+        """The input that says which budget runs; nothing where there is one only.
+
+        Raises:
+            UserError: If the model does not hold it.
+        """
+        number = np.array(self.place(active), dtype=np.int32)
+        return {BUDGET: number} if BUDGET in self.ports else {}
+
     def __call__(self, active: float | None = None, **inputs: Any) -> dict[str, np.ndarray]:
         """Run the model once.
 
@@ -64,8 +74,8 @@ class CompiledModel:
             given = {n: v for n, v in given.items() if n in self.names or n in inputs}
         if sorted(given.keys() - {POSITIONS} if POSITIONS in self.ports else given) != sorted(self.names):
             raise UserError(f"inputs {', '.join(sorted(given))}: this model takes {', '.join(sorted(self.names))}")
-        budget = np.array(self.place(active), dtype=np.int32)
+        given |= self.budget(active)
         if BEAMS in self.ports:
             self.request.reset_state()
-        found = self.request.infer(complete({**given, BUDGET: budget}, self.ports))
+        found = self.request.infer(complete(given, self.ports))
         return {port.any_name: found[port] for port in self.compiled.outputs}

@@ -14,7 +14,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..errors import UserError
 from .cache import BEAMS, MASK, complete
 from .compiled import CompiledModel
-from .graph import BUDGET
 
 
 class State(Cache):
@@ -111,7 +110,7 @@ class Decoder(CompiledModel, GenerationMixin):
         feed = {"input_ids": input_ids.numpy(), MASK: mask.numpy().astype(np.int64)}
         if state.rows is not None:
             feed[BEAMS], state.rows = state.rows, None
-        feed[BUDGET] = np.array(self.place(None), dtype=np.int32)
+        feed |= self.budget()
         logits = self.request.infer(complete(feed, self.ports))["logits"]
         return CausalLMOutputWithPast(logits=torch.from_numpy(logits), past_key_values=state)
 

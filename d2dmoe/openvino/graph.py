@@ -167,7 +167,7 @@ def openvino_model(
         cached: See `trace`.
 
     Returns:
-        `openvino.Model` with one more input, the number of the budget in `actives`.
+        `openvino.Model`. With several budgets it has one more input, the number of the one in `actives`.
 
     Raises:
         UserError: If a layer is of a kind that the native library does not have.
@@ -182,7 +182,7 @@ def openvino_model(
         with set_gate(model, active=active):
             for layer in found:
                 states[layer].append(layer.gate_state)
-    held = opset13.constant(np.array(0, dtype=np.int32))  # until the parameter takes its place
+    held = opset13.constant(np.array(0, dtype=np.int32))  # where there are several, a parameter takes its place
     operations = [(layer, layer_inputs(layer, states[layer], expert_dtype)) for layer in found]
     names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
 
@@ -193,6 +193,8 @@ def openvino_model(
     for place, layer in enumerate(found):
         model.set_submodule(names[layer], _Mark(place, layer.down_weight.shape[-1]))
     result = trace(model, inputs, ConversionExtension("d2dmoe::openvino_layer", convert), cached=cached)
+    if len(actives) == 1:  # then other programs need not know of budgets
+        return result
     parameter = opset13.parameter([], np.int32, name=BUDGET)
     held.output(0).replace(parameter.output(0))
     result.add_parameters([parameter])
@@ -227,7 +229,5 @@ def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor], *extensions: Any
     traced = _Traced(model, list(inputs))
     outputs = list(traced.outputs(*inputs.values()))
     result = convert(traced, tuple(inputs.values()))
-    for ports, labels in ((result.inputs, inputs), (result.outputs, outputs)):
-        for port, label in zip(ports, labels, strict=True):
-            port.get_tensor().set_names({label})
+    cache.name_ports(result, inputs, outputs)
     return result

@@ -171,7 +171,9 @@ def _compare(
     request, worst = ov.Core().compile_model(result, "CPU", options).create_infer_request(), 0.0
     later = (0.25, 3 * allowed) if allowed == ROUNDED_TOLERANCE else (0.5, allowed)  # for what goes on from a state
     for number, value in enumerate(wanted):
-        feed = {k: v.numpy() for k, v in inputs.items()} | {BUDGET: np.array(number, dtype=np.int32)}
+        feed = {k: v.numpy() for k, v in inputs.items()}
+        if len(actives) > 1:
+            feed[BUDGET] = np.array(number, dtype=np.int32)
         for step, (place, output) in enumerate(_steps(request, feed)):
             found = torch.from_numpy(output).reshape(-1, value.shape[-1])
             rows = value[place].reshape(found.shape)

@@ -13,6 +13,7 @@ import torch
 from cli_support import names
 from conftest import randomise_routers
 from torch.testing import assert_close
+from transformers import AutoTokenizer
 from zoo import tiny
 
 from d2dmoe import UserError, set_expert_dtype, set_gate
@@ -38,6 +39,7 @@ needs_native = pytest.mark.skipif(not native.LIVE, reason=native.LOADED[1])
 # In `int8-dynamic` a sum in another order can round a hidden value to the next step.
 CLOSE = {None: {"rtol": 1e-4, "atol": 1e-5}, "int8": {"rtol": 1e-4, "atol": 1e-5}}
 CLOSE |= {"int8-dynamic": {"rtol": 1e-3, "atol": 1e-3}}
+LLAMA = Path(__file__).parents[2] / "checkpoints/llama-tinystories-moe"
 ACTIVES = (0.25, 0.6, 1.0)  # stored, between two stored ones, everything on
 
 
@@ -287,6 +289,43 @@ def test_projections_that_are_alike_at_all_budgets_leave_these_open(tmp_path):
             wanted = next(iter(model(**inputs).values()))
         found = torch.from_numpy(next(iter(compiled(active=active, **inputs).values())))
         assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+# --- other programs --------------------------------------------------------------------------------------------------
+
+
+@needs_native
+def test_a_folder_of_one_budget_has_the_inputs_that_others_know(tmp_path):
+    converted("llama").save_pretrained(tmp_path / "model")
+    export_openvino(str(tmp_path / "model"), str(tmp_path / "out"), actives=[0.25])
+    run = compile_model(tmp_path / "out")
+    assert run.actives == (0.25,)
+    assert {port.any_name for port in run.compiled.inputs} == {
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "beam_idx",
+    }
+    with pytest.raises(UserError, match=r"holds 0\.25"):
+        run(input_ids=np.ones((1, 3), dtype=np.int64), active=0.5)
+
+
+@needs_native
+def test_openvino_genai_generates_the_same_text(tmp_path):
+    genai, tokenizers = pytest.importorskip("openvino_genai"), pytest.importorskip("openvino_tokenizers")
+    export_openvino(str(LLAMA), str(tmp_path / "out"), actives=[0.25])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    pair = tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
+    for name, part in zip(("tokenizer", "detokenizer"), pair, strict=True):
+        openvino.save_model(part, tmp_path / "out" / f"openvino_{name}.xml")
+    options = {"ATTENTION_BACKEND": "SDPA", "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    library = [str(extension.extension_library())]
+    pipe = genai.LLMPipeline(str(tmp_path / "out"), "CPU", extensions=library, **options)
+    text, limits = "Once upon a time", {"max_new_tokens": 24, "do_sample": False}
+    found = str(pipe.generate(text, apply_chat_template=False, **limits))
+    tokens = compile_model(tmp_path / "out").generate(**tokenizer([text], return_tensors="pt"), **limits)
+    assert len(found) > 40
+    assert tokenizer.decode(tokens[0], skip_special_tokens=True) == text + found
 
 
 # --- generation ------------------------------------------------------------------------------------------------------
