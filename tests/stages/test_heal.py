@@ -113,6 +113,18 @@ def test_what_does_not_help_is_undone(what, monkeypatch):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize(("after", "kept"), [([0.5, 0.03], False), ([0.9, 0.01], True), ([0.1, 0.019], False)])
+def test_budgets_count_alike(after, kept, monkeypatch):
+    """A budget that is near the dense model is not given up for one that is far from it."""
+    model, config = calibrated()
+    before, found = copy.deepcopy(model), [torch.tensor([1.0, 0.01]), torch.tensor(after)]
+    monkeypatch.setattr(stage.Student, "distances", lambda *_: found.pop(0))
+    log = heal(model, documents(64), ConvertConfig(**{**SETTINGS, "heal": 4}), config)
+    assert log[-1]["relative"] == pytest.approx((after[0] + after[1] / 0.01) / 2)
+    pairs = zip(model.parameters(), before.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs) != kept
+
+
 def test_it_resumes_to_the_same_weights(tmp_path, monkeypatch):
     whole, config = calibrated()
     cut, cut_config = copy.deepcopy(whole), copy.deepcopy(config)
