@@ -35,7 +35,7 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Run], dict[str, Any]
     """Functions of the inputs to the last hidden state by name, and the `openvino.Model`s among them."""
     config = hub.read_config(arguments.model)
     dense, model = hub.load_dense(arguments.model, config), hub.load_model(arguments.model, config)
-    actives = sorted(budget.active for budget in stored_config(model).budgets)
+    actives = arguments.active or sorted(budget.active for budget in stored_config(model).budgets)
     data = calibration(arguments.model, config, DataConfig(data=arguments.data, max_length=arguments.length))
     inputs = example_inputs(model)
     plain = trace(dense, inputs)
@@ -74,9 +74,14 @@ def in_torch(model: torch.nn.Module, feed: Feed) -> np.ndarray:
 
 def at_budget(request: Any, number: int | None) -> Run:
     """A function of the inputs, without the copies that the Python binding makes by default."""
-    named = {port.any_name for port in request.model_inputs}
-    more = {BUDGET: np.array(number, dtype=np.int32)} if number is not None and BUDGET in named else {}
+    more = {name: np.array(number, dtype=np.int32) for name in first_budget(request)}
     return lambda feed: request.infer({**feed, **more}, share_inputs=True, share_outputs=True)[0]
+
+
+def first_budget(request: Any) -> Feed:
+    """The input that says that the first budget runs, where a model has several."""
+    named = {port.any_name for port in request.model_inputs}
+    return {BUDGET: np.array(0, dtype=np.int32)} if BUDGET in named else {}
 
 
 def random_feed(batch: int, length: int, vocabulary: int) -> Feed:
@@ -116,7 +121,7 @@ def profile(graphs: dict[str, Any], feed: Feed, arguments: argparse.Namespace) -
     """Print OpenVINO's own counters, wall time of an inference at the least budget: the kinds that take longest."""
     for name, graph in graphs.items():
         request, totals = compiled(graph, arguments, counters=True).create_infer_request(), {}
-        given = {**feed, **({BUDGET: np.array(0, dtype=np.int32)} if name not in (DENSE, INT8) else {})}
+        given = {**feed, **first_budget(request)}
         for _ in range(10):  # counters are means over all calls of a compiled model
             request.infer(given)
         for info in request.profiling_info:
@@ -134,6 +139,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="text on which NNCF measures ranges")
     parser.add_argument("--eval-data", required=True, help="text whose embeddings are compared")
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 1])
+    parser.add_argument("--active", type=float, nargs="+", help="budgets, one if projections were converted as well")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--calibration-batches", type=int, default=32)
     parser.add_argument("--eval-batches", type=int, default=32)

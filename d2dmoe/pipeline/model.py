@@ -320,12 +320,19 @@ def _heal(
     last = heal(model, batches, config, stored, state_dir=state_dir, resume=resume, teacher=teacher)[-1]
     if work is not None and first_process():
         found = {"steps": config.heal, **{key: last[key] for key in ("before", "after", "relative")}}
-        write_text(work / HEALING, json.dumps(found | {"kept": last["relative"] < 1}))
-    lost = f"{last['before']:.4g} to {last['after']:.4g} from the dense model, {last['relative']:.2f} of it in the mean"
-    lost += " over the budgets, on text kept from healing"
-    say(f"healed: {lost}" if last["relative"] < 1 else f"healing undone: {lost}; try a lower --heal-learning-rate")
+        write_text(work / HEALING, json.dumps(found | {"kept": "step" in last and last["relative"] < 1}))
+    say(_healed(last))
     fitting, unseen = _calibration_text(config, batches)
     calibrate_again(model, fitting, stored, targets(config), unseen=unseen, dense=dense)
+
+
+def _healed(last: dict[str, float]) -> str:
+    """What healing did, by the last row of its log."""
+    if "step" not in last:
+        return "healing left out: nothing stands in for anything at the stored budgets, so nothing learns"
+    lost = f"{last['before']:.4g} to {last['after']:.4g} from the dense model, {last['relative']:.2f} of it in the mean"
+    lost += " over the budgets, on text kept from healing"
+    return f"healed: {lost}" if last["relative"] < 1 else f"healing undone: {lost}; try a lower --heal-learning-rate"
 
 
 def healing_of(config: ConvertConfig, work: Path) -> dict[str, dict[str, Any]]:

@@ -135,7 +135,8 @@ def heal(
     Returns:
         The training log. Its last row has the mean `divergence` over the budgets `before` and `after` healing, on the
         text that was kept from it, and as `relative` the mean of the quotients of each budget; a healing with less
-        than 1 was kept.
+        than 1 was kept. Budgets at which nothing learns, because all of it runs, are left out of the turns; if that is
+        so at all of them, the log has this row only.
     """
     checked, part = batches, min(CHECKED, batches.tokens // 10)
     if part:
@@ -152,12 +153,13 @@ def heal(
     student.scales = start.clamp_min(LEAST * start.max()).clamp_min(1e-12)
     with training_only(model, config.heal_parameters):
         before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        student.turns = student.budgets_that_learn(batches[0])
         try:
             log = train(
                 student, parts, lambda student, batch: student(batch), settings,
                 name="heal", state_dir=state_dir, resume=resume, placed=True, in_turn=True,
                 rates=lambda name: rate_of(name, config.heal_parameters),
-            )  # fmt: skip
+            ) if student.turns else [{}]  # fmt: skip
             end = student.distances(checked)
         finally:
             relative = float((end / student.scales).mean())
@@ -180,12 +182,13 @@ class Student(nn.Module):
 
     Attributes:
         scales: What the divergence of each budget is relative to.
+        turns: Numbers of the budgets that take turns.
     """
 
     def __init__(self, model: nn.Module, stored: D2DMoEConfig, what: str, teacher: nn.Module | None = None):
         super().__init__()
         self.model, self.stored, self.through_gate = model, stored, what != "stand-ins"
-        self.scales = torch.ones(len(stored.budgets))
+        self.scales, self.turns = torch.ones(len(stored.budgets)), [*range(len(stored.budgets))]
         self._everything_on = teacher is None
         if teacher is None:
             teacher = copy.deepcopy(model).eval() if what == "all" else model
@@ -202,9 +205,14 @@ class Student(nn.Module):
         found = [[float(self.divergence(batch, n)) for batch in batches] for n in range(len(self.stored.budgets))]
         return torch.tensor(found).mean(1)
 
+    @torch.enable_grad()
+    def budgets_that_learn(self, batch: dict[str, Any]) -> list[int]:
+        """Numbers of the budgets at which a parameter has a gradient."""
+        return [n for n in range(len(self.stored.budgets)) if self.divergence(batch, n).requires_grad]
+
     def forward(self, batch: dict[str, Any]) -> torch.Tensor:
         """Relative divergence from the dense model on a batch of `Parts`, at the budget whose turn it is."""
-        budget = batch["number"] % len(self.stored.budgets)
+        budget = self.turns[batch["number"] % len(self.turns)]
         return self.divergence(batch, budget) / float(self.scales[budget])
 
     def divergence(self, batch: dict[str, Any], budget: int) -> torch.Tensor:

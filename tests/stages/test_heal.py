@@ -16,12 +16,13 @@ from zoo import tiny
 import d2dmoe.stages.heal as stage
 from d2dmoe import set_gate
 from d2dmoe.attention.bases import set_basis
-from d2dmoe.config import ConvertConfig
+from d2dmoe.config import Budget, ConvertConfig
 from d2dmoe.convert import convert_model
 from d2dmoe.kernels.gates import select, straight_through
 from d2dmoe.moe.gating import stored_config
 from d2dmoe.moe.layer import layers
 from d2dmoe.moe.projection import projections
+from d2dmoe.pipeline.model import _healed
 from d2dmoe.stages.budgets.calibrate import calibrate
 from d2dmoe.stages.heal import Parts, divergence, heal
 
@@ -123,6 +124,19 @@ def test_budgets_count_alike(after, kept, monkeypatch):
     assert log[-1]["relative"] == pytest.approx((after[0] + after[1] / 0.01) / 2)
     pairs = zip(model.parameters(), before.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs) != kept
+
+
+@pytest.mark.parametrize("others", [1, 0])
+def test_budgets_at_which_nothing_learns_are_left_out(others):
+    """Everything runs at the last one: nothing stands in for anything there."""
+    model, config = calibrated()
+    config.budgets.replace([*[config.budgets[n] for n in range(others)], Budget(1.0, [0.0] * len(layers(model)))])
+    before = copy.deepcopy(model)
+    log = heal(model, documents(64), ConvertConfig(**SETTINGS), config)
+    assert log[-1]["relative"] < 1
+    assert ("step" in log[-1]) == ("left out" not in _healed(log[-1])) == bool(others)
+    pairs = zip(model.parameters(), before.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs) == (not others)
 
 
 def test_it_resumes_to_the_same_weights(tmp_path, monkeypatch):
