@@ -120,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     flags.add_argument("--networks", action="store_true", help="the paper's way, --attention mlp, alone")
     flags.add_argument("--attention-tokens", type=int, default=700_000, help="of the distillation")
     flags.add_argument("--heal", type=int, default=0, help="steps, on --router-tokens of text")
+    flags.add_argument("--heal-learning-rate", type=float, default=0.0, help="as of d2dmoe convert; bases get a tenth")
     flags.add_argument("--heal-tokens", type=int, default=2048, help="of a step")
     arguments = flags.parse_args(argv)
     if arguments.networks and arguments.heal:
@@ -129,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     shares = shares_of(arguments)
 
     def make() -> Rows:
-        own = {key: getattr(arguments, key) for key in ("heal", "heal_tokens")}
+        own = {key: getattr(arguments, key) for key in ("heal", "heal_tokens", "heal_learning_rate")}
         own |= {"attention_tokens": arguments.attention_tokens, "attention": "mlp" if arguments.networks else "auto"}
         config = resolve(ConvertConfig, {**keys_of(arguments), **own})
         way = rows_of_networks if arguments.networks else rows_of

@@ -23,11 +23,12 @@ from ..measure.observe import TOKENS_AT_ONCE, model_inputs
 from ..moe.gating import set_gate
 from ..moe.layer import layers
 from ..moe.projection import projections
-from ..tensors import is_added
+from ..tensors import PROJECTED
 from ..training import train
 
 LOGITS_AT_ONCE = 2**24  # elements per forward pass with gradients, 64 MB in fp32
 ROUTERS = 0.01  # of the learning rate: a gate changes its mind by jumps, and its gradient holds for small steps only
+BASES = 0.1  # of that of stand-ins: models that lose little at low rank, or few outputs to a batch, lose at more
 RATES = {"stand-ins": 1e-3, "routers": 1e-3, "all": 5e-5}  # what trains, and the learning rate unless another is given
 LEAST = 0.01  # of the largest divergence of a budget: what a smaller one counts as, where they are made relative
 CHECKED = 4096  # tokens, a tenth at most, that healing does not see: by them it is judged
@@ -171,10 +172,10 @@ def heal(
 
 
 def rate_of(name: str, what: str) -> float:
-    """What the learning rate of a parameter is multiplied by: what was added bears more than the dense weights."""
+    """What the learning rate of a parameter is multiplied by, if `what` is trained."""
     if ".router." in name:
         return ROUTERS
-    return RATES["stand-ins"] / RATES["all"] if what == "all" and is_added(name) else 1.0
+    return BASES if what != "all" and name.endswith(PROJECTED) else 1.0
 
 
 class Student(nn.Module):
