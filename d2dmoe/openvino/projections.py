@@ -21,7 +21,9 @@ class LowRank(nn.Module):
     def __init__(self, layer: DynamicProjection, state: ProjectionState):
         super().__init__()
         first, second, constants = layer.factors(state.ranks)
-        self.firsts, self.seconds = first.split(state.ranks), second
+        # a section of rank 0 is a constant, which a factor of zeros gives as well
+        self.firsts = [a if len(a) else a.new_zeros(1, a.shape[1]) for a in first.split(state.ranks)]
+        self.seconds = [q if q.shape[1] else q.new_zeros(len(q), 1) for q in second]
         self.constants = constants if state.method == "low-rank" else [None] * len(second)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -92,10 +94,12 @@ def dense_head(model: nn.Module) -> None:
 @torch.no_grad()
 def plain_projections(model: nn.Module) -> None:
     """Put plain maps that do what the gates in force say in the places of all projections."""
-    _replace(model, {layer: _plain(layer, layer.gate_state) for layer in projections(model)})
+    _replace(model, {layer: plain_projection(layer) for layer in projections(model)})
 
 
-def _plain(layer: DynamicProjection, state: ProjectionState) -> nn.Module:
+def plain_projection(layer: DynamicProjection) -> nn.Module:
+    """A map that does what the gate in force says."""
+    state = layer.gate_state
     if state.method == "dense":
         return Dense(layer)
     return (LowRank if state.method == "low-rank" else Channels)(layer, state)

@@ -18,6 +18,7 @@ from zoo import tiny
 
 from d2dmoe import UserError, set_expert_dtype, set_gate
 from d2dmoe.config import Budget, ConvertConfig, D2DMoEConfig
+from d2dmoe.config.projections import ProjectionState
 from d2dmoe.convert import convert_model
 from d2dmoe.data.batches import Batches
 from d2dmoe.discovery import discover
@@ -25,13 +26,14 @@ from d2dmoe.kernels import native
 from d2dmoe.moe.gating import stored_config
 from d2dmoe.moe.layer import DynamicFFN, layers
 from d2dmoe.moe.loader import attach
+from d2dmoe.moe.projection import projections
 
 openvino = pytest.importorskip("openvino")
 
 from d2dmoe.openvino import compile_model, extension  # noqa: E402
 from d2dmoe.openvino.cache import complete  # noqa: E402
 from d2dmoe.openvino.graph import layer_inputs, make_node  # noqa: E402
-from d2dmoe.openvino.projections import dense_head  # noqa: E402
+from d2dmoe.openvino.projections import dense_head, plain_projection  # noqa: E402
 from d2dmoe.pipeline.openvino import compressed, example_inputs, export_openvino, traced  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is not a stored budget")
@@ -251,6 +253,20 @@ def test_projections_are_exported_at_one_budget(name, attention, head, tmp_path)
     assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     with torch.no_grad(), set_gate(model, active=1):
         assert not torch.allclose(found, next(iter(model(**inputs).values())), atol=1e-4)
+
+
+@needs_native
+@pytest.mark.parametrize("ranks", [(0, 3, 2), (4, 0, 0), (0, 0, 0)])
+@pytest.mark.parametrize("method", ["low-rank", "channels"])
+def test_sections_without_rank(method, ranks):
+    """As the layer computes them, also in OpenVINO, whose products have no empty factors."""
+    layer = projections(with_projections("gpt2", "low-rank", active=[0.4]))[0]
+    layer.gate_state = ProjectionState(method, ranks, threshold=0.5 * (method == "channels"))
+    with torch.no_grad():
+        x = torch.randn(2, 5, layer.projection.inputs)
+        graph = openvino.convert_model(plain_projection(layer), example_input=x)
+        found = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x.numpy())[0]
+        assert_close(torch.from_numpy(found), layer(x), rtol=1e-4, atol=1e-5)
 
 
 @needs_native
