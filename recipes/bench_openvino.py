@@ -74,14 +74,14 @@ def in_torch(model: torch.nn.Module, feed: Feed) -> np.ndarray:
 
 def at_budget(request: Any, number: int | None) -> Run:
     """A function of the inputs, without the copies that the Python binding makes by default."""
-    more = {name: np.array(number, dtype=np.int32) for name in first_budget(request)}
+    more = budget_of(request, number)
     return lambda feed: request.infer({**feed, **more}, share_inputs=True, share_outputs=True)[0]
 
 
-def first_budget(request: Any) -> Feed:
-    """The input that says that the first budget runs, where a model has several."""
+def budget_of(request: Any, number: int | None) -> Feed:
+    """The input that says which budget runs, where a model has several."""
     named = {port.any_name for port in request.model_inputs}
-    return {BUDGET: np.array(0, dtype=np.int32)} if BUDGET in named else {}
+    return {BUDGET: np.array(number, dtype=np.int32)} if BUDGET in named else {}
 
 
 def random_feed(batch: int, length: int, vocabulary: int) -> Feed:
@@ -121,7 +121,7 @@ def profile(graphs: dict[str, Any], feed: Feed, arguments: argparse.Namespace) -
     """Print OpenVINO's own counters, wall time of an inference at the least budget: the kinds that take longest."""
     for name, graph in graphs.items():
         request, totals = compiled(graph, arguments, counters=True).create_infer_request(), {}
-        given = {**feed, **first_budget(request)}
+        given = {**feed, **budget_of(request, 0)}
         for _ in range(10):  # counters are means over all calls of a compiled model
             request.infer(given)
         for info in request.profiling_info:

@@ -184,6 +184,8 @@ class Budgets(Sequence):
 
     def projection_states(self, active: float) -> list[ProjectionState] | None:
         """What the projections do at an active fraction: as at the next stored budget above; `None`: all are dense."""
+        if active >= 1:
+            return None
         above = [budget for budget in self.stored if budget.active >= active - 1e-6]
         return min(above, key=lambda budget: budget.active).projection_states if above else None
 

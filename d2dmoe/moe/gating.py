@@ -187,7 +187,7 @@ def _states_of_projections(
     states = None
     if budget is not None:
         states = config.budgets[budget].projection_states
-    elif active is not None and active < 1:
+    elif active is not None:
         states = config.budgets.projection_states(active)
     places = {number: place for place, number in enumerate(sorted({layer.number for layer in projected}))}
     if states is not None and len(places) < len(states):  # some of them only: a place is the number in the record

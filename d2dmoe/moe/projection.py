@@ -48,7 +48,7 @@ class _Samples:
         return not all(torch.equal(a, b) for a, b in zip(self.now(), self.seen, strict=True))
 
 
-def _by_factors(x: torch.Tensor, factors: Factors, ranks: tuple[int, ...], constant: bool = True) -> torch.Tensor:
+def by_factors(x: torch.Tensor, factors: Factors, ranks: tuple[int, ...], constant: bool = True) -> torch.Tensor:
     """``(…, inputs)`` to ``(…, outputs)``, each section by its own factors, with or without the constants."""
     first, second, constants = factors
     if len(second) == 1:
@@ -150,12 +150,12 @@ class DynamicProjection(Gated, nn.Module):
         if not any(ranks):
             return y
         if self._learns():
-            return y + _by_factors(x - kept, self._derive(ranks), ranks, constant=False)
+            return y + by_factors(x - kept, self._derive(ranks), ranks, constant=False)
         return y + self._factored(x - kept, self.factors(ranks), ranks, constant=False)
 
     def _low_rank(self, x: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor:
         if self._learns():
-            return _by_factors(x, self._derive(ranks), ranks)
+            return by_factors(x, self._derive(ranks), ranks)
         if self.linear_dtype is not None and self.projection.macs <= FOLDED:
             return self.plans.folded(self, x, ranks, self.linear_dtype)
         return self._factored(x, self.factors(ranks), ranks)
@@ -166,7 +166,7 @@ class DynamicProjection(Gated, nn.Module):
         """The same, with the bias and the mean, by factors that were derived beforehand."""
         if self.linear_dtype is not None:
             return self._factored_int8(x, factors, ranks, constant)
-        return _by_factors(x, factors, ranks, constant)
+        return by_factors(x, factors, ranks, constant)
 
     def _factored_int8(self, x: torch.Tensor, factors: Factors, ranks: tuple[int, ...], constant: bool) -> torch.Tensor:
         first, second, constants = factors

@@ -10,7 +10,7 @@ from torch import nn
 from ..config.projections import HEAD, Projection, ProjectionState
 from ..config.record import D2DMoEConfig
 from ..errors import UserError
-from ..moe.projection import DynamicProjection, projections
+from ..moe.projection import DynamicProjection, by_factors, projections
 
 linear = nn.functional.linear
 
@@ -22,14 +22,14 @@ class LowRank(nn.Module):
         super().__init__()
         first, second, constants = layer.factors(state.ranks)
         # a section of rank 0 is a constant, which a factor of zeros gives as well
-        self.firsts = [a if len(a) else a.new_zeros(1, a.shape[1]) for a in first.split(state.ranks)]
-        self.seconds = [q if q.shape[1] else q.new_zeros(len(q), 1) for q in second]
-        self.constants = constants if state.method == "low-rank" else [None] * len(second)
+        firsts = [a if len(a) else a.new_zeros(1, a.shape[1]) for a in first.split(state.ranks)]
+        seconds = [q if q.shape[1] else q.new_zeros(len(q), 1) for q in second]
+        self.factors, self.ranks = (torch.cat(firsts), seconds, constants), tuple(map(len, firsts))
+        self.constant = state.method == "low-rank"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(…, inputs)`` to ``(…, outputs)``."""
-        parts = [linear(linear(x, a), q, c) for a, q, c in zip(self.firsts, self.seconds, self.constants, strict=True)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return by_factors(x, self.factors, self.ranks, self.constant)
 
 
 class Channels(nn.Module):
@@ -80,7 +80,7 @@ def check_budgets(record: D2DMoEConfig, actives: Sequence[float]) -> None:
 
 def _states(record: D2DMoEConfig, active: float) -> list[tuple[Projection, ProjectionState]]:
     """What each projection around attention does at an active fraction."""
-    stored = record.budgets.projection_states(active) if active < 1 else None
+    stored = record.budgets.projection_states(active)
     states = [ProjectionState()] * len(record.projections) if stored is None else stored
     return [(p, s) for p, s in zip(record.projections, states, strict=True) if p.role != HEAD]
 
