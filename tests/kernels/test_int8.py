@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_operator import BF16_ERROR, DTYPES, LIBRARY, check, kernels, needs_native, problem
+from test_operator import BF16_ERROR, DTYPES, LIBRARY, check, kernels, needs_native, problem, team
 from torch.testing import assert_close
 
 from d2dmoe.kernels import down_product, hidden_activations, native, rounded
@@ -66,6 +66,22 @@ def check_rounded(arguments: dict, isa: int | None = None, name: str = "y") -> N
     assert not y.isnan().any(), name
     error = (y.double() - expected).norm() / expected.norm().clamp_min(1e-9)
     assert error < (BF16_ERROR if y.dtype == torch.bfloat16 else 1e-3), f"{name}: {error:.1e}"
+
+
+@needs_native
+@ISAS
+@pytest.mark.parametrize("expert_dtype", ["int8", "int8-dynamic"])
+@pytest.mark.parametrize(("threads", "groups"), [(2, 2), (5, 2), (7, 3)])
+def test_threads_share_tokens_and_experts(isa, expert_dtype, threads, groups, monkeypatch):
+    monkeypatch.setenv("D2DMOE_GROUPS", str(groups))
+    with team(threads):
+        for tokens in (65, 200):
+            arguments = problem(tokens, 64, 32, 9, 40, glu=tokens == 200, rank=9)
+            if expert_dtype == "int8":
+                check(by_native(arguments, isa), modelled(arguments), f"{tokens}")
+            else:
+                check_rounded(arguments, isa, f"{tokens}")
+            assert torch.equal(*(by_native(arguments, isa, expert_dtype) for _ in range(2)))
 
 
 @needs_native

@@ -1,8 +1,9 @@
 // The schedule of one layer call, and the C ABI.
 //
-// Few tokens: the experts are shared out over the threads, each of which adds into an output of its own; these are then
-// summed. Many: every thread takes tiles of tokens that stay in its cache with their outputs, and walks through the
-// experts. Either way a result depends on the input and the number of threads alone, never on timing.
+// Tokens come in tiles and experts in groups. Few tokens are one tile, and every thread takes a group of experts; many are a
+// tile or more for every thread, which walks through all experts; in between a thread takes one group on one tile. Groups add
+// into outputs of their own, which are then summed. A result depends on the input and the number of threads alone, never on
+// timing.
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -363,10 +364,56 @@ int64_t scratch_for(const Call& c, int64_t tokens) {
     return one;
 }
 
-// ---- few tokens
+// ---- groups of experts
 
-struct FewShared {
+// Threads to a tile of tokens, and tiles.
+struct Grid {
+    int64_t tiles, groups;
+};
+
+// What sharing costs, in parts of the work. A tile of so many tokens takes twice as long for each of them as a large one: all
+// weights are read for it, and experts have few tokens of it. Groups need barriers, equal parts, and sums of their outputs.
+// Measured with a quarter of 96 experts of 32 neurons at width 768, recipes/bench_threads.py.
+struct Costs {
+    double tile, groups, group;
+};
+
+Costs costs_of(const Call& c) {
+    if (c.by_experts()) return {45, 0.1, 0.07};
+    return c.tiled ? Costs{18, 0.1, 0.05} : Costs{22, 0.1, 0.05};
+}
+
+int64_t weight_bytes(const Call& c) {
+    const auto& l = c.layer;
+    return l.experts * (c.matrix(l.d, l.size) * (l.gate_weight ? 2 : 1) + c.matrix(l.size, l.d_out));
+}
+
+// The cheapest division among `team` threads into at most `most` groups, whose outputs are no more bytes than the weights.
+Grid grid_of(const Call& c, int64_t team, int64_t most) {
+    most = std::min(team, most);
+    if (c.tokens <= c.layer.few) return {1, most};
+    if (std::getenv("D2DMOE_TILE")) return {team, 1};
+    if (const char* forced = std::getenv("D2DMOE_GROUPS")) {
+        int64_t groups = std::clamp<int64_t>(std::atoll(forced), 1, most);
+        return {team / groups, groups};
+    }
+    constexpr int64_t ALWAYS = int64_t(8) << 20;
+    most = std::min(most, std::max(ALWAYS, weight_bytes(c)) / (c.tokens * c.padded_out() * 4));
+    const Costs costs = costs_of(c);
+    Grid best{team, 1};
+    double least = 1 + costs.tile * double(team) / double(c.tokens);
+    for (int64_t groups = 2; groups <= most; groups++) {
+        int64_t tiles = team / groups;
+        double cost = 1 + costs.tile * double(tiles) / double(c.tokens) + costs.groups + costs.group * double(groups - 1);
+        cost *= double(team) / double(tiles * groups);  // threads that have nothing to do
+        if (cost < least) least = cost, best = {tiles, groups};
+    }
+    return best;
+}
+
+struct GridShared {
     const Call* call;
+    int64_t groups;  // at most
     float *hidden, *scores, *partial;
     Forms forms;
     uint8_t* run;
@@ -374,9 +421,13 @@ struct FewShared {
     std::atomic<bool>* failed;
     // Everything in a phase is there before the next one begins.
     enum Phase { INPUTS, ROUTER, CHOICE, EXPERTS, SUM, PHASES };
+    // With so many tokens for every thread, it does all of them as far as the choice; with fewer, threads share the router.
+    static constexpr int64_t OWN = 16;
+    bool by_tokens() const { return call->routed() && call->tokens >= OWN * call->team; }
     bool has(int phase) const {
-        if (phase == INPUTS) return call->widened() || call->rounds() || call->narrow_row();
-        return phase == ROUTER || phase == CHOICE ? call->routed() : true;
+        if (phase == INPUTS) return !by_tokens() && (call->widened() || call->rounds() || call->narrow_row());
+        if (phase == ROUTER) return call->routed() && !by_tokens();
+        return phase == CHOICE ? call->routed() : true;
     }
     int waits() const {
         int count = -1;
@@ -390,40 +441,50 @@ struct FewShared {
         scores = p.take<float>(call->routed() ? n * call->score_row() : 0);
         run = p.take<uint8_t>(call->routed() ? n * l.experts : 0);
         forms.take(*call, p, n);
-        partial = p.take<float>(n * call->padded_out() * call->team);
+        partial = p.take<float>(n * call->padded_out() * groups);
     }
 };
 
-struct FewOwn {
+// From list to list: an odd number of cache lines, so that the ends of all lists find room in the first cache.
+int64_t list_stride(int64_t tokens) { return (round_up(tokens, 16) / 16 | 1) * 16; }
+
+struct GridOwn {
     const Call* call;
+    Grid grid;
     int32_t *lists, *counts;
     ExpertCall* calls;
     char *room, *scratch;
+    int64_t tile() const { return (call->tokens + grid.tiles - 1) / grid.tiles; }
     void take(Pieces& p) {
         const auto& l = call->layer;
-        int64_t n = call->tokens;
-        lists = p.take<int32_t>(l.experts * n);
+        lists = p.take<int32_t>(l.experts * list_stride(tile()));
         counts = p.take<int32_t>(l.experts + 1);
         calls = p.take<ExpertCall>(l.experts + 1);
-        room = p.take<char>(scratch_for(*call, n));
+        room = p.take<char>(scratch_for(*call, tile()));
         scratch = p.take<char>(l.experts * 8);
     }
 };
 
-std::pair<int64_t, int64_t> share(int64_t n, int id, int team) { return {n * id / team, n * (id + 1) / team}; }
+std::pair<int64_t, int64_t> share(int64_t n, int64_t id, int64_t team) { return {n * id / team, n * (id + 1) / team}; }
 
-// A contiguous range of experts with about the same cost for each thread: reading an expert's weights costs as much as
-// `READING` tokens.
+// The same in whole units, but the last.
+std::pair<int64_t, int64_t> share(int64_t n, int64_t id, int64_t team, int64_t unit) {
+    auto [first, last] = share((n + unit - 1) / unit, id, team);
+    return {std::min(n, first * unit), std::min(n, last * unit)};
+}
+
+// A contiguous range of experts with about the same cost for each group: reading an expert's weights costs as much as
+// `READING` tokens. The last one is the linear term, if there is one.
 constexpr int64_t READING = 3;
 
-std::pair<int64_t, int64_t> share_experts(const int32_t* counts, int64_t experts, int id, int team) {
-    auto cost = [&](int64_t e) { return counts[e] ? counts[e] + READING : 0; };
-    int64_t whole = 0, before = 0, first = experts, last = 0;
+std::pair<int64_t, int64_t> share_experts(const D2dmoeLayer& l, const int32_t* counts, int64_t id, int64_t groups) {
+    int64_t whole = 0, before = 0, experts = experts_in_all(l), first = experts, last = 0;
+    auto cost = [&](int64_t e) { return counts[e] ? (counts[e] + READING) * (e < l.experts ? l.size : l.linear_rank) : 0; };
     for (int64_t e = 0; e < experts; e++) whole += cost(e);
     for (int64_t e = 0; e < experts; e++) {
-        int64_t middle = 2 * before + cost(e);  // an expert belongs to the thread in whose part its middle lies
+        int64_t middle = 2 * before + cost(e);  // an expert belongs to the group in whose part its middle lies
         before += cost(e);
-        if (whole && std::min<int64_t>(middle * team / (2 * whole), team - 1) == id) {
+        if (whole && std::min<int64_t>(middle * groups / (2 * whole), groups - 1) == id) {
             first = std::min(first, e);
             last = e + 1;
         }
@@ -431,23 +492,27 @@ std::pair<int64_t, int64_t> share_experts(const int32_t* counts, int64_t experts
     return {first, std::max(first, last)};
 }
 
-void few_experts(FewShared& s, FewOwn& own, const Inputs& x, int id, int team) {
+// The experts of one group on the tokens of one tile.
+void group_on_tile(GridShared& s, GridOwn& own, int64_t group, int64_t tile) {
     const Call& c = *s.call;
     const auto& l = c.layer;
-    int64_t n = c.tokens, ld_y = c.padded_out();
+    auto [first, last] = share(c.tokens, tile, own.grid.tiles);
+    int64_t n = last - first, ld_y = c.padded_out(), stride = list_stride(own.tile());
     const uint8_t* run = c.routed() ? s.run : c.run;
     if (run)
-        make_lists(c, run, n, own.lists, n, own.counts);
+        make_lists(c, run + first * l.experts, n, own.lists, stride, own.counts);
     else
         std::fill(own.counts, own.counts + l.experts, int32_t(n));
     own.counts[l.experts] = int32_t(n);
-    float* y = s.partial + id * n * ld_y;
-    for (int64_t t = 0; t < n; t++) id == 0 ? start_row(c, y + t * ld_y) : (void)std::memset(y + t * ld_y, 0, size_t(ld_y) * 4);
-    auto [first, last] = share_experts(own.counts, experts_in_all(l), id, team);
-    run_experts(c, first, last, {x, y, ld_y}, n, run ? own.lists : nullptr, n, own.counts, own.calls, own.room);
+    float* y = s.partial + (group * c.tokens + first) * ld_y;
+    for (int64_t t = 0; t < n; t++)
+        group == 0 ? start_row(c, y + t * ld_y) : (void)std::memset(y + t * ld_y, 0, size_t(ld_y) * 4);
+    Inputs x = inputs_in(c, first, s.forms.from(c, first));
+    auto [begin, end] = share_experts(l, own.counts, group, own.grid.groups);
+    run_experts(c, begin, end, {x, y, ld_y}, n, run ? own.lists : nullptr, stride, own.counts, own.calls, own.room);
 }
 
-void few_sum(const FewShared& s, int id, int team) {
+void sum_groups(const GridShared& s, int64_t groups, int id, int team) {
     const Call& c = *s.call;
     int64_t n = c.tokens, ld_y = c.padded_out();
     auto [first, last] = share(n, id, team);
@@ -457,7 +522,7 @@ void few_sum(const FewShared& s, int id, int team) {
     }
     for (int64_t t = first; t < last; t++) {
         float* sum = s.partial + t * ld_y;
-        for (int other = 1; other < team; other++) {
+        for (int64_t other = 1; other < groups; other++) {
             const float* part = s.partial + (other * n + t) * ld_y;
             for (int64_t i = 0; i < ld_y; i++) sum[i] += part[i];
         }
@@ -465,81 +530,93 @@ void few_sum(const FewShared& s, int id, int team) {
     }
 }
 
-// The part of thread `id` in a phase.
-void few_part(FewShared& s, FewOwn& own, int phase, int id, int team) {
+// The tokens `first` to `last` as far as the choice of their experts.
+void choose_of(GridShared& s, GridOwn& own, int64_t first, int64_t last) {
     const Call& c = *s.call;
-    const auto& l = c.layer;
-    Inputs x = inputs_in(c, 0, s.forms);
-    auto [first, last] = share(phase == FewShared::ROUTER ? l.router_width : c.tokens, id, team);
-    if (phase == FewShared::ROUTER)  // whole vectors, but the last
-        first = std::min(l.router_width, round_up(first, MAX_LANES)), last = std::min(l.router_width, round_up(last, MAX_LANES));
-    if (phase == FewShared::INPUTS) {
+    float* hidden = s.hidden + first * c.hidden_row();
+    bool packed = c.packed_router(c.tokens);
+    if (s.by_tokens()) {
+        Inputs x = inputs_of(c, first, last - first, s.forms.from(c, first));
+        router_rows(c, x, last - first, 0, c.layer.router_width, hidden);
+        packed = c.packed_router(last - first);
+    }
+    score_and_choose(c, packed, hidden, last - first, s.scores + first * c.score_row(), s.run + first * c.layer.experts,
+                     own.scratch);
+}
+
+// The part of thread `id` in a phase.
+void grid_part(GridShared& s, GridOwn& own, int phase, int id, int team) {
+    const Call& c = *s.call;
+    if (phase == GridShared::INPUTS) {
+        auto [first, last] = share(c.tokens, id, team);
         inputs_of(c, first, last - first, s.forms.from(c, first));
-    } else if (phase == FewShared::ROUTER) {
-        router_rows(c, x, c.tokens, first, last, s.hidden);
-    } else if (phase == FewShared::CHOICE) {
-        score_and_choose(c, c.packed_router(c.tokens), s.hidden + first * c.hidden_row(), last - first,
-                         s.scores + first * c.score_row(), s.run + first * l.experts, own.scratch);
-    } else if (phase == FewShared::EXPERTS) {
-        few_experts(s, own, x, id, team);
+    } else if (phase == GridShared::ROUTER) {
+        auto [first, last] = share(c.layer.router_width, id, team);  // whole vectors, but the last
+        int64_t width = c.layer.router_width;
+        first = std::min(width, round_up(first, MAX_LANES)), last = std::min(width, round_up(last, MAX_LANES));
+        router_rows(c, inputs_in(c, 0, s.forms), c.tokens, first, last, s.hidden);
+    } else if (phase == GridShared::CHOICE) {
+        auto [first, last] = share(c.tokens, id, team, s.by_tokens() ? GridShared::OWN : 1);
+        if (first < last) choose_of(s, own, first, last);
+    } else if (phase == GridShared::EXPERTS) {
+        if (id < own.grid.tiles * own.grid.groups) group_on_tile(s, own, id % own.grid.groups, id / own.grid.groups);
     } else {
-        few_sum(s, id, team);
+        sum_groups(s, own.grid.groups, id, team);
     }
 }
 
-struct FewStart {
-    FewShared* shared;
+struct GridStart {
+    GridShared* shared;
     Meeting meeting;
     std::atomic<bool> failed;
 };
 
-void few_enter(void* context, int id, int team) {
-    auto& start = *static_cast<FewStart*>(context);
+GridOwn grid_own(const GridShared& s, int team) {
+    return lay_out(own_buffer, GridOwn{s.call, grid_of(*s.call, team, s.groups), {}, {}, {}, {}, {}});
+}
+
+void grid_enter(void* context, int id, int team) {
+    auto& start = *static_cast<GridStart*>(context);
     if (id == 0) {
         start.shared->failed = &start.failed;
         start.shared->barrier = &start.meeting.open(team);
     } else {
         start.meeting.join();
     }
-    FewOwn own{start.shared->call, {}, {}, {}, {}, {}};
+    GridOwn own;
     try {
-        own = lay_out(own_buffer, own);
+        own = grid_own(*start.shared, team);
     } catch (const std::bad_alloc&) {  // must not leave a thread of the team; the others do not wait in vain
         start.failed.store(true);
         for (int i = 0; i < start.shared->waits(); i++) start.shared->barrier->wait();
         return;
     }
     int left = start.shared->waits();
-    for (int phase = 0; phase < FewShared::PHASES; phase++) {
+    for (int phase = 0; phase < GridShared::PHASES; phase++) {
         if (!start.shared->has(phase)) continue;
-        few_part(*start.shared, own, phase, id, team);
+        grid_part(*start.shared, own, phase, id, team);
         if (left-- > 0) start.shared->barrier->wait();
     }
 }
 
 // One phase, by threads that may take their parts one after the other.
-struct FewPhase {
-    FewShared* shared;
+struct GridPhase {
+    GridShared* shared;
     std::atomic<bool>* failed;
     int phase;
 };
 
-void few_phase(void* context, int id, int team) {
-    auto& step = *static_cast<FewPhase*>(context);
-    FewOwn own{step.shared->call, {}, {}, {}, {}, {}};
+void grid_phase(void* context, int id, int team) {
+    auto& step = *static_cast<GridPhase*>(context);
     try {
-        own = lay_out(own_buffer, own);
+        GridOwn own = grid_own(*step.shared, team);
+        grid_part(*step.shared, own, step.phase, id, team);
     } catch (const std::bad_alloc&) {
         step.failed->store(true);
-        return;
     }
-    few_part(*step.shared, own, step.phase, id, team);
 }
 
-// ---- many tokens
-
-// From list to list: an odd number of cache lines, so that the ends of all lists find room in the first cache.
-int64_t list_stride(int64_t tokens) { return (round_up(tokens, 16) / 16 | 1) * 16; }
+// ---- all experts for each tile
 
 struct ManyOwn {
     const Call* call;
@@ -614,9 +691,7 @@ constexpr int64_t LAST_CACHE = int64_t(32) << 20, SECOND_CACHE = 800 * 1024;
 int64_t tile_size(const Call& c) {
     const char* forced = std::getenv("D2DMOE_TILE");
     int64_t bytes = c.layer.d * (c.widened() ? 4 : c.element()) + c.layer.d_out * 4;
-    int64_t matrices = c.matrix(c.layer.d, c.layer.size) * (c.layer.gate_weight ? 2 : 1);
-    matrices += c.matrix(c.layer.size, c.layer.d_out);
-    bool fit = c.layer.experts * matrices <= LAST_CACHE && !c.by_experts() && !c.tiled;
+    bool fit = weight_bytes(c) <= LAST_CACHE && !c.by_experts() && !c.tiled;
     int64_t most = forced ? std::atoll(forced) : fit ? std::clamp<int64_t>(SECOND_CACHE / bytes, 128, 256) : 512;
     int64_t rounds = (c.tokens + most * c.team - 1) / (most * c.team);
     return (c.tokens + rounds * c.team - 1) / (rounds * c.team);
@@ -698,13 +773,14 @@ EXPORT int d2dmoe_forward_by(const D2dmoeLayer* layer, const void* x, int64_t ld
     Call call{*layer, *all_kernels[layer->kernels], static_cast<const char*>(x), ld_x * (layer->bf16 ? 2 : 4), run, tokens,
               static_cast<char*>(y), std::max(threads, 1)};
     try {
-        if (tokens <= layer->few) {
-            FewShared shared = lay_out(shared_buffer, FewShared{&call, {}, {}, {}, {}, {}, nullptr, nullptr});
-            FewStart start{&shared, {}, {false}};
-            if (!parts) run_team(call.team, few_enter, &start);
-            for (int phase = 0; parts && phase < FewShared::PHASES && !start.failed.load(); phase++) {
-                FewPhase step{&shared, &start.failed, phase};
-                if (shared.has(phase)) parts(call.team, few_phase, &step);
+        Grid grid = grid_of(call, call.team, call.team);
+        if (grid.groups > 1 || tokens <= layer->few) {
+            GridShared shared = lay_out(shared_buffer, GridShared{&call, grid.groups, {}, {}, {}, {}, {}, nullptr, nullptr});
+            GridStart start{&shared, {}, {false}};
+            if (!parts) run_team(call.team, grid_enter, &start);
+            for (int phase = 0; parts && phase < GridShared::PHASES && !start.failed.load(); phase++) {
+                GridPhase step{&shared, &start.failed, phase};
+                if (shared.has(phase)) parts(call.team, grid_phase, &step);
             }
             return start.failed.load() ? 1 : 0;
         }
