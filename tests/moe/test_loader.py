@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,16 +43,43 @@ AUTO = {
     "t5-gated": None,
 }
 OPEN_DENSE = """
-import sys, torch, transformers
-folder, kind = sys.argv[1:]
-model, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
-assert "d2dmoe" not in sys.modules
-assert not info["missing_keys"], info["missing_keys"]
-assert all("router" in k or k.endswith((".constants", ".order")) for k in info["unexpected_keys"])
-inputs = torch.load(folder + "/../inputs.pt", weights_only=True)
-with torch.no_grad():
-    torch.save(model.eval()(**inputs)[0], folder + "/../dense.pt")
+import json, sys, torch, traceback, transformers
+
+def open_dense(folder, kind):
+    model, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+    assert "d2dmoe" not in sys.modules
+    assert not info["missing_keys"], info["missing_keys"]
+    assert all("router" in k or k.endswith((".constants", ".order")) for k in info["unexpected_keys"])
+    inputs = torch.load(folder + "/../inputs.pt", weights_only=True)
+    with torch.no_grad():
+        torch.save(model.eval()(**inputs)[0], folder + "/../dense.pt")
+
+for line in sys.stdin:
+    try:
+        print(json.dumps(open_dense(*json.loads(line))), flush=True)
+    except Exception:
+        print(json.dumps(traceback.format_exc()), flush=True)
 """
+
+
+@pytest.fixture(scope="module")
+def open_dense() -> Iterator[Callable[[Path, str], None]]:
+    """Opens a folder as a class of transformers in a process without d2dmoe, which serves all tests here."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", OPEN_DENSE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True,
+    )  # fmt: skip
+
+    def call(folder: Path, kind: str) -> None:
+        process.stdin.write(json.dumps([str(folder), kind]) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        assert answer, "the process without d2dmoe is gone"
+        assert json.loads(answer) is None, json.loads(answer)
+
+    yield call
+    process.stdin.close()
+    process.wait(timeout=60)
 
 
 def converted(
@@ -116,7 +144,7 @@ SOME = ("gpt2", "llama", "bert", "vit", "t5-gated")  # the others take minutes t
         *(pytest.param(*case, marks=() if case[0] in ("gpt2", "t5-gated") else pytest.mark.slow) for case in PADDED),
     ],
 )
-def test_opens_with_and_without_d2dmoe(name, shard, experts, tmp_path):
+def test_opens_with_and_without_d2dmoe(name, shard, experts, open_dense, tmp_path):
     model, dense, orders = converted(name, experts=experts)
     assert all(layer.up_weight.shape[0] == experts for layer in layers(model))
     inputs = dummy_inputs(dense)
@@ -124,8 +152,7 @@ def test_opens_with_and_without_d2dmoe(name, shard, experts, tmp_path):
     model.save_pretrained(folder, max_shard_size=shard)
     assert (folder / "model.safetensors.index.json").exists() == (shard == "20KB")
     torch.save(inputs, tmp_path / "inputs.pt")
-    command = [sys.executable, "-c", OPEN_DENSE, str(folder), type(dense).__name__]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    open_dense(folder, type(dense).__name__)
     opened = torch.load(tmp_path / "dense.pt", weights_only=True)
     assert torch.equal(opened, run(permuted(dense, orders), inputs))
     assert_close(opened, run(dense, inputs))
