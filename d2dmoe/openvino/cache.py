@@ -83,10 +83,15 @@ def openvino_model(model: nn.Module, inputs: Mapping[str, torch.Tensor], convert
 
 
 def name_ports(model: Any, inputs: Iterable[str], outputs: Iterable[str]) -> None:
-    """Give the inputs and outputs of an `openvino.Model` these names."""
+    """Give the inputs and outputs of an `openvino.Model` these names, and the nodes of inputs as well.
+
+    OpenVINO's step to paged attention looks for a node of the name `input_ids`.
+    """
     for ports, labels in ((model.inputs, inputs), (model.outputs, outputs)):
         for port, label in zip(ports, labels, strict=True):
             port.get_tensor().set_names({label})
+    for port in model.inputs:
+        port.get_node().set_friendly_name(port.get_any_name())
 
 
 def _example(

@@ -327,14 +327,15 @@ def test_a_folder_of_one_budget_has_the_inputs_that_others_know(tmp_path):
 
 
 @needs_native
-def test_openvino_genai_generates_the_same_text(tmp_path):
+@pytest.mark.parametrize("attention", ["SDPA", "PA"])
+def test_openvino_genai_generates_the_same_text(attention, tmp_path):
     genai, tokenizers = pytest.importorskip("openvino_genai"), pytest.importorskip("openvino_tokenizers")
     export_openvino(str(LLAMA), str(tmp_path / "out"), actives=[0.25])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     pair = tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
     for name, part in zip(("tokenizer", "detokenizer"), pair, strict=True):
         openvino.save_model(part, tmp_path / "out" / f"openvino_{name}.xml")
-    options = {"ATTENTION_BACKEND": "SDPA", "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    options = {"ATTENTION_BACKEND": attention, "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
     library = [str(extension.extension_library())]
     pipe = genai.LLMPipeline(str(tmp_path / "out"), "CPU", extensions=library, **options)
     text, limits = "Once upon a time", {"max_new_tokens": 24, "do_sample": False}
