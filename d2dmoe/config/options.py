@@ -262,7 +262,9 @@ class HealConfig(CalibrationConfig):
     )
     heal_tokens: int = knob(4096, "tokens per distillation step")
     heal_learning_rate: float = knob(
-        0.0, "peak learning rate of the distillation (0: 1e-3, and 5e-5 where every weight is trained)"
+        0.0,
+        "peak learning rate of the distillation (0: 1e-3, and 5e-5 where every weight is trained; bases of projections "
+        "then have one that is tried from 100 steps on, otherwise a tenth of 1e-3, or all of 5e-5)",
     )
 
 

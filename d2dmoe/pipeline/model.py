@@ -319,7 +319,8 @@ def _heal(
     teacher = dense() if stored.networks else None
     last = heal(model, batches, config, stored, state_dir=state_dir, resume=resume, teacher=teacher)[-1]
     if work is not None and first_process():
-        found = {"steps": config.heal, **{key: last[key] for key in ("before", "after", "relative")}}
+        keys = ("before", "after", "relative", "bases_learning_rate")
+        found = {"steps": config.heal, **{key: last[key] for key in keys if key in last}}
         write_text(work / HEALING, json.dumps(found | {"kept": "step" in last and last["relative"] < 1}))
     say(_healed(last))
     fitting, unseen = _calibration_text(config, batches)
@@ -332,6 +333,8 @@ def _healed(last: dict[str, float]) -> str:
         return "healing left out: nothing stands in for anything at the stored budgets, so nothing learns"
     lost = f"{last['before']:.4g} to {last['after']:.4g} from the dense model, {last['relative']:.2f} of it in the mean"
     lost += " over the budgets, on text kept from healing"
+    if "bases_learning_rate" in last:
+        lost += f"; learning rate of bases {last['bases_learning_rate']:.2g}"
     return f"healed: {lost}" if last["relative"] < 1 else f"healing undone: {lost}; try a lower --heal-learning-rate"
 
 

@@ -25,10 +25,13 @@ from ..moe.layer import layers
 from ..moe.projection import projections
 from ..tensors import PROJECTED
 from ..training import train
+from .rates import chosen_rate
 
 LOGITS_AT_ONCE = 2**24  # elements per forward pass with gradients, 64 MB in fp32
 ROUTERS = 0.01  # of the learning rate: a gate changes its mind by jumps, and its gradient holds for small steps only
-BASES = 0.1  # of that of stand-ins: models that lose little at low rank, or few outputs to a batch, lose at more
+BASES = (
+    0.1  # of that of stand-ins, where no more is found to be better: models that lose little at low rank do not bear it
+)
 RATES = {"stand-ins": 1e-3, "routers": 1e-3, "all": 5e-5}  # what trains, and the learning rate unless another is given
 LEAST = 0.01  # of the largest divergence of a budget: what a smaller one counts as, where they are made relative
 CHECKED = 4096  # tokens, a tenth at most, that healing does not see: by them it is judged
@@ -136,8 +139,10 @@ def heal(
     Returns:
         The training log. Its last row has the mean `divergence` over the budgets `before` and `after` healing, on the
         text that was kept from it, and as `relative` the mean of the quotients of each budget; a healing with less
-        than 1 was kept. Budgets at which nothing learns, because all of it runs, are left out of the turns; if that is
-        so at all of them, the log has this row only.
+        than 1 was kept. Where there are bases of projections, it has their peak rate as `bases_learning_rate`: a tenth
+        of that in the config (all of it where every weight is trained) or, where this has none and there are enough
+        steps, the one that does best on that text after a few. Budgets at which nothing learns, because all of it runs,
+        are left out of the turns; if that is so at all of them, the log has the divergences only.
     """
     checked, part = batches, min(CHECKED, batches.tokens // 10)
     if part:
@@ -145,37 +150,76 @@ def heal(
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 1) if "input_ids" in batches[0] else 1
     at_once = min(LOGITS_AT_ONCE // vocabulary, TOKENS_AT_ONCE)  # more tokens only leave the processor's caches
     parts = Parts(batches, config.heal_tokens, at_once, config.seed)
-    settings = TrainingConfig(
-        steps=config.heal, learning_rate=config.heal_learning_rate or RATES[config.heal_parameters],
-        adam_betas=(0.9, 0.99), accumulation=parts.per_step, seed=config.seed, save_every=100,
-    )  # fmt: skip
     student = Student(model, stored, config.heal_parameters, teacher)
     start, end = student.distances(checked), torch.tensor(torch.nan)
     student.scales = start.clamp_min(LEAST * start.max()).clamp_min(1e-12)
+
     with training_only(model, config.heal_parameters):
-        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        training = Training(student, parts, checked, config)
         student.turns = student.budgets_that_learn(batches[0])
+        log: list[dict[str, float]] = [{}]
         try:
-            log = train(
-                student, parts, lambda student, batch: student(batch), settings,
-                name="heal", state_dir=state_dir, resume=resume, placed=True, in_turn=True,
-                rates=lambda name: rate_of(name, config.heal_parameters),
-            ) if student.turns else [{}]  # fmt: skip
+            if student.turns:
+                for_bases = training.rate_for_bases(state_dir, resume)
+                log = training.train(config.heal, for_bases, name="heal", state_dir=state_dir, resume=resume)
+                log[-1] |= {"bases_learning_rate": for_bases} if training.has_bases else {}
             end = student.distances(checked)
         finally:
             relative = float((end / student.scales).mean())
             if not relative < 1:
-                for name, value in before.items():
-                    model.get_parameter(name).data.copy_(value)
+                training.put_back()
     log[-1] |= {"before": float(start.mean()), "after": float(end.mean()), "relative": relative}
     return log
 
 
-def rate_of(name: str, what: str) -> float:
-    """What the learning rate of a parameter is multiplied by, if `what` is trained."""
-    if ".router." in name:
-        return ROUTERS
-    return BASES if what != "all" and name.endswith(PROJECTED) else 1.0
+class Training:
+    """Trains what requires gradients in a student, and can put it back.
+
+    Attributes:
+        has_bases: Are there bases of projections among it?
+    """
+
+    def __init__(self, student: Student, parts: Parts, checked: Batches, config: HealConfig):
+        self.student, self.parts, self.checked, self.config = student, parts, checked, config
+        trained = ((name, p) for name, p in student.model.named_parameters() if p.requires_grad)
+        self._before = {name: p.detach().clone() for name, p in trained}
+        self.has_bases = any(name.endswith(PROJECTED) for name in self._before)
+        self._rate = config.heal_learning_rate or RATES[config.heal_parameters]
+
+    def put_back(self) -> None:
+        """Everything as it was when this was made."""
+        for name, value in self._before.items():
+            self.student.model.get_parameter(name).data.copy_(value)
+
+    def train(self, steps: int, for_bases: float, **options: Any) -> list[dict[str, float]]:
+        """The log of a training with this peak learning rate for bases; `options` are those of `training.train`."""
+        settings = TrainingConfig(
+            steps=steps, learning_rate=self._rate, adam_betas=(0.9, 0.99), accumulation=self.parts.per_step,
+            seed=self.config.seed, save_every=100,
+        )  # fmt: skip
+        return train(
+            self.student, self.parts, lambda student, batch: student(batch), settings, placed=True, in_turn=True,
+            rates=lambda name: rate_of(name, for_bases / self._rate), **options,
+        )  # fmt: skip
+
+    def rate_for_bases(self, state_dir: Path | None, resume: bool) -> float:
+        """Their peak learning rate: the usual one if the config has a rate, otherwise one that is tried."""
+        usual = self._rate * (1 if self.config.heal_parameters == "all" else BASES)
+        if self.config.heal_learning_rate or not self.has_bases:
+            return usual
+        return chosen_rate(self._try, usual, self.config.heal, state_dir, resume)
+
+    def _try(self, steps: int, for_bases: float) -> float:
+        try:
+            self.train(steps, for_bases, name=f"heal, {steps} steps with {for_bases:.1e} for bases")
+            return float((self.student.distances(self.checked) / self.student.scales).mean())
+        finally:
+            self.put_back()
+
+
+def rate_of(name: str, for_bases: float) -> float:
+    """What the learning rate of a parameter is multiplied by."""
+    return ROUTERS if ".router." in name else for_bases if name.endswith(PROJECTED) else 1.0
 
 
 class Student(nn.Module):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -85,13 +87,13 @@ def test_it_lowers_the_divergence_and_trains_what_was_asked(what):
 
 
 @contextmanager
-def interrupted(monkeypatch, after: int):
-    """Inside, healing is interrupted once it has compared outputs so many times."""
+def interrupted(monkeypatch, when: Callable[[int], bool]):
+    """Inside, healing is interrupted when it compares outputs, if `when` says so for the number of times."""
     real, calls = stage.divergence, []
 
     def dies(*args):
         calls.append(1)
-        if len(calls) > after:
+        if when(len(calls)):
             raise KeyboardInterrupt
         return real(*args)
 
@@ -108,7 +110,7 @@ def test_what_does_not_help_is_undone(what, monkeypatch):
     settings = ConvertConfig(heal_parameters=what, **{**SETTINGS, "heal_learning_rate": 3.0})
     log = heal(model, documents(64), settings, config)
     assert log[-1]["relative"] > 1
-    with interrupted(monkeypatch, 30), pytest.raises(KeyboardInterrupt):
+    with interrupted(monkeypatch, lambda calls: calls > 30), pytest.raises(KeyboardInterrupt):
         heal(model, documents(64), ConvertConfig(heal_parameters=what, **SETTINGS), config)
     for (name, a), (_, b) in zip(model.named_parameters(), before.named_parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -139,17 +141,37 @@ def test_budgets_at_which_nothing_learns_are_left_out(others):
     assert all(torch.equal(a, b) for a, b in pairs) == (not others)
 
 
-def test_it_resumes_to_the_same_weights(tmp_path, monkeypatch):
-    whole, config = calibrated()
+@pytest.mark.parametrize(("bases", "when"), [(False, "training"), (True, "trial"), (True, "training")])
+def test_it_resumes_to_the_same_weights(bases, when, tmp_path, monkeypatch):
+    """After a kill in the first trial of a learning rate, or when the training has saved a state."""
+    whole, config = calibrated() if not bases else ((model := attached()), stored_config(model))
     cut, cut_config = copy.deepcopy(whole), copy.deepcopy(config)
-    settings = ConvertConfig(heal=120, heal_tokens=64)
-    heal(whole, documents(64), settings, config)
+    settings, state, chosen = ConvertConfig(heal=120, heal_tokens=64), tmp_path / "state", tmp_path / "heal-rate.json"
+    log = heal(whole, documents(64), settings, config)
 
-    with interrupted(monkeypatch, 110), pytest.raises(KeyboardInterrupt):
-        heal(cut, documents(64), settings, cut_config, state_dir=tmp_path / "state")
-    heal(cut, documents(64), settings, cut_config, state_dir=tmp_path / "state", resume=True)
+    cut_off = (lambda calls: calls > 20) if when == "trial" else (lambda _: state.exists())
+    with interrupted(monkeypatch, cut_off), pytest.raises(KeyboardInterrupt):
+        heal(cut, documents(64), settings, cut_config, state_dir=state)
+    assert state.exists() == (when == "training")
+    assert chosen.exists() == (bases and when == "training")
+    heal(cut, documents(64), settings, cut_config, state_dir=state, resume=True)
     for (name, a), (_, b) in zip(whole.named_parameters(), cut.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+    assert ("bases_learning_rate" in log[-1]) == bases
+    if bases:
+        assert json.loads(chosen.read_text())["chosen"] == log[-1]["bases_learning_rate"]
+
+
+@pytest.mark.parametrize("what", ["stand-ins", "all"])
+def test_the_learning_rate_of_bases_is_tried_unless_one_is_given(what, monkeypatch):
+    usual, asked = {"stand-ins": 1e-4, "all": 5e-5}[what], []
+    monkeypatch.setattr(stage, "chosen_rate", lambda tried, rate, *_: asked.append(rate) or 4 * rate)
+    config = ConvertConfig(heal=3, heal_tokens=64, heal_parameters=what)
+    for given, expected in ((0.0, 4 * usual), (10 * usual, 10 * usual if what == "all" else usual)):
+        model = attached()
+        log = heal(model, documents(64), replace(config, heal_learning_rate=given), stored_config(model))
+        assert log[-1]["bases_learning_rate"] == pytest.approx(expected)
+    assert asked == pytest.approx([usual])
 
 
 def test_divergence_is_the_kl_of_the_positions_that_count():
