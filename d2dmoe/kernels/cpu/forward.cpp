@@ -2,8 +2,8 @@
 //
 // Tokens come in tiles and experts in groups. Few tokens are one tile, and every thread takes a group of experts; many are a
 // tile or more for every thread, which walks through all experts; in between a thread takes one group on one tile. Groups add
-// into outputs of their own, which are then summed. A result depends on the input and the number of threads alone, never on
-// timing.
+// into outputs of their own, which are then summed. Work is divided for the number of threads asked for, however many there
+// are: a result depends on the input and that number alone, never on timing or other calls.
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -388,17 +388,17 @@ int64_t weight_bytes(const Call& c) {
     return l.experts * (c.matrix(l.d, l.size) * (l.gate_weight ? 2 : 1) + c.matrix(l.size, l.d_out));
 }
 
-// The cheapest division among `team` threads into at most `most` groups, whose outputs are no more bytes than the weights.
-Grid grid_of(const Call& c, int64_t team, int64_t most) {
-    most = std::min(team, most);
-    if (c.tokens <= c.layer.few) return {1, most};
+// The cheapest division for a team. The outputs of all groups are no more bytes than the weights.
+Grid grid_of(const Call& c) {
+    const int64_t team = c.team;
+    if (c.tokens <= c.layer.few) return {1, team};
     if (std::getenv("D2DMOE_TILE")) return {team, 1};
     if (const char* forced = std::getenv("D2DMOE_GROUPS")) {
-        int64_t groups = std::clamp<int64_t>(std::atoll(forced), 1, most);
+        int64_t groups = std::clamp<int64_t>(std::atoll(forced), 1, team);
         return {team / groups, groups};
     }
     constexpr int64_t ALWAYS = int64_t(8) << 20;
-    most = std::min(most, std::max(ALWAYS, weight_bytes(c)) / (c.tokens * c.padded_out() * 4));
+    int64_t most = std::min(team, std::max(ALWAYS, weight_bytes(c)) / (c.tokens * c.padded_out() * 4));
     const Costs costs = costs_of(c);
     Grid best{team, 1};
     double least = 1 + costs.tile * double(team) / double(c.tokens);
@@ -413,7 +413,7 @@ Grid grid_of(const Call& c, int64_t team, int64_t most) {
 
 struct GridShared {
     const Call* call;
-    int64_t groups;  // at most
+    Grid grid;
     float *hidden, *scores, *partial;
     Forms forms;
     uint8_t* run;
@@ -441,7 +441,7 @@ struct GridShared {
         scores = p.take<float>(call->routed() ? n * call->score_row() : 0);
         run = p.take<uint8_t>(call->routed() ? n * l.experts : 0);
         forms.take(*call, p, n);
-        partial = p.take<float>(n * call->padded_out() * groups);
+        partial = p.take<float>(n * call->padded_out() * grid.groups);
     }
 };
 
@@ -544,7 +544,7 @@ void choose_of(GridShared& s, GridOwn& own, int64_t first, int64_t last) {
                      own.scratch);
 }
 
-// The part of thread `id` in a phase.
+// Part `id` of a phase.
 void grid_part(GridShared& s, GridOwn& own, int phase, int id, int team) {
     const Call& c = *s.call;
     if (phase == GridShared::INPUTS) {
@@ -571,9 +571,7 @@ struct GridStart {
     std::atomic<bool> failed;
 };
 
-GridOwn grid_own(const GridShared& s, int team) {
-    return lay_out(own_buffer, GridOwn{s.call, grid_of(*s.call, team, s.groups), {}, {}, {}, {}, {}});
-}
+GridOwn grid_own(const GridShared& s) { return lay_out(own_buffer, GridOwn{s.call, s.grid, {}, {}, {}, {}, {}}); }
 
 void grid_enter(void* context, int id, int team) {
     auto& start = *static_cast<GridStart*>(context);
@@ -585,7 +583,7 @@ void grid_enter(void* context, int id, int team) {
     }
     GridOwn own;
     try {
-        own = grid_own(*start.shared, team);
+        own = grid_own(*start.shared);
     } catch (const std::bad_alloc&) {  // must not leave a thread of the team; the others do not wait in vain
         start.failed.store(true);
         for (int i = 0; i < start.shared->waits(); i++) start.shared->barrier->wait();
@@ -594,7 +592,8 @@ void grid_enter(void* context, int id, int team) {
     int left = start.shared->waits();
     for (int phase = 0; phase < GridShared::PHASES; phase++) {
         if (!start.shared->has(phase)) continue;
-        grid_part(*start.shared, own, phase, id, team);
+        for (int part = id; part < start.shared->call->team; part += team)
+            grid_part(*start.shared, own, phase, part, start.shared->call->team);
         if (left-- > 0) start.shared->barrier->wait();
     }
 }
@@ -609,7 +608,7 @@ struct GridPhase {
 void grid_phase(void* context, int id, int team) {
     auto& step = *static_cast<GridPhase*>(context);
     try {
-        GridOwn own = grid_own(*step.shared, team);
+        GridOwn own = grid_own(*step.shared);
         grid_part(*step.shared, own, step.phase, id, team);
     } catch (const std::bad_alloc&) {
         step.failed->store(true);
@@ -773,9 +772,9 @@ EXPORT int d2dmoe_forward_by(const D2dmoeLayer* layer, const void* x, int64_t ld
     Call call{*layer, *all_kernels[layer->kernels], static_cast<const char*>(x), ld_x * (layer->bf16 ? 2 : 4), run, tokens,
               static_cast<char*>(y), std::max(threads, 1)};
     try {
-        Grid grid = grid_of(call, call.team, call.team);
+        Grid grid = grid_of(call);
         if (grid.groups > 1 || tokens <= layer->few) {
-            GridShared shared = lay_out(shared_buffer, GridShared{&call, grid.groups, {}, {}, {}, {}, {}, nullptr, nullptr});
+            GridShared shared = lay_out(shared_buffer, GridShared{&call, grid, {}, {}, {}, {}, {}, nullptr, nullptr});
             GridStart start{&shared, {}, {false}};
             if (!parts) run_team(call.team, grid_enter, &start);
             for (int phase = 0; parts && phase < GridShared::PHASES && !start.failed.load(); phase++) {
