@@ -312,5 +312,5 @@ def _parameter_groups(
         raise ValueError("the model has no parameter that requires a gradient")
     return [  # the full rate comes first: it is the one that is logged
         {"params": groups[decay, rate], "weight_decay": decay, "lr": rate * config.learning_rate}
-        for decay, rate in sorted(groups, reverse=True)
+        for decay, rate in sorted(groups, key=lambda key: (key[1] == 1, key), reverse=True)
     ]

@@ -41,7 +41,7 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Run], dict[str, Any]
     plain = trace(dense, inputs)
     graphs = {DENSE: (plain, None)}
     for name, dtype in (("fp32", None), ("int8", "int8"), ("int8-dynamic", "int8-dynamic")):
-        graph, _ = traced(copy.deepcopy(model), actives, dtype)
+        graph, _ = traced(copy.deepcopy(model), actives, dtype, dense_projections=arguments.dense_projections)
         graphs[f"experts {name}, rest fp32"] = (graph, actives)
     for name in list(graphs):
         graph, budgets = graphs[name]
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--eval-data", required=True, help="text whose embeddings are compared")
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 1])
     parser.add_argument("--active", type=float, nargs="+", help="budgets, one if projections were converted as well")
+    parser.add_argument("--dense-projections", action="store_true", help="as of d2dmoe export --openvino")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--calibration-batches", type=int, default=32)
     parser.add_argument("--eval-batches", type=int, default=32)

@@ -32,6 +32,8 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
     further.add_argument("--batches", type=int, default=64, help="batches of --data that --rest int8 measures")
     past = "keys and values of a decoder as its state, to generate token by token (default: where it has them)"
     further.add_argument("--cache", action=argparse.BooleanOptionalAction, default=None, help=past)
+    plain = "leave converted projections around attention dense, as suits encoders in int8"
+    further.add_argument("--dense-projections", action="store_true", default=None, help=plain)
     add_fields(sub, DataConfig)
 
 
@@ -45,7 +47,8 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
         return _openvino(arguments, command)
     data = given(arguments, DataConfig)
     for flag, value in (("active", arguments.active), ("expert-dtype", arguments.expert_dtype),
-                        ("rest", arguments.rest), ("cache", arguments.cache), *data.items()):  # fmt: skip
+                        ("rest", arguments.rest), ("cache", arguments.cache),
+                        ("dense-projections", arguments.dense_projections), *data.items()):  # fmt: skip
         if value is not None:
             raise UserError(f"--{flag.replace('_', '-')} belongs to --openvino; leave it out")
     if arguments.dense:
@@ -66,7 +69,7 @@ def _openvino(arguments: argparse.Namespace, command: list[str]) -> int:
     row = export_openvino(
         arguments.openvino, arguments.output, actives=arguments.active, expert_dtype=arguments.expert_dtype,
         rest=arguments.rest, data=resolve(DataConfig, given(arguments, DataConfig)), batches=arguments.batches,
-        cache=arguments.cache,
+        cache=arguments.cache, dense_projections=bool(arguments.dense_projections),
     )  # fmt: skip
     budgets = ", ".join(f"{active:g}" for active in row["actives"])
     cached = ", with its cache" if row["cached"] else ""

@@ -53,7 +53,8 @@ class Dense(nn.Module):
 
     def __init__(self, layer: DynamicProjection):
         super().__init__()
-        self.weight, self.bias = layer.matrix(), layer.bias
+        weight = layer.matrix()  # a view of the parameter where that is transposed
+        self.weight, self.bias = weight if isinstance(weight, nn.Parameter) else weight.detach(), layer.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(…, inputs)`` to ``(…, outputs)``."""
@@ -74,7 +75,8 @@ def check_budgets(record: D2DMoEConfig, actives: Sequence[float]) -> None:
                 raise UserError(
                     f"{projection.name}, a projection around attention, does not do the same at the budgets {one} and "
                     f"{active:g}, and an export to OpenVINO holds one setting of each: name one budget, for instance "
-                    f"--active {one}, or convert with --attention-active"
+                    f"--active {one}, leave the projections dense with --dense-projections, or convert with "
+                    f"--attention-active"
                 )
 
 
@@ -86,9 +88,13 @@ def _states(record: D2DMoEConfig, active: float) -> list[tuple[Projection, Proje
 
 
 @torch.no_grad()
-def dense_head(model: nn.Module) -> None:
-    """Put the dense head in the place of a converted one, which OpenVINO would compute as a whole anyway."""
-    _replace(model, {layer: Dense(layer) for layer in projections(model) if layer.projection.role == HEAD})
+def dense_maps(model: nn.Module, projections_too: bool = False) -> None:
+    """Put the dense head in the place of a converted one, which OpenVINO would compute as a whole anyway.
+
+    With `projections_too` put the dense projections in the places of converted ones.
+    """
+    wanted = [layer for layer in projections(model) if projections_too or layer.projection.role == HEAD]
+    _replace(model, {layer: Dense(layer) for layer in wanted})
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from ..openvino.cache import MASK, Feed, complete, why_not
 from ..openvino.compiled import IN_FP32, MODEL
 from ..openvino.extension import check_installed, extension_library
 from ..openvino.graph import BUDGET, openvino_model
-from ..openvino.projections import check_budgets, dense_head, plain_projections
+from ..openvino.projections import check_budgets, dense_maps, plain_projections
 from .export import check_output, open_record
 from .verify import MODEL_TOLERANCE
 
@@ -49,6 +49,7 @@ def export_openvino(
     data: DataConfig | None = None,
     batches: int = 64,
     cache: bool | None = None,
+    dense_projections: bool = False,
 ) -> dict[str, Any]:
     """Write a converted model in OpenVINO's form, after a comparison with what PyTorch computes.
 
@@ -64,6 +65,8 @@ def export_openvino(
         batches: How many batches of them.
         cache: Keys and values of a decoder are its state, so that it generates token by token. By default they are
             where the model has them.
+        dense_projections: Converted projections around attention are exported dense; then budgets at which they differ
+            fit into one folder.
 
     Returns:
         `layers`, `actives`, `cached`, and `error`, the relative error against PyTorch before NNCF.
@@ -80,14 +83,15 @@ def export_openvino(
     actives = list(dict.fromkeys(actives or sorted(budget.active for budget in record.budgets)))
     if not actives:
         raise UserError(f"{name} stores no budgets; name one with --active")
-    check_budgets(record, actives)
+    if not dense_projections:
+        check_budgets(record, actives)
     extension_library()  # says here, before the work, if there is no compiler
     data = data or DataConfig()
     wanted = batches * data.batch_size * data.max_length
     found = calibration(name, config, data, wanted) if rest == "int8" else None
     model = hub.load_model(name, config)
     cached = _cached(model, cache)
-    result, error = traced(model, actives, expert_dtype, cached)
+    result, error = traced(model, actives, expert_dtype, cached, dense_projections)
     if rest:
         result = compressed(result, rest, list(feeds(result, found, len(actives), batches)) if found else [])
     result.set_rt_info(" ".join(map(repr, actives)), ["d2dmoe", "active"])
@@ -110,8 +114,9 @@ def _cached(model: nn.Module, wanted: bool | None) -> bool:
 
 
 def traced(
-    model: nn.Module, actives: Sequence[float], expert_dtype: str | None = None, cached: bool = False
-) -> tuple[Any, float]:
+    model: nn.Module, actives: Sequence[float], expert_dtype: str | None = None, cached: bool = False,
+    dense_projections: bool = False,
+) -> tuple[Any, float]:  # fmt: skip
     """The `openvino.Model` of a converted model, and its relative error against it.
 
     Args:
@@ -119,12 +124,13 @@ def traced(
         actives: Active fractions that it can run at; projections around attention are set as at the first of them.
         expert_dtype: One of `kernels.EXPERT_DTYPES`.
         cached: Keys and values of a decoder are its state.
+        dense_projections: Projections around attention become dense as well.
 
     Raises:
         UserError: If it does not compute what the model does.
     """
     set_expert_dtype(model, expert_dtype)
-    dense_head(model)
+    dense_maps(model, dense_projections)
     inputs = example_inputs(model)
     wanted = []
     with torch.no_grad():

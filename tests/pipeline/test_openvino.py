@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from contextlib import suppress
 from dataclasses import replace
@@ -33,7 +34,7 @@ openvino = pytest.importorskip("openvino")
 from d2dmoe.openvino import compile_model, extension  # noqa: E402
 from d2dmoe.openvino.cache import complete  # noqa: E402
 from d2dmoe.openvino.graph import layer_inputs, make_node  # noqa: E402
-from d2dmoe.openvino.projections import dense_head, plain_projection  # noqa: E402
+from d2dmoe.openvino.projections import dense_maps, plain_projection  # noqa: E402
 from d2dmoe.pipeline.openvino import compressed, example_inputs, export_openvino, traced  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is not a stored budget")
@@ -246,7 +247,7 @@ def test_projections_are_exported_at_one_budget(name, attention, head, tmp_path)
     model.save_pretrained(tmp_path / "model")
     export_openvino(str(tmp_path / "model"), str(tmp_path / "out"), actives=[0.3])
     compiled, inputs = compile_model(tmp_path / "out"), {"input_ids": torch.randint(5, 90, (3, 11))}
-    dense_head(model)
+    dense_maps(model)
     with torch.no_grad(), set_gate(model, active=0.3):
         wanted = next(iter(model(**inputs).values()))
     found = torch.from_numpy(next(iter(compiled(**inputs).values())))
@@ -292,6 +293,23 @@ def test_budgets_at_which_projections_differ_are_refused_before_the_weights_are_
         export_openvino(str(tmp_path / "model"), str(tmp_path / "out"))
     with pytest.raises(UserError, match=r"budgets 0.6 and 1"):
         export_openvino(str(tmp_path / "model"), str(tmp_path / "out"), actives=[0.6, 1.0])
+
+
+@needs_native
+def test_projections_can_be_exported_dense_at_several_budgets(tmp_path):
+    model = with_projections("gpt2", "low-rank", active=[0.3, 0.6], head="svd-softmax")
+    model.save_pretrained(tmp_path / "model")
+    export_openvino(str(tmp_path / "model"), str(tmp_path / "out"), dense_projections=True)
+    compiled, inputs = compile_model(tmp_path / "out"), {"input_ids": torch.randint(5, 90, (3, 11))}
+    dense = copy.deepcopy(model)
+    dense_maps(dense, projections_too=True)
+    assert not projections(dense)
+    for active in (0.3, 0.6):
+        with torch.no_grad(), set_gate(dense, active=active), set_gate(model, active=active):
+            wanted, converted_too = dense(**inputs).logits, model(**inputs).logits
+        found = torch.from_numpy(compiled(active=active, **inputs)["logits"])
+        assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(found, converted_too, atol=1e-4)
 
 
 @needs_native
