@@ -29,9 +29,7 @@ from .rates import chosen_rate
 
 LOGITS_AT_ONCE = 2**24  # elements per forward pass with gradients, 64 MB in fp32
 ROUTERS = 0.01  # of the learning rate: a gate changes its mind by jumps, and its gradient holds for small steps only
-BASES = (
-    0.1  # of that of stand-ins, where no more is found to be better: models that lose little at low rank do not bear it
-)
+BASES = 0.1  # of that of stand-ins, where no higher one is found to be better: not every model bears more
 RATES = {"stand-ins": 1e-3, "routers": 1e-3, "all": 5e-5}  # what trains, and the learning rate unless another is given
 LEAST = 0.01  # of the largest divergence of a budget: what a smaller one counts as, where they are made relative
 CHECKED = 4096  # tokens, a tenth at most, that healing does not see: by them it is judged
@@ -153,7 +151,6 @@ def heal(
     student = Student(model, stored, config.heal_parameters, teacher)
     start, end = student.distances(checked), torch.tensor(torch.nan)
     student.scales = start.clamp_min(LEAST * start.max()).clamp_min(1e-12)
-
     with training_only(model, config.heal_parameters):
         training = Training(student, parts, checked, config)
         student.turns = student.budgets_that_learn(batches[0])

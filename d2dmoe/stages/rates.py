@@ -12,7 +12,7 @@ from ..files import write_text
 from ..training import first_process
 
 FROM = 100  # steps of a training from which trials are worth their time
-STEPS = 20  # of a trial, see LAB.md, "the learning rate of healing"
+STEPS = 20  # of a trial, see LAB.md, "the learning rate of bases"
 FACTOR = 4.0  # from one rate to the next
 MOST = 2  # rates above the first one, or below
 LOST = 2.0  # times the loss at the start: a rate that does so is too high
