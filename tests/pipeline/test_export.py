@@ -133,9 +133,9 @@ def test_what_cannot_be_exported_is_refused(capsys, tmp_path):
 
 
 WORK = [("gpt2", ["c_attn", "c_fc"], "'transformer.h.0.mlp.up_weight'"),
-        ("gpt2", ["c_proj"], "'transformer.h.0.mlp.down_weight'"),
+        pytest.param("gpt2", ["c_proj"], "'transformer.h.0.mlp.down_weight'", marks=pytest.mark.slow),
         ("llama", ["q_proj", "up_proj"], "'model.layers.0.mlp.up_weight'"),
-        ("llama", ["gate_proj"], "'model.layers.0.mlp.gate_weight'"),
+        pytest.param("llama", ["gate_proj"], "'model.layers.0.mlp.gate_weight'", marks=pytest.mark.slow),
         ("phi3", ["qkv_proj", "gate_up_proj"], "'model.layers.0.mlp.gate_weight'")]  # fmt: skip
 
 

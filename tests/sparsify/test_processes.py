@@ -128,6 +128,7 @@ def test_copies(inputs: Path, one: dict[str, Path], capsys) -> None:
     check_interruptions(result, folder, inputs, capsys)
 
 
+@pytest.mark.slow  # half a minute; copies, which take the same steps, stay
 def test_shards(inputs: Path, one: dict[str, Path], capsys) -> None:
     # By default accelerate wraps BERT's embeddings twice, and fails.
     layers = ("--fsdp", "--fsdp-config", '{"transformer_layer_cls_to_wrap": ["BertLayer"]}')
