@@ -24,7 +24,6 @@ from d2dmoe.moe.prepared import settings
 
 PART = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
 PARTS = ctypes.CFUNCTYPE(None, ctypes.c_int, PART, ctypes.c_void_p)
-BYTES = 1
 
 
 class Cores:

@@ -111,17 +111,13 @@ def test_odd_shapes(isa, dtype, data):
 @pytest.mark.parametrize("glu", [False, True], ids=["ffn", "glu"])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 16, 64, 131])
 def test_fast_shapes(isa, threads, glu, tokens):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with team(threads):
         for dtype in DTYPES.values():
             arguments = problem(tokens, 64, 32, 6, 128, glu=glu, dtype=dtype)
             check(by_native(arguments, isa), modelled(arguments), f"{dtype}")
             check_rounded(arguments, isa, f"{dtype}")
             everything = {"run": None, "tau": 0.0, "constants": None, "linear_in": None, "linear_out": None}
             check(by_native(arguments | everything, isa), modelled(arguments | everything), f"{dtype}, everything")
-    finally:
-        torch.set_num_threads(before)
 
 
 @needs_native

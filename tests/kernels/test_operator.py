@@ -180,9 +180,7 @@ def test_router_laid_out_by_input(isa, threads, d, width, experts):
     """For so many tokens that it is used, and for fewer, by threads that share the columns; twice the same bits."""
     if not usable(isa, torch.float32):
         pytest.skip("fp32 is another table's")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with team(threads):
         for tokens in (1, 7, 8, 63, 64, 65, 200):
             arguments = problem(tokens, d, 8, experts, 16, glu=False, seed=tokens)
             generator = torch.Generator().manual_seed(1)
@@ -197,8 +195,6 @@ def test_router_laid_out_by_input(isa, threads, d, width, experts):
             y = by_native(arguments | {"run": None}, isa, tiles=True)
             check(y[clear], arguments | {"x": arguments["x"][clear], "run": select(scores, "topk", 0.6)[clear]})
             assert torch.equal(by_native(arguments | {"run": None}, isa, tiles=True), y)
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -329,17 +325,13 @@ def test_activations_from_end_to_end_of_the_range(isa, activation):
 @pytest.mark.parametrize("tokens", [0, 1, 5, 70])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_none_and_all_selected(tokens, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with team(threads):
         for fill in (0, 1):
             arguments = problem(tokens, 20, 16, 5, 16, glu=True)
             arguments["run"].fill_(fill)
             check(by_native(arguments), arguments, f"run={fill}")
         arguments |= {"run": None, "tau": 0.0, "constants": None, "linear_in": None, "linear_out": None}
         check(by_native(arguments), arguments, "tau=0")
-    finally:
-        torch.set_num_threads(before)
 
 
 @needs_native

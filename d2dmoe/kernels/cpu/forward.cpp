@@ -366,7 +366,7 @@ int64_t scratch_for(const Call& c, int64_t tokens) {
 
 // ---- groups of experts
 
-// Threads to a tile of tokens, and tiles.
+// Tiles of tokens, and groups of experts on each of them.
 struct Grid {
     int64_t tiles, groups;
 };
@@ -450,17 +450,16 @@ int64_t list_stride(int64_t tokens) { return (round_up(tokens, 16) / 16 | 1) * 1
 
 struct GridOwn {
     const Call* call;
-    Grid grid;
+    int64_t tile;  // tokens, at most
     int32_t *lists, *counts;
     ExpertCall* calls;
     char *room, *scratch;
-    int64_t tile() const { return (call->tokens + grid.tiles - 1) / grid.tiles; }
     void take(Pieces& p) {
         const auto& l = call->layer;
-        lists = p.take<int32_t>(l.experts * list_stride(tile()));
+        lists = p.take<int32_t>(l.experts * list_stride(tile));
         counts = p.take<int32_t>(l.experts + 1);
         calls = p.take<ExpertCall>(l.experts + 1);
-        room = p.take<char>(scratch_for(*call, tile()));
+        room = p.take<char>(scratch_for(*call, tile));
         scratch = p.take<char>(l.experts * 8);
     }
 };
@@ -496,8 +495,8 @@ std::pair<int64_t, int64_t> share_experts(const D2dmoeLayer& l, const int32_t* c
 void group_on_tile(GridShared& s, GridOwn& own, int64_t group, int64_t tile) {
     const Call& c = *s.call;
     const auto& l = c.layer;
-    auto [first, last] = share(c.tokens, tile, own.grid.tiles);
-    int64_t n = last - first, ld_y = c.padded_out(), stride = list_stride(own.tile());
+    auto [first, last] = share(c.tokens, tile, s.grid.tiles);
+    int64_t n = last - first, ld_y = c.padded_out(), stride = list_stride(own.tile);
     const uint8_t* run = c.routed() ? s.run : c.run;
     if (run)
         make_lists(c, run + first * l.experts, n, own.lists, stride, own.counts);
@@ -508,11 +507,11 @@ void group_on_tile(GridShared& s, GridOwn& own, int64_t group, int64_t tile) {
     for (int64_t t = 0; t < n; t++)
         group == 0 ? start_row(c, y + t * ld_y) : (void)std::memset(y + t * ld_y, 0, size_t(ld_y) * 4);
     Inputs x = inputs_in(c, first, s.forms.from(c, first));
-    auto [begin, end] = share_experts(l, own.counts, group, own.grid.groups);
+    auto [begin, end] = share_experts(l, own.counts, group, s.grid.groups);
     run_experts(c, begin, end, {x, y, ld_y}, n, run ? own.lists : nullptr, stride, own.counts, own.calls, own.room);
 }
 
-void sum_groups(const GridShared& s, int64_t groups, int id, int team) {
+void sum_groups(const GridShared& s, int id, int team) {
     const Call& c = *s.call;
     int64_t n = c.tokens, ld_y = c.padded_out();
     auto [first, last] = share(n, id, team);
@@ -522,7 +521,7 @@ void sum_groups(const GridShared& s, int64_t groups, int id, int team) {
     }
     for (int64_t t = first; t < last; t++) {
         float* sum = s.partial + t * ld_y;
-        for (int64_t other = 1; other < groups; other++) {
+        for (int64_t other = 1; other < s.grid.groups; other++) {
             const float* part = s.partial + (other * n + t) * ld_y;
             for (int64_t i = 0; i < ld_y; i++) sum[i] += part[i];
         }
@@ -559,9 +558,10 @@ void grid_part(GridShared& s, GridOwn& own, int phase, int id, int team) {
         auto [first, last] = share(c.tokens, id, team, s.by_tokens() ? GridShared::OWN : 1);
         if (first < last) choose_of(s, own, first, last);
     } else if (phase == GridShared::EXPERTS) {
-        if (id < own.grid.tiles * own.grid.groups) group_on_tile(s, own, id % own.grid.groups, id / own.grid.groups);
+        auto [tiles, groups] = s.grid;
+        if (id < tiles * groups) group_on_tile(s, own, id % groups, id / groups);
     } else {
-        sum_groups(s, own.grid.groups, id, team);
+        sum_groups(s, id, team);
     }
 }
 
@@ -571,7 +571,10 @@ struct GridStart {
     std::atomic<bool> failed;
 };
 
-GridOwn grid_own(const GridShared& s) { return lay_out(own_buffer, GridOwn{s.call, s.grid, {}, {}, {}, {}, {}}); }
+GridOwn grid_own(const GridShared& s) {
+    int64_t tile = (s.call->tokens + s.grid.tiles - 1) / s.grid.tiles;
+    return lay_out(own_buffer, GridOwn{s.call, tile, {}, {}, {}, {}, {}});
+}
 
 void grid_enter(void* context, int id, int team) {
     auto& start = *static_cast<GridStart*>(context);
