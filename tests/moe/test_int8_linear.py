@@ -154,7 +154,7 @@ def test_converted_models(attention, folded, tmp_path, monkeypatch):
     again = type(model).from_pretrained(tmp_path)
     assert not any(isinstance(m, Int8Map) for m in again.modules())
     set_gate(again, active=0.5)
-    assert torch.equal(again(**inputs).logits, plain)
+    assert apart(again(**inputs).logits, plain) < 1e-6  # weights that lie elsewhere in memory may sum in another order
     set_expert_dtype(model, "int8")
     text = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     cached, whole = (model.generate(**inputs, **text, use_cache=use) for use in (True, False))
