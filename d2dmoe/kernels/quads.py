@@ -52,12 +52,6 @@ def rounded_rows(x: torch.Tensor) -> torch.Tensor:
     return found + (x - x.detach()) if torch.is_grad_enabled() and x.requires_grad else found
 
 
-def narrowed(x: torch.Tensor) -> torch.Tensor:
-    """As bf16 has the values, in the dtype of `x`; gradients pass through as if they had not been rounded."""
-    found = x.detach().to(torch.bfloat16).to(x.dtype)
-    return found + (x - x.detach()) if torch.is_grad_enabled() and x.requires_grad else found
-
-
 def rounded_hidden(hidden: torch.Tensor, down_weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The two factors of the down product where tokens are rounded as well.
 

@@ -15,7 +15,6 @@ from ..kernels import (
     down_product,
     fused_backend,
     hidden_activations,
-    narrowed,
     rounded,
     rounded_hidden,
     rounded_rows,
@@ -195,14 +194,16 @@ class DynamicFFN(Gated, nn.Module):
         if self.linear_in is not None:
             linear_in, linear_out = self.linear_in[stand_in], state.faded(self.linear_out[stand_in])
             if dynamic:
-                y = y + narrowed(narrowed(x) @ narrowed(linear_in)) @ narrowed(linear_out)
+                hidden = rounded_rows(x) @ rounded(linear_in[None], "up_weight")  # as an expert's
+                hidden, whole = rounded_hidden(hidden, linear_out[None])
+                y = y + (hidden @ whole)[0]
             else:
                 y = y + x @ linear_in @ linear_out
         return y
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """The router's scores ``(tokens, experts)`` of tokens ``(tokens, d_model)``, as the gate gets them."""
-        return self.router(x, narrow=True) if self.expert_dtype == "int8-dynamic" else self.router(x)
+        return self.router(x, rounds=True) if self.expert_dtype == "int8-dynamic" else self.router(x)
 
     def _weights(self, state: GateState) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Up, gate and down projections of the readable way; in int8 with the refitted down projection folded in.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..kernels import narrowed
+from ..kernels import rounded_rows
 
 
 class Router(nn.Module):
@@ -27,10 +27,10 @@ class Router(nn.Module):
             value = (torch.rand(weight.shape, generator=generator) * 2 - 1) * bound
             weight.data = value.to(weight.device, weight.dtype)
 
-    def forward(self, x: torch.Tensor, narrow: bool = False) -> torch.Tensor:
-        """Scores ``(tokens, experts)`` of tokens ``(tokens, d_model)``; if `narrow`, of these and weights in bf16."""
-        x, hidden, score = (narrowed(t) if narrow else t for t in (x, self.hidden, self.score))
-        return torch.relu(x @ hidden.T).matmul(score.T).abs()
+    def forward(self, x: torch.Tensor, rounds: bool = False) -> torch.Tensor:
+        """Scores ``(tokens, experts)`` of tokens ``(tokens, d_model)``; if it `rounds`, by a first product in int8."""
+        x, hidden = (rounded_rows(t) if rounds else t for t in (x, self.hidden))
+        return torch.relu(x @ hidden.T).matmul(self.score.T).abs()
 
 
 def expert_norms(hidden: torch.Tensor, down_weight: torch.Tensor) -> torch.Tensor:

@@ -43,6 +43,9 @@ size_t offset_of(const std::string& name) {
         {"base", offsetof(D2dmoeLayer, base)}, {"linear_in", offsetof(D2dmoeLayer, linear_in)},
         {"linear_out", offsetof(D2dmoeLayer, linear_out)}, {"up_scale", offsetof(D2dmoeLayer, up_scale)},
         {"gate_scale", offsetof(D2dmoeLayer, gate_scale)}, {"down_scale", offsetof(D2dmoeLayer, down_scale)},
+        {"router_scale", offsetof(D2dmoeLayer, router_scale)},
+        {"linear_in_scale", offsetof(D2dmoeLayer, linear_in_scale)},
+        {"linear_out_scale", offsetof(D2dmoeLayer, linear_out_scale)},
     };
     auto found = offsets.find(name);
     OPENVINO_ASSERT(found != offsets.end(), "DynamicFFN has no tensor ", name);
@@ -133,7 +136,6 @@ class DynamicFFN : public ov::op::Op {
         visitor.on_attribute("activation", layer_.activation);
         visitor.on_attribute("gate", layer_.gate);
         visitor.on_attribute("rounds", layer_.rounds);
-        visitor.on_attribute("narrow", layer_.narrow);
         visitor.on_attribute("few", layer_.few);
         visitor.on_attribute("d", layer_.d);
         visitor.on_attribute("size", layer_.size);
@@ -151,6 +153,8 @@ class DynamicFFN : public ov::op::Op {
         if (texts_[0].empty()) return;  // the attributes follow
         NODE_VALIDATION_CHECK(this, get_input_size() == 3, "takes tokens, a budget and its tensors");
         if (!read_ || read_->texts != texts_) read_ = std::make_shared<const Read>(texts_);  // clones share it
+        const bool whole = !layer_.rounds || !layer_.router_width || texts_[0].find("router_scale") != std::string::npos;
+        NODE_VALIDATION_CHECK(this, whole, "was exported by an earlier d2dmoe, its router not in int8: export it again");
         NODE_VALIDATION_CHECK(this, get_input_element_type(0).compatible(ov::element::f32), "takes tokens in fp32");
         NODE_VALIDATION_CHECK(this, get_input_element_type(1).compatible(ov::element::i32), "takes a budget in i32");
         auto shape = get_input_partial_shape(0);

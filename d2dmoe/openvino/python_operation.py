@@ -25,7 +25,10 @@ class DynamicFFN(ov.Op):
 
     def validate_and_infer_types(self) -> None:
         """Tokens ``(…, d)`` become ``(…, d_out)``."""
-        if self.attributes["tensors"]:
+        own = self.attributes
+        if own["rounds"] and own["router_width"] and own["tensors"] and "router_scale" not in own["tensors"].split():
+            raise ValueError("exported by an earlier d2dmoe, its router not in int8: export it again")
+        if own["tensors"]:
             shape = self.get_input_partial_shape(0)
             if shape.rank.is_static:
                 shape = ov.PartialShape([*list(shape)[:-1], self.attributes["d_out"]])

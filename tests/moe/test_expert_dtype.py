@@ -22,6 +22,7 @@ from d2dmoe.moe.layer import GateState, layers
 from d2dmoe.moe.memory import twin_in
 
 CLOSE = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.bfloat16: {"rtol": 0.02, "atol": 0.02}}
+STEP = {"rtol": 1e-4, "atol": 3e-3}  # where another order of sums may round a token or a hidden value to the next step
 
 
 INT8 = pytest.mark.parametrize("expert_dtype", ["int8", "int8-dynamic"])
@@ -73,7 +74,8 @@ def test_outputs_follow_the_weights(name, active, expert_dtype):
         change(model)
         y = model(**inputs).logits
         if y.dtype == torch.float32:
-            assert_close(y, by_reference(model, inputs), **CLOSE[y.dtype])
+            close = STEP if expert_dtype == "int8-dynamic" else CLOSE[y.dtype]
+            assert_close(y, by_reference(model, inputs), **close)
         assert torch.equal(model(**inputs).logits, y)
         assert torch.equal(copy.deepcopy(model)(**inputs).logits, y)
 
@@ -103,23 +105,23 @@ def test_budgets_share_what_is_rounded_and_old_weights_go():
 @torch.no_grad()
 def test_other_ways_round_alike(expert_dtype):
     model = in_int8(expert_dtype=expert_dtype)
-    inputs = dummy_inputs(model)
+    inputs, close = dummy_inputs(model), STEP if expert_dtype == "int8-dynamic" else CLOSE[torch.float32]
     set_gate(model, active=0.5)
     y = model(**inputs).logits
     keep_dense(model)
     with dispatching("auto"):
-        assert_close(model(**inputs).logits, y, **CLOSE[y.dtype])
+        assert_close(model(**inputs).logits, y, **close)
     keep_dense(model, False)
     with FlopCounterMode(display=False):
-        assert_close(model(**inputs).logits, y, **CLOSE[y.dtype])
+        assert_close(model(**inputs).logits, y, **close)
     layer, x = layers(model)[0], torch.randn(5, 32)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(x), layer(x), **CLOSE[y.dtype])
+    assert_close(compiled(x), layer(x), **close)
     exported = torch.export.export(layer, (x,)).module()
-    assert_close(exported(x), layer(x), **CLOSE[y.dtype])
+    assert_close(exported(x), layer(x), **close)
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(layer(x).float(), layer(x).float(), **CLOSE[torch.bfloat16])
-    assert_close(merge(model)(**inputs).logits, y, **CLOSE[y.dtype])
+    assert_close(merge(model)(**inputs).logits, y, **close)
 
 
 @INT8

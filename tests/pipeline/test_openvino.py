@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,6 +185,23 @@ def test_without_a_compiler_python_computes_the_same(expert_dtype, python_only, 
         with torch.no_grad(), set_gate(model, active=active):
             wanted = model(input_ids=ids).logits
         assert_close(torch.from_numpy(run(active, input_ids=ids)["logits"]), wanted, **CLOSE[expert_dtype])
+
+
+@needs_native
+@pytest.mark.parametrize("language", ["c++", "python"])
+def test_layers_of_an_earlier_version_are_refused(language, request):
+    """Before routers were in int8 their scales were not there, and their weights would be read as something else."""
+    from openvino import opset13 as ops
+
+    if language == "python":
+        request.getfixturevalue("python_only")
+    layer = layers(converted("gpt2"))[0]
+    tensors, attributes = layer_inputs(layer, [layer.gate_state], "int8-dynamic")
+    attributes["tensors"] = attributes["tensors"].replace("router_scale", "base")
+    x, budget = ops.parameter([-1, 32], np.float32), ops.parameter([], np.int32)
+    warned = pytest.warns(UserWarning, match="layers go through Python") if language == "python" else nullcontext()
+    with warned, pytest.raises((RuntimeError, ValueError), match=r"exported by an earlier d2dmoe.*export it again"):
+        make_node(x.output(0), budget.output(0), tensors, attributes)
 
 
 @needs_native

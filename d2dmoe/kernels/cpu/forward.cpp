@@ -23,7 +23,7 @@
 
 using namespace d2dmoe;
 
-EXPORT int d2dmoe_abi() { return 9; }
+EXPORT int d2dmoe_abi() { return 10; }
 
 namespace {
 
@@ -78,18 +78,11 @@ auto expert_rounded(const D2dmoeLayer& l, const Kernels& kernels) {
     return kernels.expert_rounded;
 }
 
-// What computes router and linear term: where these are narrow, the best that takes tokens in bf16.
-const Kernels& kernels_beside(const D2dmoeLayer& l, const Kernels& kernels) {
-#if defined(__x86_64__)
-    static const Kernels* best = [] {
-        const Kernels* found = nullptr;
-        for (int number = 0; number < KERNELS; number++)
-            if (all_kernels[number]->bf16_inputs && supported(number)) found = all_kernels[number];
-        return found;
-    }();
-    if (l.narrow && best && &kernels == &kernels_avx512) return *best;
+auto columns_rounded(const D2dmoeLayer& l, const Kernels& kernels) {
+#if defined(__x86_64__) && !defined(D2DMOE_NO_VNNI)
+    if (by_vnni(kernels, l.d)) return columns_rounded_vnni;
 #endif
-    return kernels;
+    return kernels.columns_rounded;
 }
 
 // Whether rounded tokens go through tiles, several experts at a time.
@@ -119,22 +112,12 @@ struct Call {
     int64_t element() const { return layer.bf16 ? 2 : 4; }
     bool int8() const { return layer.up_scale; }
     bool rounds() const { return layer.rounds; }
-    // Router and linear term: are they in bf16, and do their tokens have to be widened?
-    const Kernels& beside = kernels_beside(layer, kernels);
-    bool narrow() const { return layer.bf16 || layer.narrow; }
-    bool narrow_tokens() const { return narrow() && beside.bf16_inputs; }
-    // Bytes of a token of theirs that is held once more.
-    int64_t narrow_row() const {
-        bool there = layer.bf16 && narrow_tokens();
-        return !layer.narrow || there ? 0 : layer.d * (narrow_tokens() ? 2 : 4);
-    }
     int64_t rounded_row() const { return rounds() ? rounded_bytes(layer.d) : 0; }
     // Bytes of an expert's matrix, and of an element of its biases and constants.
     int64_t matrix(int64_t depth, int64_t width) const {
         return int8() ? round_up(depth, 4) * width : depth * width * element();
     }
     int64_t vector_element() const { return int8() ? 4 : element(); }
-    bool linear_by_tiles() const { return int8() && narrow() && beside.experts_bf16; }
     // All experts of a tile of tokens in one go; that keeps its own order of things in the caches.
     bool by_experts() const { return layer.bf16 && !int8() && kernels.experts_bf16; }
     const bool tiled = by_tiles(layer, kernels);
@@ -144,7 +127,7 @@ struct Call {
     int64_t score_row() const { return round_up(layer.experts, MAX_LANES); }
     // From so many tokens on the router's weights lie better by input than by output.
     static constexpr int64_t MANY = 8;
-    bool packed_router(int64_t tokens) const { return layer.router_up && tokens >= MANY && !narrow_tokens(); }
+    bool packed_router(int64_t tokens) const { return layer.router_down && tokens >= MANY; }
     // Tokens can be added up where they belong if they are fp32 and whole vectors.
     bool in_place() const { return !layer.bf16 && layer.d_out % kernels.lanes == 0; }
 };
@@ -153,52 +136,33 @@ const char* offset(const void* base, int64_t elements, int64_t element) {
     return base ? static_cast<const char*>(base) + elements * element : nullptr;
 }
 
-// Where the kernels read token `t`: as it came, or widened to fp32; once more, rounded, if the layer rounds; and as router
-// and linear term have it.
+// Where the kernels read token `t`: as it came, or widened to fp32; and once more, rounded, if the layer rounds.
 struct Inputs {
     const char* start;
     int64_t stride;
     const char* rounded;
-    const char* beside;
-    int64_t ld_beside;
     const void* row(int64_t t) const { return start + t * stride; }
 };
 
 // Room for tokens in the forms that they do not come in.
 struct Forms {
     float* wide;
-    char *rounded, *narrow;
+    char* rounded;
     void take(const Call& c, Pieces& p, int64_t tokens) {
         wide = p.take<float>(c.widened() ? tokens * c.layer.d : 0);
         rounded = p.take<char>(tokens * c.rounded_row());
-        narrow = p.take<char>(tokens * c.narrow_row());
     }
     Forms from(const Call& c, int64_t token) const {
-        return {wide + token * c.layer.d, rounded + token * c.rounded_row(), narrow + token * c.narrow_row()};
+        return {wide + token * c.layer.d, rounded + token * c.rounded_row()};
     }
 };
 
 // The tokens from `first` on, whose forms begin at `f`.
 Inputs inputs_in(const Call& c, int64_t first, const Forms& f) {
     const char* own = c.x + first * c.ld_x;
-    Inputs x{own, c.ld_x, f.rounded, own, c.ld_x};
+    Inputs x{own, c.ld_x, f.rounded};
     if (c.widened()) x.start = reinterpret_cast<const char*>(f.wide), x.stride = c.layer.d * 4;
-    if (c.narrow_row())
-        x.beside = f.narrow, x.ld_beside = c.narrow_row();
-    else if (!c.narrow_tokens())
-        x.beside = x.start, x.ld_beside = x.stride;
     return x;
-}
-
-// Fp32 values as bf16 has them, in fp32.
-void through_bf16(const Kernels& kernels, const float* x, int64_t n, float* out) {
-    constexpr int64_t PART = 256;
-    bf16 part[PART];
-    for (int64_t i = 0; i < n; i += PART) {
-        int64_t count = std::min(PART, n - i);
-        kernels.narrow(x + i, count, part);
-        kernels.widen(part, count, out + i);
-    }
 }
 
 Inputs inputs_of(const Call& c, int64_t first, int64_t count, const Forms& f) {
@@ -207,36 +171,31 @@ Inputs inputs_of(const Call& c, int64_t first, int64_t count, const Forms& f) {
         for (int64_t t = 0; t < count; t++)
             c.kernels.widen(reinterpret_cast<const bf16*>(c.x + (first + t) * c.ld_x), d, f.wide + t * d);
     Inputs x = inputs_in(c, first, f);
-    for (int64_t t = 0; t < count; t++) {
-        const auto* row = static_cast<const float*>(x.row(t));
-        char* narrow = f.narrow + t * c.narrow_row();
-        if (c.rounds()) c.kernels.round_row(row, d, f.rounded + t * c.rounded_row());
-        if (!c.narrow_row()) continue;
-        if (c.narrow_tokens())
-            c.beside.narrow(row, d, reinterpret_cast<bf16*>(narrow));
-        else
-            through_bf16(c.kernels, row, d, reinterpret_cast<float*>(narrow));
-    }
+    for (int64_t t = 0; c.rounds() && t < count; t++)
+        c.kernels.round_row(static_cast<const float*>(x.row(t)), d, f.rounded + t * c.rounded_row());
     return x;
 }
 
 void router_rows(const Call& c, const Inputs& x, int64_t tokens, int64_t first, int64_t last, float* hidden) {
     const auto& l = c.layer;
-    const char* weights = offset(l.router_hidden, first * l.d, c.narrow() ? 2 : 4);
-    const auto* wide = reinterpret_cast<const float*>(x.beside);
+    const char* weights = offset(l.router_hidden, first * l.d, c.element());
+    const auto* wide = reinterpret_cast<const float*>(x.start);
     float* out = hidden + first;
-    if (c.packed_router(tokens))
-        c.kernels.product_f32(wide, x.ld_beside / 4, tokens, static_cast<const float*>(l.router_up), l.d, l.router_width,
-                              first, last, hidden, c.hidden_row(), DOTS_RELU);
-    else if (!c.narrow())
-        c.kernels.dots_f32(wide, x.ld_beside / 4, tokens, reinterpret_cast<const float*>(weights), last - first, l.d, out,
+    if (c.rounds())
+        columns_rounded(l, c.kernels)(x.rounded, c.rounded_row(), tokens, static_cast<const uint8_t*>(l.router_hidden),
+                                      l.router_scale, l.d, l.router_width, first, last, hidden, c.hidden_row());
+    else if (c.packed_router(tokens))
+        c.kernels.product_f32(wide, x.stride / 4, tokens, static_cast<const float*>(l.router_up), l.d, l.router_width, first,
+                              last, hidden, c.hidden_row(), DOTS_RELU);
+    else if (!l.bf16)
+        c.kernels.dots_f32(wide, x.stride / 4, tokens, reinterpret_cast<const float*>(weights), last - first, l.d, out,
                            c.hidden_row(), DOTS_RELU);
-    else if (!c.narrow_tokens())
-        c.kernels.dots_mixed(wide, x.ld_beside / 4, tokens, reinterpret_cast<const bf16*>(weights), last - first, l.d, out,
+    else if (c.widened())
+        c.kernels.dots_mixed(wide, x.stride / 4, tokens, reinterpret_cast<const bf16*>(weights), last - first, l.d, out,
                              c.hidden_row(), DOTS_RELU);
     else
-        c.beside.dots_bf16(x.beside, x.ld_beside / 2, tokens, reinterpret_cast<const bf16*>(weights), last - first, l.d, out,
-                           c.hidden_row(), DOTS_RELU);
+        c.kernels.dots_bf16(x.start, x.stride / 2, tokens, reinterpret_cast<const bf16*>(weights), last - first, l.d, out,
+                            c.hidden_row(), DOTS_RELU);
 }
 
 // Scores from the router's hidden layer, and the experts that the gate runs for each token. `packed` as the hidden values
@@ -248,8 +207,8 @@ void score_and_choose(const Call& c, bool packed, const float* hidden, int64_t t
     if (packed)
         c.kernels.product_f32(hidden, from, tokens, static_cast<const float*>(l.router_down), l.router_width, l.experts, 0,
                               l.experts, scores, to, DOTS_ABS);
-    else if (c.narrow())
-        c.beside.dots_mixed(hidden, from, tokens, static_cast<const bf16*>(l.router_score), l.experts, l.router_width, scores,
+    else if (l.bf16)
+        c.kernels.dots_mixed(hidden, from, tokens, static_cast<const bf16*>(l.router_score), l.experts, l.router_width, scores,
                              to, DOTS_ABS);
     else
         c.kernels.dots_f32(hidden, from, tokens, static_cast<const float*>(l.router_score), l.experts, l.router_width, scores,
@@ -289,7 +248,7 @@ ExpertCall expert_call(const Call& c, int64_t e, const Rows& rows, const int32_t
     call.x = rows.x.start, call.ld_x = rows.x.stride, call.y = rows.y, call.ld_y = rows.ld_y;
     if (e == l.experts) {  // the linear term is one more expert that every token runs
         call.up = l.linear_in, call.down = l.linear_out, call.size = l.linear_rank, call.activation = IDENTITY;
-        call.x = rows.x.beside, call.ld_x = rows.x.ld_beside, call.narrow = l.narrow;
+        call.up_scale = l.linear_in_scale, call.down_scale = l.linear_out_scale;
     } else {
         call.up = offset(l.up, e * up, 1), call.up_bias = offset(l.up_bias, e * l.size, vectors);
         call.gate = offset(l.gate_weight, e * up, 1), call.gate_bias = offset(l.gate_bias, e * l.size, vectors);
@@ -322,18 +281,13 @@ void run_experts(const Call& c, int64_t first, int64_t last, const Rows& rows, i
     const ExpertCall* rest = calls;
 #if defined(D2DMOE_INT8_TILES)
     if (c.tiled) {
-        while (rest < calls + n && rest->up_scale) rest++;  // the linear term comes last
+        rest = calls + n - (last > c.layer.experts);  // all but the linear term, which is of another size
         experts_rounded_amx(calls, rest - calls, tokens);
     }
 #endif
-    const auto plain = c.narrow() ? c.beside.expert_bf16 : c.kernels.expert_f32;  // also of the linear term
+    const auto plain = c.layer.bf16 ? c.kernels.expert_bf16 : c.kernels.expert_f32;
     const auto int8 = c.rounds() ? expert_rounded(c.layer, c.kernels) : c.kernels.expert_int8;
-    for (; rest < calls + n; rest++) {
-        if (!rest->up_scale && c.linear_by_tiles())
-            c.beside.experts_bf16(rest, 1, tokens);
-        else
-            (rest->up_scale ? int8 : plain)(*rest);
-    }
+    for (; rest < calls + n; rest++) (rest->up_scale ? int8 : plain)(*rest);
 }
 
 void start_row(const Call& c, float* y) {
@@ -359,8 +313,8 @@ int64_t scratch_for(const Call& c, int64_t tokens) {
 #if defined(D2DMOE_INT8_TILES)
     if (c.tiled) one = std::max(one, experts_rounded_scratch(tokens, c.layer.d, c.layer.size));
 #endif
-    if (c.by_experts() || c.linear_by_tiles())
-        one = std::max(one, c.beside.experts_scratch(tokens, c.layer.d, widest(c.layer), c.layer.d_out));
+    if (c.by_experts())
+        one = std::max(one, c.kernels.experts_scratch(tokens, c.layer.d, widest(c.layer), c.layer.d_out));
     return one;
 }
 
@@ -425,7 +379,7 @@ struct GridShared {
     static constexpr int64_t OWN = 16;
     bool by_tokens() const { return call->routed() && call->tokens >= OWN * call->team; }
     bool has(int phase) const {
-        if (phase == INPUTS) return !by_tokens() && (call->widened() || call->rounds() || call->narrow_row());
+        if (phase == INPUTS) return !by_tokens() && (call->widened() || call->rounds());
         if (phase == ROUTER) return call->routed() && !by_tokens();
         return phase == CHOICE ? call->routed() : true;
     }
@@ -720,12 +674,6 @@ EXPORT int d2dmoe_kernels() { return KERNELS; }
 EXPORT const char* d2dmoe_kernels_name(int number) { return all_kernels[number]->name; }
 EXPORT int d2dmoe_kernels_supported(int number) { return supported(number); }
 EXPORT int d2dmoe_kernels_bf16(int number) { return all_kernels[number]->bf16_inputs; }
-// Whether router and linear term of a narrow layer on these kernels are multiplied in bf16.
-EXPORT int d2dmoe_kernels_narrow(int number) {
-    D2dmoeLayer layer{};
-    layer.narrow = 1;
-    return kernels_beside(layer, *all_kernels[number]).bf16_inputs;
-}
 EXPORT int d2dmoe_kernels_tiles(int number) { return all_kernels[number]->experts_bf16 != nullptr; }
 
 // Whether `int8-dynamic` layers of these widths go through tiles where enough tokens come at once.

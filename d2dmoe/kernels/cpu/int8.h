@@ -22,7 +22,13 @@ struct Rounded {
 #if defined(__AVX512F__)
 inline float largest_of(vf v) { return _mm512_reduce_max_ps((__m512)v); }
 inline int32_t sum_of(vi v) { return _mm512_reduce_add_epi32((__m512i)v); }
-inline void store_bytes(int8_t* p, vi v, int64_t n) { _mm512_mask_cvtepi32_storeu_epi8(p, first_lanes(n), (__m512i)v); }
+inline void store_bytes(int8_t* p, vi v, int64_t n) {
+    __m128i bytes = _mm512_cvtepi32_epi8((__m512i)v);  // narrowing into memory takes much longer
+    if (n >= 16)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+    else
+        _mm_mask_storeu_epi8(p, first_lanes(n), bytes);
+}
 #else
 inline float largest_of(vf v) {
     float most = 0;
@@ -39,24 +45,39 @@ inline void store_bytes(int8_t* p, vi v, int64_t n) {
 }
 #endif
 
-// To the largest value 127; a row with a value that is not finite gets the scale NaN and zeros.
-inline void round_row(const float* x, int64_t n, char* out) {
-    auto* row = reinterpret_cast<Rounded*>(out);
+// x / by. A division of vectors takes longer than a product whose error is taken back: where products and sums are fused, that
+// is exact but for denormal numbers.
+inline vf quotient(vf x, float by) {
+#if defined(__FMA__)
+    if (by > 1e-30f) {
+        vf inverse = vf{} + 1.0f / by, first = x * inverse;
+        return first + (x - first * by) * inverse;
+    }
+#endif
+    return x / by;
+}
+
+// What the values of a row say about its scale.
+struct Spread {
     vf largest = {}, bad = {};
-    for (int64_t i = 0; i < n; i += LANES) {
-        vf v = load_some(x + i, n - i), size = (vf)((vi)v & 0x7fffffff);
+    void see(vf v) {
+        vf size = (vf)((vi)v & 0x7fffffff);
         largest = select(size > largest, size, largest), bad += v * 0.0f;
     }
-    float most = largest_of(largest);
-    bool finite = total(bad) == 0;
+};
+
+// To the largest value 127; a row with a value that is not finite gets the scale NaN and zeros.
+inline void round_by(const Spread& spread, const float* x, int64_t n, char* out) {
+    auto* row = reinterpret_cast<Rounded*>(out);
+    float most = largest_of(spread.largest);
+    bool finite = total(spread.bad) == 0;
     row->scale = finite ? most / 127.0f : __builtin_nanf("");
     bool some = finite && row->scale > 0;
-    vf scale = vf{} + (some ? row->scale : 1.0f);
+    float scale = some ? row->scale : 1.0f;
     vi sum = {};
     int64_t i = 0;
     for (; some && i < n; i += LANES) {
-        vf v = load_some(x + i, n - i) / scale;
-        v = select(v > 127.0f, vf{} + 127.0f, select(v < -127.0f, vf{} - 127.0f, v));
+        vf v = quotient(load_some(x + i, n - i), scale);
         vi whole = (vi)(v + 12582912.0f) - 0x4b400000;  // rounds to an integer in the low bits
         sum += whole;
         store_bytes(row->bytes + i, whole, n - i);
@@ -64,6 +85,12 @@ inline void round_row(const float* x, int64_t n, char* out) {
     if (!some) std::memset(row->bytes, 0, size_t(n));
     std::memset(row->bytes + n, 0, size_t(-n & 3));
     row->offset = 128 * sum_of(sum);
+}
+
+inline void round_row(const float* x, int64_t n, char* out) {
+    Spread spread;
+    for (int64_t i = 0; i < n; i += LANES) spread.see(load_some(x + i, n - i));
+    round_by(spread, x, n, out);
 }
 
 inline float value_at(const float* x, int64_t k) { return x[k]; }
@@ -164,8 +191,9 @@ __attribute__((always_inline)) inline void sum_quads(vf (&sum)[KU][ROWS][COLS], 
 }
 #endif
 
-inline void scale_sums(vf&, const float*) {}
-inline void scale_sums(vf& sum, const Rounded* x) { sum *= x->scale; }
+// y + sum, of sums over a row of values, or of a rounded row.
+inline vf added(vf y, vf sum, const float*) { return y + sum; }
+inline vf added(vf y, vf sum, const Rounded* x) { return y + sum * x->scale; }
 
 // As `tile` in microkernels.h. `width` is that of the whole matrix, `valid` what is left of it from this column on.
 template <class X, int ROWS, int COLS, bool ADD>
@@ -174,13 +202,19 @@ void tile_quads(const X* const* x, const uint8_t* w, int64_t width, int64_t dept
     constexpr int KU = ROWS * COLS >= 6 ? 1 : ROWS * COLS >= 3 ? 2 : 4;
     vf sum[KU][ROWS][COLS] = {};
     sum_quads(sum, x, w, width, depth);
-#pragma GCC unroll 4
-    for (int u = 0; u < KU; u++)
 #pragma GCC unroll 16
-        for (int t = 0; t < ROWS; t++)
+    for (int t = 0; t < ROWS; t++) {
+        float* to = out[t] + at;
 #pragma GCC unroll 8
-            for (int v = 0; v < COLS; v++) scale_sums(sum[u][t][v], x[t]);
-    write_sums<float, KU, ROWS, COLS, ADD>(sum, valid, minus, out, at);
+        for (int v = 0; v < COLS; v++) {
+            vf all = sum[0][t][v], y = {};
+#pragma GCC unroll 4
+            for (int u = 1; u < KU; u++) all += sum[u][t][v];
+            if (ADD) y = load(to + v * LANES);
+            if (minus) y -= load_some(minus + v * LANES, valid - v * LANES);
+            store(to + v * LANES, added(y, all, x[t]));
+        }
+    }
 }
 
 template <class X>
@@ -197,9 +231,9 @@ TileQuads<X> pick_quads(int64_t rows) {
 // As `product` in microkernels.h.
 template <bool ADD, class X>
 void product_quads(const X* const* x, int64_t count, const uint8_t* w, int64_t depth, int64_t width, const float* minus,
-                   float* const* out) {
-    int64_t vectors = (width + LANES - 1) / LANES, blocks = (vectors + MOST_COLS - 1) / MOST_COLS;
-    for (int64_t b = 0, at = 0; b < blocks; b++) {
+                   float* const* out, int64_t first, int64_t last) {
+    int64_t vectors = (last - first + LANES - 1) / LANES, blocks = (vectors + MOST_COLS - 1) / MOST_COLS;
+    for (int64_t b = 0, at = first; b < blocks; b++) {
         int cols = int(vectors / blocks + (b < vectors % blocks));
         auto pick = cols == 1 ? pick_quads<X, 1, ADD> : cols == 2 ? pick_quads<X, 2, ADD>
                     : cols == 3 ? pick_quads<X, 3, ADD> : pick_quads<X, MOST_COLS, ADD>;
@@ -210,6 +244,33 @@ void product_quads(const X* const* x, int64_t count, const uint8_t* w, int64_t d
             t += rows;
         }
         at += cols * LANES;
+    }
+}
+
+template <bool ADD, class X>
+void product_quads(const X* const* x, int64_t count, const uint8_t* w, int64_t depth, int64_t width, const float* minus,
+                   float* const* out) {
+    product_quads<ADD>(x, count, w, depth, width, minus, out, 0, width);
+}
+
+// As `Columns` in kernels.h.
+inline void columns_rounded(const char* rounded, int64_t ld, int64_t tokens, const uint8_t* w, const float* scale,
+                            int64_t depth, int64_t width, int64_t first, int64_t last, float* out, int64_t ld_out) {
+    constexpr int64_t AT_ONCE = 60;  // a whole number of tiles, whichever most_rows() gives
+    for (int64_t from = 0; from < tokens; from += AT_ONCE) {
+        int64_t count = std::min(AT_ONCE, tokens - from);
+        const Rounded* rows[AT_ONCE];
+        float* outs[AT_ONCE];
+        for (int64_t t = 0; t < count; t++)
+            rows[t] = reinterpret_cast<const Rounded*>(rounded + (from + t) * ld), outs[t] = out + (from + t) * ld_out;
+        product_quads<false>(rows, count, w, depth, width, nullptr, outs, first, last);
+        for (int64_t i = first; i < last; i += LANES) {
+            vf by = load_some(scale + i, last - i);
+            for (int64_t t = 0; t < count; t++) {
+                vf value = load(outs[t] + i) * by;
+                store(outs[t] + i, select(value < 0.0f, vf{}, value));
+            }
+        }
     }
 }
 
@@ -275,6 +336,23 @@ inline void add_down_quads(const ExpertCall& c, const float* hidden, int64_t ld_
 // Bytes of a rounded row.
 inline int64_t rounded_row(int64_t n) { return round_up(int64_t(sizeof(Rounded)) + round_up(n, 4), 8); }
 
+// Calls `body` with the activation, rough if its values are to be rounded, as a function of its own.
+template <bool ROUGH, class Body>
+__attribute__((always_inline)) inline void with_activation(int32_t kind, Body body) {
+    auto one = [&](auto number) __attribute__((always_inline)) {
+        constexpr int32_t KIND = decltype(number)::value;
+        body([](vf z) __attribute__((always_inline)) { return ROUGH ? activate_roughly(z, KIND) : activate(z, KIND); });
+    };
+    switch (kind) {
+        case RELU: return one(std::integral_constant<int32_t, RELU>{});
+        case GELU: return one(std::integral_constant<int32_t, GELU>{});
+        case GELU_TANH: return one(std::integral_constant<int32_t, GELU_TANH>{});
+        case QUICK_GELU: return one(std::integral_constant<int32_t, QUICK_GELU>{});
+        case SILU: return one(std::integral_constant<int32_t, SILU>{});
+        default: return one(std::integral_constant<int32_t, IDENTITY>{});
+    }
+}
+
 // As `expert` in microkernels.h. A neuron has one scale for each of its weight vectors, by which its sums and then its
 // hidden value are multiplied; biases and constant are fp32. X is float, or Rounded for rounded tokens and hidden values.
 template <class X>
@@ -306,25 +384,33 @@ void expert_int8(const ExpertCall& c) {
         product_quads<false>(x, n, gate, c.d, c.size, nullptr, rows);
     }
     const float *up_bias = static_cast<const float*>(c.up_bias), *gate_bias = static_cast<const float*>(c.gate_bias);
-    for (int64_t v = 0; v < c.size; v += LANES) {
-        int64_t left = c.size - v;
-        vf add = up_bias ? load_some(up_bias + v, left) : vf{}, add_gate = gate_bias ? load_some(gate_bias + v, left) : vf{};
-        vf scale = load_some(c.up_scale + v, left), after = load_some(c.down_scale + v, left);
-        vf gate_scale = gate ? load_some(c.gate_scale + v, left) : vf{};
-        for (int64_t t = 0; t < n; t++) {
-            vf h = load(hidden + t * padded + v) * scale + add;
-            h = gate ? activate(load(gates + t * padded + v) * gate_scale + add_gate, c.activation) * h
-                     : activate(h, c.activation);
-            store(hidden + t * padded + v, h * after);
-        }
-    }
     if (few) fetch(c.next, AHEAD * LANES * 4);
+    with_activation<rounds>(c.activation, [&](auto act) __attribute__((always_inline)) {
+        for (int64_t t = 0; t < n; t++) {
+            float* row = hidden + t * padded;
+            Spread spread;
+            for (int64_t v = 0; v < c.size; v += LANES) {
+                int64_t left = c.size - v;
+                vf h = load(row + v) * load_some(c.up_scale + v, left);
+                if (up_bias) h += load_some(up_bias + v, left);
+                if (gate) {
+                    vf g = load(gates + t * padded + v) * load_some(c.gate_scale + v, left);
+                    if (gate_bias) g += load_some(gate_bias + v, left);
+                    h *= act(g);
+                } else {
+                    h = act(h);
+                }
+                h *= load_some(c.down_scale + v, left);
+                if (rounds) spread.see(h);
+                store(row + v, h);
+            }
+            if (rounds) round_by(spread, row, c.size, again + t * stride);
+        }
+    });
     for (int64_t t = 0; t < n; t++) {
         if constexpr (rounds) {
-            auto* row = reinterpret_cast<Rounded*>(again + t * stride);
-            round_row(hidden + t * padded, c.size, again + t * stride);
-            x[t] = row;
-            for (int64_t i = 0; few && i < c.size; i++) hidden[t * padded + i] = row->bytes[i] * row->scale;
+            x[t] = reinterpret_cast<Rounded*>(again + t * stride);
+            for (int64_t i = 0; few && i < c.size; i++) hidden[t * padded + i] = x[t]->bytes[i] * x[t]->scale;
         } else {
             x[t] = hidden + t * padded;
         }

@@ -373,7 +373,8 @@ bool amx_usable() {
 
 extern const Kernels kernels_amx;
 const Kernels kernels_amx = {
-    "amx", 16, true, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, amx::experts, amx::experts_scratch, nullptr,
+    "amx", 16, true, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+    amx::experts, amx::experts_scratch, nullptr,
     amx::dots_bf16, amx::dots_mixed, nullptr, nullptr, amx::add_rows, amx::keep, amx::choose, amx::narrow_pairs,
     amx::widen,
 };

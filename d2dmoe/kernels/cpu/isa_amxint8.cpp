@@ -136,8 +136,12 @@ void hidden_of(const ExpertCall& c, const Room& room, char* hidden) {
                 for (int64_t r = 0; r < rows; r++) {
                     const Rounded* row = row_at(room.rows, stride, r);
                     vf h = value_of(room.sums + r * BLOCK + v, row) * scale + add;
-                    h = gate ? activate(value_of(room.gates + r * BLOCK + v, row) * gate_scale + add_gate, c.activation) * h
-                             : activate(h, c.activation);
+                    if (gate) {
+                        vf g = value_of(room.gates + r * BLOCK + v, row) * gate_scale + add_gate;
+                        h *= activate_roughly(g, c.activation);
+                    } else {
+                        h = activate_roughly(h, c.activation);
+                    }
                     store(room.values + r * ld + at, h * after);
                 }
             }

@@ -12,4 +12,8 @@ void panel_rounded_vnni(const char* const* rows, int64_t count, const uint8_t* w
                         float* const* out) {
     vnni::panel<vnni::Rounded>(rows, count, w, depth, width, out);
 }
+void columns_rounded_vnni(const char* rounded, int64_t ld, int64_t tokens, const uint8_t* w, const float* scale, int64_t depth,
+                          int64_t width, int64_t first, int64_t last, float* out, int64_t ld_out) {
+    vnni::columns_rounded(rounded, ld, tokens, w, scale, depth, width, first, last, out, ld_out);
+}
 }  // namespace d2dmoe

@@ -22,7 +22,6 @@ struct ExpertCall {
     int64_t d, size, d_out;
     int64_t widest;        // the largest size among the layer's experts
     int32_t activation;
-    bool narrow;           // are hidden values to be what bf16 has, whatever they are multiplied in?
     const char* x;         // rows of d values, ld_x bytes apart
     int64_t ld_x;
     const char* rounded;   // the same rows, rounded for `expert_rounded`, or null
@@ -47,6 +46,11 @@ struct GateCall {
 using Panel = void (*)(const char* const* rows, int64_t count, const uint8_t* w, int64_t depth, int64_t width,
                        float* const* out);
 
+// out[t * ld_out + i] = max(0, scale[i] * the product) for columns `first` to `last` of w and rounded rows, `ld` bytes apart.
+// Rows of `out` are padded to whole vectors, and `first` begins one.
+using Columns = void (*)(const char* rounded, int64_t ld, int64_t tokens, const uint8_t* w, const float* scale, int64_t depth,
+                         int64_t width, int64_t first, int64_t last, float* out, int64_t ld_out);
+
 struct Kernels {
     const char* name;
     int64_t lanes;         // floats of a vector
@@ -59,6 +63,7 @@ struct Kernels {
     void (*expert_rounded)(const ExpertCall&);
     void (*round_row)(const float* x, int64_t n, char* out);
     Panel panel_int8, panel_rounded;  // of rows in fp32, and of rounded ones
+    Columns columns_rounded;
     void (*unpack)(const uint8_t* w, int64_t depth, int64_t width, float* out);  // to integers in fp32; whole vectors
     // out[i] = x[i] scale[i] + bias[i], where there is one
     void (*scale)(const float* x, const float* scale, const float* bias, int64_t n, float* out);
@@ -112,6 +117,8 @@ extern const Kernels kernels_portable;
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16, kernels_amx;
 void expert_rounded_vnni(const ExpertCall&);  // expert_rounded of kernels_avx512, with the VNNI instructions
 void panel_rounded_vnni(const char* const*, int64_t, const uint8_t*, int64_t, int64_t, float* const*);
+void columns_rounded_vnni(const char*, int64_t, int64_t, const uint8_t*, const float*, int64_t, int64_t, int64_t, int64_t,
+                          float*, int64_t);
 bool amx_usable();  // asks the system for the tiles, once
 // The same for several experts of one size, by tiles, where the processor has them and the widths suit them.
 bool amx_int8_usable(int64_t d, int64_t size);

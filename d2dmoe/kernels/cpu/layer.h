@@ -13,10 +13,8 @@ struct D2dmoeSample {
 // Mirrored in native.py. Null pointers stand for what a layer does not have.
 struct D2dmoeLayer {
     int32_t bf16, activation, gate, kernels;
-    int32_t rounds;  // are tokens and hidden values rounded to int8 as well?
-    // Are router and linear term in bf16, in a layer that may have tokens in fp32? With `rounds`, except in what was exported
-    // before there was this.
-    int32_t narrow;
+    // Are tokens and hidden values rounded to int8 as well? Then the linear term and the router's hidden layer are in int8, too.
+    int32_t rounds;
     int64_t d, size, d_out, experts, router_width, linear_rank, top, min_experts, max_experts, shared;
     float tau;
     int32_t few;  // at most so many tokens are handled by sharing out the experts
@@ -27,6 +25,7 @@ struct D2dmoeLayer {
     const void *linear_in, *linear_out;                                 // (d, rank), (rank, d_out)
     const void *up_tiles, *gate_tiles, *down_tiles;                     // as of in_tiles in native.py
     const float *up_scale, *gate_scale, *down_scale;                    // (experts, size): weights are in int8, or null
+    const float *router_scale, *linear_in_scale, *linear_out_scale;     // (width,), (rank,), (rank,), with `rounds`
     const void *router_up, *router_down;                                // (d, width), (width, experts): once more, or null
     const D2dmoeSample* samples;
     int64_t sample_count;

@@ -15,7 +15,7 @@ import torch
 from ..gates import topk_priority
 from ..quads import INPUTS, in_quads
 
-ABI = 9
+ABI = 10
 LIBRARY = Path(os.environ.get("D2DMOE_LIBRARY") or Path(__file__).with_name("libd2dmoe.so"))
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "silu": 4}
 GATES = {"max": 0, "share": 1, "topk": 2, "topp": 3, "absolute": 4}
@@ -24,7 +24,7 @@ TILES_FROM = 32  # tokens of a call for which weights are put into tiles: with f
 STALE = 2  # what the library returns when a source of a plan has changed
 SAMPLES = 32  # of a tensor, at most
 FEW = 64  # up to so many tokens the experts are shared out over the threads, above it the tokens
-_NUMBERS = ("bf16", "activation", "gate", "kernels", "rounds", "narrow")
+_NUMBERS = ("bf16", "activation", "gate", "kernels", "rounds")
 _SIZES = ("d", "size", "d_out", "experts", "router_width", "linear_rank", "top", "min_experts", "max_experts", "shared")
 _TENSORS = {  # field of the struct -> argument of the operator
     "router_hidden": "router_hidden", "router_score": "router_score", "up": "up_weight", "up_bias": "up_bias",
@@ -32,9 +32,13 @@ _TENSORS = {  # field of the struct -> argument of the operator
     "base": "base", "linear_in": "linear_in", "linear_out": "linear_out",
 }  # fmt: skip
 _SCALES = {"up_weight": "up_scale", "gate_weight": "gate_scale", "down_weight": "down_scale"}
-FIELDS = {**_TENSORS, **{field: field for field in _SCALES.values()}}  # field of the struct -> key of `Plan.keep`
+_ROUNDED = {  # of `int8-dynamic` also in int8 -> field of the scales, as which weight of an expert
+    "router_hidden": ("router_scale", "up_weight"), "linear_in": ("linear_in_scale", "up_weight"),
+    "linear_out": ("linear_out_scale", "down_weight"),
+}  # fmt: skip
+_SCALE_FIELDS = (*_SCALES.values(), *(field for field, _ in _ROUNDED.values()))
+FIELDS = {**_TENSORS, **{field: field for field in _SCALE_FIELDS}}  # field of the struct -> key of `Plan.keep`
 _BESIDE = frozenset(("up_bias", "gate_bias", "down_bias", "constants"))  # of experts in int8: fp32
-_BY_TOKENS = frozenset(("router_hidden", "router_score", "linear_in", "linear_out"))  # of `int8-dynamic`: bf16
 _TURNED = {"router_up": "router_hidden", "router_down": "router_score"}
 _TILED = {"up_tiles": "up_weight", "gate_tiles": "gate_weight", "down_tiles": "down_weight"}
 
@@ -53,7 +57,7 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _SIZES),
         ("tau", ctypes.c_float),
         ("few", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in (*_TENSORS, *_TILED, *_SCALES.values(), *_TURNED)),
+        *((name, ctypes.c_void_p) for name in (*_TENSORS, *_TILED, *_SCALE_FIELDS, *_TURNED)),
         ("samples", ctypes.c_void_p),
         ("sample_count", ctypes.c_int64),
         ("fingerprint", ctypes.c_uint64),
@@ -242,14 +246,22 @@ def _as_read(
     int8, dtypes, scales = expert_dtype is not None, dict.fromkeys(given, given["up_weight"].dtype), {}
     if int8:
         dtypes |= dict.fromkeys(_BESIDE, torch.float32)
-    if expert_dtype == "int8-dynamic":
-        dtypes |= dict.fromkeys(_BY_TOKENS, torch.bfloat16)
     tensors = {name: None if t is None else t.to(dtypes[name]).contiguous() for name, t in given.items()}
     for name in INPUTS if int8 else ():
         weight = tensors[name]
         if weight is not None:
             tensors[name], scales[_SCALES[name]] = made_of(weight, partial(in_quads, name=name), known)
+    for name, (field, like) in _ROUNDED.items() if expert_dtype == "int8-dynamic" else ():
+        weight = tensors[name]
+        if weight is not None:
+            make = partial(_as_one_expert, name=like, turned=name == "router_hidden")
+            tensors[name], scales[field] = made_of(weight, make, known)
     return tensors, scales
+
+
+def _as_one_expert(weight: torch.Tensor, name: str, turned: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`in_quads` of one matrix, which is stored the other way round if `turned`."""
+    return in_quads((weight.T if turned else weight)[None], name)
 
 
 class Plan:
@@ -279,7 +291,7 @@ class Plan:
         """See `operator.reference`; `kernels` forces an instruction set.
 
         With an `expert_dtype` the experts' weights are rounded as `quads.rounded` has it, and kept in that form; with
-        `int8-dynamic` tokens and hidden values are as well.
+        `int8-dynamic` tokens and hidden values are as well, and the linear term and the router's first product.
 
         At each call, `sources` are compared with what they are now, see `Watch`.
 
@@ -306,14 +318,14 @@ class Plan:
             bf16=up.dtype == torch.bfloat16, activation=ACTIVATIONS[activation], gate=GATES[gate],
             kernels=kernel_for(up.dtype, int8) if kernels is None else kernels, d=d, size=size, d_out=self.d_out,
             experts=experts, min_experts=max(min_experts - shared, 0), shared=shared, tau=tau, few=FEW,
-            rounds=dynamic, narrow=dynamic,
+            rounds=dynamic,
             max_experts=max(max_experts - shared, 1) if max_experts else 0,  # among those that the gate chooses from
             top=_top(experts - shared, tau) if gate == "topk" else 0,
         )  # fmt: skip
-        if tensors["router_hidden"] is not None:
-            layer.router_width = tensors["router_hidden"].shape[0]
-        if tensors["linear_in"] is not None:
-            layer.linear_rank = tensors["linear_in"].shape[-1]
+        if given["router_hidden"] is not None:
+            layer.router_width = given["router_hidden"].shape[0]
+        if given["linear_in"] is not None:
+            layer.linear_rank = given["linear_in"].shape[-1]
         for field, name in _TENSORS.items():
             tensor = self.keep[name]
             setattr(layer, field, None if tensor is None else tensor.data_ptr())
@@ -332,16 +344,14 @@ class Plan:
 
     def _turn(self, given: dict[str, torch.Tensor | None], known: Tiles | None) -> list[str]:
         """Lay out the router's weights by input as well, which is faster for many tokens; returns what was copied."""
-        layer, lib = self.layer, library()[0]
+        layer = self.layer
         if known is None or layer.bf16 or not layer.router_width:
             return []
-        if layer.narrow and lib.d2dmoe_kernels_narrow(layer.kernels):
-            return []
-        read = torch.bfloat16 if layer.narrow else self.dtype
-        for field, name in _TURNED.items():
-            self.keep[field] = made_of(given[name], lambda weight: weight.to(read).to(self.dtype).T.contiguous(), known)
-            setattr(self.layer, field, self.keep[field].data_ptr())
-        return list(_TURNED.values())
+        turned = {field: name for field, name in _TURNED.items() if not (layer.rounds and name in _ROUNDED)}
+        for field, name in turned.items():
+            self.keep[field] = made_of(given[name], lambda weight: weight.T.contiguous(), known)
+            setattr(layer, field, self.keep[field].data_ptr())
+        return list(turned.values())
 
     def __call__(self, x: torch.Tensor, run: torch.Tensor | None = None) -> torch.Tensor:
         """``(tokens, d_out)`` of ``(tokens, d_model)``; `run` ``(tokens, experts)`` replaces router and gate."""
