@@ -373,10 +373,10 @@ void expert_int8(const ExpertCall& c) {
         rows[t] = hidden + t * padded;
     }
     const auto *up = static_cast<const uint8_t*>(c.up), *gate = static_cast<const uint8_t*>(c.gate);
-    const bool few = n <= FEW_TOKENS;
-    if (few) {
+    const bool few = n <= (rounds ? ROW_AFTER_ROW_ROUNDED : FEW_TOKENS);
+    if (n <= FEW_TOKENS) {
         fetch(gate, AHEAD * LANES * 4);
-        fetch(c.down, QUADS_AHEAD * 4 * c.d_out);
+        fetch(c.down, few ? QUADS_AHEAD * 4 * c.d_out : c.size * c.d_out);
     }
     product_quads<false>(x, n, up, c.d, c.size, nullptr, rows);
     if (gate) {
@@ -384,7 +384,7 @@ void expert_int8(const ExpertCall& c) {
         product_quads<false>(x, n, gate, c.d, c.size, nullptr, rows);
     }
     const float *up_bias = static_cast<const float*>(c.up_bias), *gate_bias = static_cast<const float*>(c.gate_bias);
-    if (few) fetch(c.next, AHEAD * LANES * 4);
+    if (n <= FEW_TOKENS) fetch(c.next, AHEAD * LANES * 4);
     with_activation<rounds>(c.activation, [&](auto act) __attribute__((always_inline)) {
         for (int64_t t = 0; t < n; t++) {
             float* row = hidden + t * padded;

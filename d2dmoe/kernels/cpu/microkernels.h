@@ -154,8 +154,10 @@ __attribute__((always_inline)) inline void write_sums(vf (&sum)[KU][ROWS][COLS],
 }
 
 // With few tokens the weights come from memory as fast as they can; that takes asking for them AHEAD vectors before.
-// FEW_ROWS tokens are taken at once by what reads a matrix row after row.
+// FEW_ROWS tokens are taken at once by what reads a matrix row after row. Experts of so few tokens read their down projection
+// in that way; with more it takes more instructions than asking for all of it before it is needed, as a product.
 constexpr int FEW_ROWS = 4, FEW_TOKENS = 7, AHEAD = 96, QUADS_AHEAD = 2;
+constexpr int ROW_AFTER_ROW = 3, ROW_AFTER_ROW_BF16 = 2, ROW_AFTER_ROW_ROUNDED = 1;
 
 inline void fetch(const void* start, int64_t bytes) {
     for (int64_t i = 0; start && i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(start) + i, 0, 2);
@@ -471,10 +473,10 @@ void expert(const ExpertCall& c) {
         x[t] = reinterpret_cast<const X*>(c.x + c.token(t) * c.ld_x);
         outputs[t] = c.y + c.token(t) * c.ld_y;
     }
-    const bool few = n <= FEW_TOKENS;
-    if (few) {  // the beginnings of what the loops below ask for too late
+    const bool few = n <= (narrow ? ROW_AFTER_ROW_BF16 : ROW_AFTER_ROW);
+    if (n <= FEW_TOKENS) {  // the beginnings of what the loops below ask for too late
         fetch(c.gate, AHEAD * LANES * int64_t(sizeof(W)));
-        fetch(c.down, 4 * c.d_out * int64_t(sizeof(W)));
+        fetch(c.down, (few ? 4 : c.size) * c.d_out * int64_t(sizeof(W)));
     }
     for (int64_t t = 0; t < n; t++) rows[t] = hidden + t * padded;
     product<X, W, false>(x, n, static_cast<const W*>(c.up), c.d, c.size, nullptr, rows);
@@ -493,10 +495,8 @@ void expert(const ExpertCall& c) {
         }
     }
     for (int64_t i = 0; narrow && few && i < n * padded; i++) hidden[i] = to_float(to_bf16(hidden[i]));
-    if (few) {
-        fetch(c.next, AHEAD * LANES * int64_t(sizeof(W)));
-        return add_down<W>(c, hidden, padded, outputs);
-    }
+    if (n <= FEW_TOKENS) fetch(c.next, AHEAD * LANES * int64_t(sizeof(W)));
+    if (few) return add_down<W>(c, hidden, padded, outputs);
     for (int64_t t = 0; t < n; t++) {
         if (narrow) {
             for (int64_t i = 0; i < c.size; i++) narrowed[t * padded + i] = to_bf16(hidden[t * padded + i]);
