@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_operator import BF16_ERROR, DTYPES, ISAS, LIBRARY, needs_native, usable
+from test_operator import BF16_ERROR, DTYPES, ISAS, LIBRARY, at_once, needs_native, usable
 from torch.testing import assert_close
 
 from d2dmoe.kernels import ProjectionPlan, StaleWeights
@@ -174,11 +173,7 @@ def test_several_python_threads():
             if not torch.equal(plan(arguments["x"]), expected):
                 wrong.append(1)
 
-    team = [threading.Thread(target=work) for _ in range(4)]
-    for thread in team:
-        thread.start()
-    for thread in team:
-        thread.join()
+    at_once(work)
     assert not wrong
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_int8 import ISAS
-from test_operator import BF16_ERROR, DTYPES, LIBRARY, needs_native
+from test_operator import BF16_ERROR, DTYPES, LIBRARY, at_once, needs_native
 
 from d2dmoe.kernels import LinearPlan, StaleWeights
 from d2dmoe.kernels.cpu import linear
@@ -81,11 +80,7 @@ def test_python_threads_at_once(rounds):
     x, weight, bias = problem(65, 96, 300)
     plan, found = LinearPlan(weight, bias, rounds=rounds), []
     expected = plan(x)
-    workers = [threading.Thread(target=lambda: found.append(plan(x))) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    at_once(lambda: found.append(plan(x)))
     assert len(found) == 4
     assert all(torch.equal(y, expected) for y in found)
 

@@ -6,6 +6,7 @@ import copy
 import ctypes
 import os
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -205,6 +206,15 @@ def team(threads: int):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def at_once(work: Callable[[], object], callers: int = 4) -> None:
+    """Call it from several Python threads."""
+    threads = [threading.Thread(target=work) for _ in range(callers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 @needs_native
@@ -418,11 +428,7 @@ def test_several_python_threads_get_the_bits_that_one_alone_gets(tokens, dtype):
             torch.set_num_threads(6)
             wrong.extend(1 for _ in range(15) if not torch.equal(plan(arguments["x"]), expected))
 
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        at_once(work)
     assert not wrong
 
 

@@ -22,13 +22,7 @@ struct Rounded {
 #if defined(__AVX512F__)
 inline float largest_of(vf v) { return _mm512_reduce_max_ps((__m512)v); }
 inline int32_t sum_of(vi v) { return _mm512_reduce_add_epi32((__m512i)v); }
-inline void store_bytes(int8_t* p, vi v, int64_t n) {
-    __m128i bytes = _mm512_cvtepi32_epi8((__m512i)v);  // narrowing into memory takes much longer
-    if (n >= 16)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
-    else
-        _mm_mask_storeu_epi8(p, first_lanes(n), bytes);
-}
+inline void store_bytes(int8_t* p, vi v, int64_t n) { _mm512_mask_cvtepi32_storeu_epi8(p, first_lanes(n), (__m512i)v); }
 #else
 inline float largest_of(vf v) {
     float most = 0;
@@ -336,23 +330,6 @@ inline void add_down_quads(const ExpertCall& c, const float* hidden, int64_t ld_
 // Bytes of a rounded row.
 inline int64_t rounded_row(int64_t n) { return round_up(int64_t(sizeof(Rounded)) + round_up(n, 4), 8); }
 
-// Calls `body` with the activation, rough if its values are to be rounded, as a function of its own.
-template <bool ROUGH, class Body>
-__attribute__((always_inline)) inline void with_activation(int32_t kind, Body body) {
-    auto one = [&](auto number) __attribute__((always_inline)) {
-        constexpr int32_t KIND = decltype(number)::value;
-        body([](vf z) __attribute__((always_inline)) { return ROUGH ? activate_roughly(z, KIND) : activate(z, KIND); });
-    };
-    switch (kind) {
-        case RELU: return one(std::integral_constant<int32_t, RELU>{});
-        case GELU: return one(std::integral_constant<int32_t, GELU>{});
-        case GELU_TANH: return one(std::integral_constant<int32_t, GELU_TANH>{});
-        case QUICK_GELU: return one(std::integral_constant<int32_t, QUICK_GELU>{});
-        case SILU: return one(std::integral_constant<int32_t, SILU>{});
-        default: return one(std::integral_constant<int32_t, IDENTITY>{});
-    }
-}
-
 // As `expert` in microkernels.h. A neuron has one scale for each of its weight vectors, by which its sums and then its
 // hidden value are multiplied; biases and constant are fp32. X is float, or Rounded for rounded tokens and hidden values.
 template <class X>
@@ -385,34 +362,31 @@ void expert_int8(const ExpertCall& c) {
     }
     const float *up_bias = static_cast<const float*>(c.up_bias), *gate_bias = static_cast<const float*>(c.gate_bias);
     if (n <= FEW_TOKENS) fetch(c.next, AHEAD * LANES * 4);
-    with_activation<rounds>(c.activation, [&](auto act) __attribute__((always_inline)) {
-        for (int64_t t = 0; t < n; t++) {
-            float* row = hidden + t * padded;
-            Spread spread;
-            for (int64_t v = 0; v < c.size; v += LANES) {
-                int64_t left = c.size - v;
-                vf h = load(row + v) * load_some(c.up_scale + v, left);
-                if (up_bias) h += load_some(up_bias + v, left);
-                if (gate) {
-                    vf g = load(gates + t * padded + v) * load_some(c.gate_scale + v, left);
-                    if (gate_bias) g += load_some(gate_bias + v, left);
-                    h *= act(g);
-                } else {
-                    h = act(h);
-                }
-                h *= load_some(c.down_scale + v, left);
-                if (rounds) spread.see(h);
-                store(row + v, h);
-            }
-            if (rounds) round_by(spread, row, c.size, again + t * stride);
-        }
-    });
+    auto act = [&](vf z) { return rounds ? activate_roughly(z, c.activation) : activate(z, c.activation); };
     for (int64_t t = 0; t < n; t++) {
+        float* row = hidden + t * padded;
+        Spread spread;
+        for (int64_t v = 0; v < c.size; v += LANES) {
+            int64_t left = c.size - v;
+            vf h = load(row + v) * load_some(c.up_scale + v, left);
+            if (up_bias) h += load_some(up_bias + v, left);
+            if (gate) {
+                vf g = load(gates + t * padded + v) * load_some(c.gate_scale + v, left);
+                if (gate_bias) g += load_some(gate_bias + v, left);
+                h *= act(g);
+            } else {
+                h = act(h);
+            }
+            h *= load_some(c.down_scale + v, left);
+            if (rounds) spread.see(h);
+            store(row + v, h);
+        }
         if constexpr (rounds) {
+            round_by(spread, row, c.size, again + t * stride);
             x[t] = reinterpret_cast<Rounded*>(again + t * stride);
-            for (int64_t i = 0; few && i < c.size; i++) hidden[t * padded + i] = x[t]->bytes[i] * x[t]->scale;
+            for (int64_t i = 0; few && i < c.size; i++) row[i] = x[t]->bytes[i] * x[t]->scale;
         } else {
-            x[t] = hidden + t * padded;
+            x[t] = row;
         }
     }
     if (few) return add_down_quads(c, hidden, padded, outputs);
