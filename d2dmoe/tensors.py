@@ -18,7 +18,9 @@ from .files import write_text
 
 CHECKSUMS, RECORD, VOUCHER = "checksums.json", "quantization_config", "weights_checksum"
 ADDED = ("router.hidden", "router.score", "constants", "delta_in", "delta_out", "linear_in", "linear_out", "order")
-PROJECTED = ("low_rank_in", "low_rank_out", "output_mean", "channel_norms")  # added to projections around attention
+BASES = ("low_rank_in", "low_rank_out", "output_mean", "channel_norms")  # added to every projection around attention
+HEADS = ("head_basis", "head_mean")  # to those of attention whose heads can be narrower
+PROJECTED = (*BASES, *HEADS)
 AGAIN = "copy it again from where it came from"
 Shapes = Mapping[str, tuple[int, ...]]
 

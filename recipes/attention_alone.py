@@ -24,7 +24,7 @@ from alone import Rows, keys_of, parser, prepared, shares_of, show
 from compare import places
 
 from d2dmoe import hub
-from d2dmoe.attention.bases import fit_bases
+from d2dmoe.attention.fit import fit_all
 from d2dmoe.config import PRESETS, ConvertConfig, D2DMoEConfig, resolve
 from d2dmoe.config.budgets import Budget
 from d2dmoe.config.record import router_width
@@ -34,7 +34,7 @@ from d2dmoe.moe.loader import attach
 from d2dmoe.pipeline.model import convert_model
 from d2dmoe.pipeline.plan import ConversionPlan
 from d2dmoe.stages.budgets.allocate import give_out
-from d2dmoe.stages.budgets.projections import KINDS, groups_of
+from d2dmoe.stages.budgets.receivers import KINDS, measure_ways
 from d2dmoe.stages.heal import heal
 
 
@@ -45,18 +45,15 @@ def rows_of(config: ConvertConfig, eval_data: str, eval_limit: int, shares: list
     model = hub.load_model(config.model, subject.config)
     record = D2DMoEConfig(blocks=plan.blocks, router_width=1, projections=plan.projections)
     attach(model, record, [torch.arange(block.width) for block in plan.blocks])
-    spectra = [basis.spectra for basis in fit_bases(model, batches, config.seed)]
-    groups = groups_of(model, batches, spectra, "auto")
+    measured = measure_ways(model, batches, *fit_all(model, batches, config.seed), "auto")
     rows = []
-    for name, kinds in KINDS.items():
-        for group in groups:
-            group.kinds = kinds
-        budgets = []
+    for name in KINDS:
+        groups, budgets = measured.receivers(name), []
         for share in shares:
             given = give_out(share, [g.curve() for g in groups], [g.macs for g in groups], [1] * len(groups))
             states = {}
             for group, own in zip(groups, given, strict=True):
-                states.update(zip(group.members, group.states(own, group.best(own)), strict=True))
+                states |= group.settings(own)
             budget = Budget(share, [0.0] * len(plan.blocks))
             budget.projection_states = [states[n] for n in sorted(states)]
             budgets.append(budget)
@@ -130,7 +127,9 @@ def main(argv: list[str] | None = None) -> int:
     shares = shares_of(arguments)
 
     def make() -> Rows:
-        own = {key: getattr(arguments, key) for key in ("heal", "heal_tokens", "heal_learning_rate")}
+        own = {
+            key: getattr(arguments, key) for key in ("heal", "heal_tokens", "heal_learning_rate") * bool(arguments.heal)
+        }
         own |= {"attention_tokens": arguments.attention_tokens, "attention": "mlp" if arguments.networks else "auto"}
         config = resolve(ConvertConfig, {**keys_of(arguments), **own})
         way = rows_of_networks if arguments.networks else rows_of

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ..config.projections import rows_of
-from ..data.batches import Batches
 from ..moe.projection import DynamicProjection, around_attention
-from .moments import InputMoments, gradient_moments, input_moments
+from .moments import InputMoments
 
 TINY = 1e-30  # instead of the length of a direction that is not there
 DAMPING = 0.1  # of the gradients' moments towards equal weights of all outputs
@@ -74,9 +73,14 @@ def roots(gradients: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
 
 
-def fit_bases(model: nn.Module, batches: Batches, seed: int = 0) -> list[Basis]:
-    """Fit the basis of every projection and store it in its layer; `batches` are calibration batches."""
-    moments, gradients = input_moments(model, batches), gradient_moments(model, batches, seed=seed)
+def fit_bases(model: nn.Module, moments: Mapping[int, InputMoments], gradients: Sequence[torch.Tensor]) -> list[Basis]:
+    """Fit the basis of every projection and store it in its layer.
+
+    Args:
+        model: Converted model.
+        moments: Of the inputs of its projections, by group.
+        gradients: Moments of the gradients at their outputs.
+    """
     bases = [
         find_basis(x.matrix(), moments[x.projection.group], each, x.projection.rank, x.projection.sections)
         for x, each in zip(around_attention(model), gradients, strict=True)

@@ -185,8 +185,9 @@ class AttentionConfig:
 
     attention: str = knob(
         "none",
-        "what becomes of the projections around attention: dense as they are (none), two thin factors (low-rank), the "
-        "input channels that matter to each token (channels), or for each of them what loses least (auto); or networks "
+        "what becomes of the projections around attention: dense as they are (none), two thin factors (low-rank), "
+        "narrower heads where the architecture allows it, else low-rank (heads), the input channels that matter to "
+        "each token (channels), or for each of them what loses least (auto); or networks "
         "of two layers, distilled from them and made into experts (mlp, the paper's way; only d2dmoe then opens the "
         "checkpoint); auto:q,k,v converts these only",
     )

@@ -6,13 +6,13 @@ No torch here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
 from .validate import check_distinct, in_range, one_of, refuse
 
-METHODS = ("dense", "low-rank", "channels", "svd-softmax")
+METHODS = ("dense", "low-rank", "channels", "heads", "svd-softmax")
 ROLES = ("q", "k", "v", "o", "qk", "kv", "qv", "qkv")  # around attention
 HEAD = "head"
 
@@ -31,6 +31,10 @@ class Projection:
             are fused.
         calls: How often it runs in one forward pass.
         rank: Columns of its stored basis; a budget uses the first so many, of each section its own number.
+        attention: Number of the attention that it is around, where that has heads which can be narrower.
+        heads: Heads of each section (of `o`: of its inputs); 0 for a section whose heads have to keep their width.
+            Empty if that holds for all.
+        head_rank: Columns of the stored basis of each head; a budget uses the first so many, of each its own number.
     """
 
     name: str
@@ -41,6 +45,9 @@ class Projection:
     sections: list[int]
     calls: int = 1
     rank: int = 0
+    attention: int = 0
+    heads: list[int] = field(default_factory=list)
+    head_rank: int = 0
 
     @property
     def macs(self) -> int:
@@ -52,6 +59,17 @@ class Projection:
         factors = sum(rank * (self.inputs + width) for rank, width in zip(ranks, self.sections, strict=True))
         return factors + candidates * self.inputs
 
+    @property
+    def head_widths(self) -> list[int]:
+        """Width of every head that can be narrower, section after section; of `o`, of its inputs."""
+        widths = [self.inputs] if self.role == "o" else self.sections
+        return [width // count for width, count in zip(widths, self.heads, strict=False) if count for _ in range(count)]
+
+    def head_macs(self, widths: Sequence[int]) -> int:
+        """Multiply-accumulates per row with heads of these widths."""
+        spared = sum(self.head_widths) - sum(widths)
+        return self.outputs * (self.inputs - spared) if self.role == "o" else self.inputs * (self.outputs - spared)
+
     def affordable_rank(self, share: float, candidates: int = 0) -> int:
         """The rank of factors of all outputs that this share of the dense work pays for beside exact outputs."""
         return int((share * self.macs - candidates * self.inputs) / (self.inputs + self.outputs))
@@ -61,7 +79,8 @@ class Projection:
         """Parameters that are stored beside the dense ones."""
         if self.role == HEAD:
             return (2 * self.rank + 1) * self.inputs
-        return 2 * self.rank * self.outputs + self.inputs + self.outputs
+        narrow = self.head_rank * (self.inputs + sum(self.heads) if self.role == "o" else self.outputs)
+        return 2 * self.rank * self.outputs + self.inputs + self.outputs + narrow
 
     @property
     def full_ranks(self) -> list[int]:
@@ -86,10 +105,11 @@ class ProjectionState:
     """What a projection does.
 
     Attributes:
-        method: `dense`; `low-rank`, two factors; `channels`, the input channels whose score reaches the threshold; or,
-            for the head, `svd-softmax`: two factors for all outputs, then the exact values of the largest.
+        method: `dense`; `low-rank`, two factors; `channels`, the input channels whose score reaches the threshold;
+            `heads`, heads of less width; or, for the head of the model, `svd-softmax`: two factors for all outputs,
+            then the exact values of the largest.
         ranks: Columns of the basis in use for each section: of the factors, or of what stands in for skipped channels
-            (none: nothing does).
+            (none: nothing does). With `heads` the width of each head, full for one as in the dense model.
         threshold: For `channels`. A channel's score is ``|x_j| * ||W_j||``.
         candidates: For `svd-softmax`: outputs of each row that get their exact values.
     """
@@ -122,6 +142,7 @@ def check_projections(projections: Sequence[Projection], budgets: Sequence[Any])
         in_range(f"{where}.group", projection.group, 0)
         widest = projection.inputs if projection.role == HEAD else projection.outputs
         in_range(f"{where}.rank", projection.rank, 0, widest)
+        _check_heads(projection, where)
     check_distinct(projections, "name", "projections")
     for number, budget in enumerate(budgets):
         _check_settings(projections, budget, f"budgets[{number}]")
@@ -151,14 +172,38 @@ def _check_settings(projections: Sequence[Projection], budget: Any, where: str) 
         one_of(
             f"{where}.methods[{n}]",
             budget.methods[n],
-            ("dense", METHODS[3]) if projection.role == HEAD else METHODS[:3],
+            ("dense", METHODS[-1]) if projection.role == HEAD else METHODS[:-1],
         )
-        count = {"dense": (0,), "low-rank": (len(projection.sections),), "channels": (0, len(projection.sections)),
-                 "svd-softmax": (1,)}  # fmt: skip
-        if len(budget.ranks[n]) not in count[budget.methods[n]]:
-            refuse(f"{where}.ranks[{n}]", budget.ranks[n], f"a list of {len(projection.sections)}, one per section")
-        for place, rank in enumerate(budget.ranks[n]):
-            in_range(f"{where}.ranks[{n}][{place}]", rank, 0, projection.rank)
+        _check_ranks(projection, budget.methods[n], budget.ranks[n], f"{where}.ranks[{n}]")
         in_range(f"{where}.channel_thresholds[{n}]", budget.channel_thresholds[n], 0)
         if budget.candidates:
             in_range(f"{where}.candidates[{n}]", budget.candidates[n], 0, projection.outputs)
+
+
+def _check_ranks(projection: Projection, method: str, ranks: Sequence[int], where: str) -> None:
+    if method == "heads":
+        widths = projection.head_widths
+        if not widths or len(ranks) != len(widths):
+            refuse(where, ranks, f"a list of {len(widths)}, one per head")
+        for place, (rank, full) in enumerate(zip(ranks, widths, strict=True)):
+            if rank != full or projection.role == "o":
+                in_range(f"{where}[{place}]", rank, 0, min(projection.head_rank, full))
+        return
+    count = {"dense": (0,), "low-rank": (len(projection.sections),), "channels": (0, len(projection.sections)),
+             "svd-softmax": (1,)}  # fmt: skip
+    if len(ranks) not in count[method]:
+        refuse(where, ranks, f"a list of {len(projection.sections)}, one per section")
+    for place, rank in enumerate(ranks):
+        in_range(f"{where}[{place}]", rank, 0, projection.rank)
+
+
+def _check_heads(projection: Projection, where: str) -> None:
+    widths = [projection.inputs] if projection.role == "o" else projection.sections
+    in_range(f"{where}.attention", projection.attention, 0)
+    if projection.heads and len(projection.heads) != len(widths):
+        refuse(f"{where}.heads", projection.heads, f"a list of {len(widths)}, one per section")
+    for place, (count, width) in enumerate(zip(projection.heads, widths, strict=False)):
+        in_range(f"{where}.heads[{place}]", count, 0, width)
+        if count and width % count:
+            refuse(f"{where}.heads[{place}]", count, f"a divisor of {width}")
+    in_range(f"{where}.head_rank", projection.head_rank, 0, max(projection.head_widths, default=0))

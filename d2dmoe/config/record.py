@@ -60,8 +60,9 @@ class Block:
         return self.experts * self.size
 
 
-CHECKPOINT_VERSION = 3  # the newest format that is read; networks in place of projections came with 2, the head with 3
+CHECKPOINT_VERSION = 4  # the newest that is read: networks for projections came with 2, the head with 3, heads with 4
 PROJECTED = ("ffn_active", "methods", "ranks", "channel_thresholds", "candidates")  # fields of a budget
+NARROW = ("attention", "heads", "head_rank")  # fields of a projection of whose attention heads can be narrower
 CALIBRATED = ("budgets", "default_active", "curve")
 
 
@@ -175,8 +176,15 @@ class D2DMoEConfig:
         budgets = [{k: v for k, v in budget.items() if k != "candidates" or v} for budget in budgets]
         blocks = [{k: v for k, v in block.items() if k != "role" or v} for block in values["blocks"]]
         found = {**values, "blocks": blocks, "budgets": budgets, "curve": values["curve"]["points"]}
-        found["version"] = 3 if any(p.role == HEAD for p in self.projections) else 2 if self.networks else 1
+        projections = [{k: v for k, v in p.items() if k not in NARROW or v} for p in projections]
+        found["version"] = self._version()
         return {**found, "projections": projections} if projections else found
+
+    def _version(self) -> int:
+        """The oldest format that holds all of this."""
+        if any(p.heads for p in self.projections):
+            return 4
+        return 3 if any(p.role == HEAD for p in self.projections) else 2 if self.networks else 1
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> D2DMoEConfig:

@@ -11,7 +11,7 @@ from .projections import HEAD, Projection
 from .record import Block, can_split
 
 DEFAULT_ACTIVE = (0.25, 0.5, 0.75)
-ATTENTION = ("none", "auto", "low-rank", "channels", "mlp")
+ATTENTION = ("none", "auto", "low-rank", "channels", "heads", "mlp")
 
 
 def attention_way(attention: str) -> tuple[str, str]:
@@ -65,7 +65,21 @@ def choose_projections(
     groups = {group: number for number, group in enumerate(dict.fromkeys(p.group for p in found))}
     for projection in found:
         projection.rank, projection.group = max(projection.full_ranks), groups[projection.group]
+    _make_room_for_heads(found if way in ("auto", "heads") else [], found)
     return found
+
+
+def _make_room_for_heads(wanted: Sequence[Projection], everything: Sequence[Projection]) -> None:
+    """Heads become narrower on both sides, or keep their width."""
+    there = {(p.attention, role) for p in wanted for role, count in zip(p.role, p.heads, strict=False) if count}
+    partner = {"q": "k", "k": "q", "v": "o", "o": "v"}
+    for p in everything:
+        p.heads = [
+            count if count and {(p.attention, role), (p.attention, partner[role])} <= there else 0
+            for role, count in zip(p.role, p.heads, strict=False)
+        ]
+        p.heads = p.heads if any(p.heads) else []
+        p.attention, p.head_rank = p.attention if p.heads else 0, max(p.head_widths, default=0)
 
 
 def head_projection(config: HeadConfig, name: str, inputs: int, outputs: int, group: int) -> Projection:

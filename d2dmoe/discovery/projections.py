@@ -19,6 +19,7 @@ from torch import nn
 from ..config.projections import ROLES, Projection, sections_of
 from ..moe.packing import is_plain
 from .blocks import traced
+from .heads import Around, find_heads
 from .trace import Call, features, run_traced
 
 
@@ -37,6 +38,11 @@ class _Attention:
     queries_keys: frozenset[int]
     values: frozenset[int]
     output: int
+
+    def named(self, calls: list[Call]) -> Around:
+        """The same with names in the places of numbers."""
+        queries_keys = tuple(calls[n].name for n in sorted(self.queries_keys))
+        return Around(queries_keys, *(calls[n].name for n in (*self.values, self.output)))
 
 
 def find_projections(
@@ -76,6 +82,7 @@ def find_projections(
         role = "".join(sorted(roles[name], key="qkvo".index))
         sizes = features(model.get_submodule(name))
         result.found.append(Projection(name, role, group, *sizes, sections_of(role, *sizes), calls=times[name]))
+    find_heads(model, trace, result.found, [attention.named(trace.linears) for attention in attentions])
     return result
 
 

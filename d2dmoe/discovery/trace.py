@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ ACTIVATIONS = (
     "relu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "silu", "relu2", "mish", "gelu_10", "laplace", "relu6",
     "leaky_relu", "tanh", "sigmoid",
 )  # fmt: skip
+Change = Callable[[str, torch.Tensor], torch.Tensor]
 NOISE_SCALE, NOISE_LIMIT = 1.5, 4.0
 
 
@@ -39,6 +40,7 @@ class Trace:
     linears: list[Call] = field(default_factory=list)
     modules: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)  # name -> [(first tensor in, output)]
     samples: int = 1
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     activations: tuple[str, ...] = ACTIVATIONS
 
 
@@ -57,7 +59,7 @@ def runs_on(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> set[str]:
 
 
 @contextmanager
-def _instrumented(model: nn.Module, trace: Trace, follow: bool) -> Iterator[None]:
+def _instrumented(model: nn.Module, trace: Trace, follow: bool, change: Change | None) -> Iterator[None]:
     """Make linear maps return noise, and record the inputs and outputs of all modules."""
     generator = torch.Generator().manual_seed(1)
     linears, handles = [], []
@@ -67,6 +69,7 @@ def _instrumented(model: nn.Module, trace: Trace, follow: bool) -> Iterator[None
             shape = (*x.shape[:-1], features(linear)[1])
             noise = torch.randn(shape, generator=generator, dtype=torch.float64) * NOISE_SCALE
             noise = noise.clamp(-NOISE_LIMIT, NOISE_LIMIT).to(x.device, x.dtype)
+            noise = noise if change is None else change(name, noise)
             leaf = noise.requires_grad_() if follow else None
             trace.linears.append(Call(name, x, noise, leaf))
             return noise.clone()  # an in-place activation must not change the record
@@ -95,17 +98,23 @@ def _instrumented(model: nn.Module, trace: Trace, follow: bool) -> Iterator[None
             handle.remove()
 
 
-def run_traced(model: nn.Module, inputs: dict[str, torch.Tensor], *, follow: bool = False) -> Trace:
-    """Run the model once with linear maps that return noise; returns the record.
+def run_traced(
+    model: nn.Module, inputs: dict[str, torch.Tensor], *, follow: bool = False, change: Change | None = None
+) -> Trace:
+    """Run the model once with linear maps that return noise, the same in every run; returns the record.
 
-    With `follow` autograd knows what each tensor was computed from, and calls of other modules are not recorded.
+    Args:
+        model: Any module.
+        inputs: Keyword arguments of its forward pass.
+        follow: Let autograd know what each tensor was computed from; calls of other modules are not recorded then.
+        change: Gets the name of a linear map and what it is to return, and says what it returns instead.
     """
     samples = next(iter(inputs.values())).shape[0]
-    trace = Trace(samples=samples, activations=(*fatrelu_names(model), *ACTIVATIONS))
+    trace = Trace(samples=samples, inputs=inputs, activations=(*fatrelu_names(model), *ACTIVATIONS))
     training = model.training
     model.eval()
     try:
-        with _instrumented(model, trace, follow), torch.set_grad_enabled(follow):
+        with _instrumented(model, trace, follow, change), torch.set_grad_enabled(follow):
             model(**inputs)
     finally:
         model.train(training)

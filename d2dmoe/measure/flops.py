@@ -63,6 +63,8 @@ def projection_flops(layer: DynamicProjection, active: float = 1.0, state: Proje
     Factors count as the two products that they are; the score of a channel is one multiplication.
     """
     p, state = layer.projection, state or layer.gate_state
+    if state.method == "heads":
+        return 2 * p.head_macs(state.ranks) * p.calls
     factors = 2 * p.factored_macs(state.ranks, state.candidates) if state.ranks else 0
     if state.method in ("low-rank", "svd-softmax"):
         return factors * p.calls

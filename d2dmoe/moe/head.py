@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from ..config.projections import ProjectionState
-from ..tensors import PROJECTED
+from ..tensors import BASES
 from .projection import DynamicLinear, Factors, linear
 
 FEW = 8  # rows up to which the weights of candidates are gathered; more take the whole product
@@ -25,13 +25,10 @@ class DynamicHead(DynamicLinear):
     mean hidden state.
     """
 
-    ADDED = PROJECTED[:3]
-    OWN = frozenset(("weight", "bias", *ADDED))
-
-    def added_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the parameters beside the dense ones."""
+    def added_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the parameters beside the dense ones."""
         p = self.projection
-        return (p.inputs, p.rank), (p.rank, p.inputs), (p.inputs,)
+        return dict(zip(BASES, ((p.inputs, p.rank), (p.rank, p.inputs), (p.inputs,)), strict=False))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``(…, inputs)`` to ``(…, outputs)``."""
@@ -66,7 +63,7 @@ class DynamicHead(DynamicLinear):
             exact = linear(x, self.weight, self.bias).gather(-1, places)
         return rough.scatter(-1, places, exact)
 
-    def _derive(self, ranks: tuple[int, ...]) -> Factors:
+    def _derive(self, ranks: tuple[int, ...], method: str = "low-rank") -> Factors:
         (rank,), weight, dtype = ranks, self.weight.float(), self.weight.dtype
         basis, back, mean = (
             self.low_rank_in[:, :rank].float(),

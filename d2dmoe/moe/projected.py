@@ -95,7 +95,8 @@ def trim_projections(model: nn.Module, config: D2DMoEConfig) -> None:
     """Keep no more of a basis than the budgets use."""
     for number, layer in enumerate(projections(model)):
         states = [budget.projection_states[number] for budget in config.budgets]
-        rank = max((rank for state in states for rank in state.ranks), default=0)
+        rank = max((rank for state in states if state.method != "heads" for rank in state.ranks), default=0)
         layer.gate_state, layer.projection.rank = ProjectionState(), rank
         layer.low_rank_in = nn.Parameter(layer.low_rank_in[:, :rank].clone(), requires_grad=False)
         layer.low_rank_out = nn.Parameter(layer.low_rank_out[:rank].clone(), requires_grad=False)
+        layer.trim_heads(states)

@@ -5,6 +5,7 @@ output and `W` the weights:
 
 * `dense`: ``x W + b``;
 * `low-rank`: ``(x A) Q + b + m - (m P) Q`` with ``A = W P``, so that the mean output is exact;
+* `heads`: heads of less width, see `heads`;
 * `channels`: ``(x * keep) W + ((x - x * keep) A) Q + b``, where `keep` marks the input channels whose score
   ``|x_j| * ||W_j||`` reaches the threshold.
 
@@ -13,7 +14,7 @@ output and `W` the weights:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -21,9 +22,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config.projections import HEAD, Projection, ProjectionState, rows_of
 from ..kernels import Watch, identity, native
-from ..tensors import PROJECTED
+from ..tensors import BASES, HEADS
 from .few_tokens import FewTokens
 from .gate import Gate, Gated
+from .heads import head_shapes, narrow, used_rank
 from .int8_plans import Factors, Plans
 from .prepared import offloaded
 
@@ -65,7 +67,7 @@ class DynamicProjection(Gated, nn.Module):
     Parameters beside the dense map's own `weight` and `bias`: the basis `low_rank_in` ``(outputs, rank)`` and
     `low_rank_out` ``(rank, outputs)``, of whose rows (columns) for each section of the outputs a budget uses the first
     columns (rows); `output_mean` ``(outputs,)``, without the bias; `channel_norms` ``(inputs,)``, the norm of each
-    input channel's weights over the group.
+    input channel's weights over the group; where heads can be narrower, those of `heads`.
 
     Attributes:
         projection: Its record.
@@ -80,8 +82,8 @@ class DynamicProjection(Gated, nn.Module):
         ADDED: Names of the parameters beside the dense ones. OWN: names of all parameters.
     """
 
-    ADDED = PROJECTED
-    OWN = frozenset(("weight", "bias", *ADDED))
+    ADDED: tuple[str, ...]
+    OWN: frozenset[str]
 
     projection: Projection
     number: int
@@ -97,15 +99,17 @@ class DynamicProjection(Gated, nn.Module):
         self.projection, self.number, self.gate = projection, number, Gate(ProjectionState())
         self.observer, self.merged, self.few_tokens = None, False, FewTokens()
         self.linear_dtype, self.plans = None, Plans()
-        self._factors: dict[tuple[int, ...], tuple[tuple, Watch | _Samples, Factors]] = {}
-        like = {"device": self.weight.device, "dtype": self.weight.dtype}
-        for name, shape in zip(self.ADDED, self.added_shapes(), strict=True):
+        self._factors: dict[tuple[str, tuple[int, ...]], tuple[tuple, Watch | _Samples, Factors]] = {}
+        like, shapes = {"device": self.weight.device, "dtype": self.weight.dtype}, self.added_shapes()
+        self.ADDED, self.OWN = tuple(shapes), frozenset(("weight", "bias", *shapes))
+        for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, **like), requires_grad=False))
 
-    def added_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the parameters beside the dense ones."""
+    def added_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the parameters beside the dense ones."""
         p = self.projection
-        return (p.outputs, p.rank), (p.rank, p.outputs), (p.outputs,), (p.inputs,)
+        shapes = (p.outputs, p.rank), (p.rank, p.outputs), (p.outputs,), (p.inputs,)
+        return {**dict(zip(BASES, shapes, strict=True)), **head_shapes(p)}
 
     def matrix(self) -> torch.Tensor:
         """The weights as ``(outputs, inputs)``."""
@@ -132,6 +136,8 @@ class DynamicProjection(Gated, nn.Module):
             return self._channels(input, keep, state.ranks)
         if state.method == "low-rank":
             return self._low_rank(input, state.ranks)
+        if state.method == "heads":
+            return self._narrow(input, state.ranks)
         return super().forward(input) if self.linear_dtype is None else self._product(input)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
@@ -160,6 +166,18 @@ class DynamicProjection(Gated, nn.Module):
             return self.plans.folded(self, x, ranks, self.linear_dtype)
         return self._factored(x, self.factors(ranks), ranks)
 
+    def _narrow(self, x: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
+        derived = self._derive(widths, "heads") if self._learns() else self.factors(widths, "heads")
+        thin, (places,), (bias,) = derived
+        if self.projection.role == "o":
+            return self._by_weights(x.index_select(-1, places), thin, bias)
+        return self._by_weights(x, thin, bias).index_select(-1, places)
+
+    def _by_weights(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        if self.linear_dtype is None:
+            return linear(x, weight, bias)
+        return self.plans.linear(self, x, weight, bias, self.linear_dtype)
+
     def _factored(
         self, x: torch.Tensor, factors: Factors, ranks: tuple[int, ...], constant: bool = True
     ) -> torch.Tensor:
@@ -183,39 +201,52 @@ class DynamicProjection(Gated, nn.Module):
         return torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters.values() if p is not None)
 
     @torch.no_grad()
-    def factors(self, ranks: tuple[int, ...]) -> Factors:
-        """`A` transposed ``(sum of ranks, inputs)``; by section `Q` transposed ``(width, rank)`` and the constant."""
-        if self.merged and self.gate_state.method == "low-rank":
+    def factors(self, ranks: tuple[int, ...], method: str = "low-rank") -> Factors:
+        """`A` transposed ``(sum of ranks, inputs)``; by section `Q` transposed ``(width, rank)`` and the constant.
+
+        With the method `heads` what `heads.narrow` returns.
+        """
+        if self._holds_factors():
             return self._merged_factors()
-        compiling = torch.compiler.is_compiling()
-        if compiling and ranks in self._factors:  # cannot ask for versions
-            return self._factors[ranks][2]
+        compiling, key = torch.compiler.is_compiling(), (method, ranks)
+        if compiling and key in self._factors:  # cannot ask for versions
+            return self._factors[key][2]
         sources = self.factor_sources()
         keep = not compiling and not offloaded(self) and all(type(t) is torch.Tensor for t in sources)
         versions = tuple(map(identity, sources)) if keep else ()
-        known = self._factors.get(ranks) if keep else None
+        known = self._factors.get(key) if keep else None
         if known is not None and known[0] == versions and not known[1].changed():
             return known[2]
-        found = self._derive(ranks)
+        found = self._derive(ranks, method)
         if keep:
             fast = native.live()[0] and all(t.device.type == "cpu" for t in sources)
             watch = (Watch if fast else _Samples)(sources)
-            others = [(r, entry) for r, entry in self._factors.items() if r != ranks][-KEPT + 1 :]
-            self._factors = {**dict(others), ranks: (versions, watch, found)}
+            others = [(k, entry) for k, entry in self._factors.items() if k != key][-KEPT + 1 :]
+            self._factors = {**dict(others), key: (versions, watch, found)}
         return found
 
     def factor_sources(self) -> list[torch.Tensor]:
         """What the factors are made of."""
-        sources = (self.weight, self.bias, self.low_rank_in, self.low_rank_out, self.output_mean)
-        if self.merged and self.gate_state.method == "low-rank":
+        sources = (self.weight, self.bias, *(getattr(self, name) for name in self.ADDED if name != "channel_norms"))
+        if self._holds_factors():
             first, second, constants = self._merged_factors()
             sources = (first, *second, *constants)
         return [t.detach() for t in sources if t is not None]
 
-    def _derive(self, ranks: tuple[int, ...]) -> Factors:
+    def _holds_factors(self) -> bool:
+        """Is there nothing but the factors of one setting (`merge`)?"""
+        return self.merged and self.gate_state.method in ("low-rank", "heads")
+
+    def _derive(self, ranks: tuple[int, ...], method: str = "low-rank") -> Factors:
         dtype, first, second, constants = self.weight.dtype, [], [], []
         wide = torch.promote_types(dtype, torch.float32)
         weight = self.matrix().to(wide)
+        if method == "heads":
+            names = ("bias", "head_basis", "output_mean", "head_mean")
+            others = [getattr(self, name, None) for name in names]
+            others = [None if t is None else t.to(wide) for t in others]
+            thin, places, biases = narrow(self.projection, ranks, weight, *others)
+            return thin.to(dtype).contiguous(), places, [b.to(dtype) for b in biases]
         for rank, rows in zip(ranks, rows_of(self.projection.sections), strict=True):
             basis, back = self.low_rank_in[rows, :rank].to(wide), self.low_rank_out[:rank, rows].to(wide)
             mean = self.output_mean[rows].to(wide)
@@ -230,20 +261,33 @@ class DynamicProjection(Gated, nn.Module):
     def merge(self) -> None:
         """Keep what the setting in force needs, and nothing that others would."""
         state = self.gate_state
-        if state.method == "low-rank":
-            first, second, constants = self.factors(state.ranks)
+        if state.method in ("low-rank", "heads"):
+            first, second, constants = self.factors(state.ranks, state.method)
             for name, tensor in (("merged_first", first), *((f"merged_second_{n}", t) for n, t in enumerate(second)),
                                  *((f"merged_constant_{n}", t) for n, t in enumerate(constants))):  # fmt: skip
                 self.register_buffer(name, tensor, persistent=False)
             self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
         if state.method != "channels":
-            for name in PROJECTED:
+            for name in self.ADDED:
                 setattr(self, name, nn.Parameter(self.weight.new_empty(0), requires_grad=False))
         self._factors, self.plans, self.merged = {}, Plans(), True
         self.few_tokens.invalidate()
 
+    def trim_heads(self, states: Sequence[ProjectionState]) -> None:
+        """Keep no more columns of the heads' basis than these settings use."""
+        p, kept = self.projection, {name: getattr(self, name) for name in HEADS if name in self.ADDED}
+        p.head_rank = used_rank(p, states)
+        for name, tensor in kept.items():
+            delattr(self, name)
+            if p.head_rank:
+                self.register_parameter(name, nn.Parameter(tensor[:, : p.head_rank].clone(), requires_grad=False))
+        if not p.head_rank:
+            p.heads, p.attention = [], 0
+        self.ADDED = tuple(self.added_shapes())
+        self.OWN = frozenset(("weight", "bias", *self.ADDED))
+
     def _merged_factors(self) -> Factors:
-        places = range(len(self.projection.sections))
+        places = range(sum(name.startswith("merged_second") for name in self._buffers))
         return self.merged_first, *([getattr(self, f"merged_{name}_{n}") for n in places]
                                     for name in ("second", "constant"))  # fmt: skip
 

@@ -32,6 +32,21 @@ class LowRank(nn.Module):
         return by_factors(x, self.factors, self.ranks, self.constant)
 
 
+class Heads(nn.Module):
+    """One thin product, and heads of full width with zeros around it."""
+
+    def __init__(self, layer: DynamicProjection, state: ProjectionState):
+        super().__init__()
+        self.weight, (self.places,), (self.bias,) = layer.factors(state.ranks, "heads")
+        self.reads = layer.projection.role == "o"  # what of its input there is, instead of what of its output
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(…, inputs)`` to ``(…, outputs)``."""
+        if self.reads:
+            return linear(x.index_select(-1, self.places), self.weight, self.bias)
+        return linear(x, self.weight, self.bias).index_select(-1, self.places)
+
+
 class Channels(nn.Module):
     """The dense map of the channels that run, and factors for the others. It saves no time outside our own kernels."""
 
@@ -108,7 +123,7 @@ def plain_projection(layer: DynamicProjection) -> nn.Module:
     state = layer.gate_state
     if state.method == "dense":
         return Dense(layer)
-    return (LowRank if state.method == "low-rank" else Channels)(layer, state)
+    return {"low-rank": LowRank, "heads": Heads, "channels": Channels}[state.method](layer, state)
 
 
 def _replace(model: nn.Module, plain: dict[DynamicProjection, nn.Module]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..attention.bases import fit_bases
+from ..attention.fit import BasisSpectra, fit_all
 from ..attention.head import fit_head
 from ..attention.networks import distil_networks, in_running_order, install_networks
 from ..config.options import ConvertConfig
@@ -43,14 +43,13 @@ from ..moe.projected import trim_projections
 from ..moe.projection import around_attention
 from ..progress import progress
 from ..stages.budgets.calibrate import calibrate, calibrate_again
-from ..stages.budgets.projections import groups_of
+from ..stages.budgets.receivers import measure_ways
 from ..stages.budgets.shares import Plan
 from ..stages.coactivation import activation_profiles
 from ..stages.heal import heal
 from ..stages.routers.fit import fit_routers
 from ..stages.routers.training import train_routers
 from ..stages.split import split_neurons
-from ..tensors import PROJECTED
 from ..training import first_process
 from ..training_state import has_state
 from .plan import choose_head
@@ -119,7 +118,7 @@ def convert_model(
     inputs = LayerInputs(model, _calibration_text(config, batches)[0], work, 0 if config.low_memory else None)
     log = _routers(model, config, batches, inputs, work, resume)
     say("routers done; calibrating")
-    spectra = _bases(model, config, batches, work, resume) if attention else []
+    spectra = _bases(model, config, batches, work, resume) if attention else None
     fitted(
         work, "stand-ins", resume, model, stored,
         lambda: _calibrate(model, config, stored, batches, inputs, dense, spectra),
@@ -249,24 +248,26 @@ def _routers(
 
 def _bases(
     model: PreTrainedModel, config: ConvertConfig, batches: Batches, work: Path | None, resume: bool
-) -> list[list[torch.Tensor]]:
-    """Fit the bases of the projections, or take them from an earlier run; returns their spectra by section."""
+) -> BasisSpectra:
+    """Fit the bases of the projections, or take them from an earlier run; returns their spectra."""
 
     def fit() -> dict[str, torch.Tensor]:
-        bases = fit_bases(model, batches.first(config.calibration_tokens), config.seed)
-        found = {f"{i}.spectrum.{n}": s for i, b in enumerate(bases) for n, s in enumerate(b.spectra)}
+        each, heads = fit_all(model, batches.first(config.calibration_tokens), config.seed)
+        found = {f"{i}.spectrum.{n}": s for i, own in enumerate(each) for n, s in enumerate(own)}
+        found |= {f"heads.{name}": spectra for name, spectra in heads.items()}
         return found | {
-            f"{i}.{name}": getattr(x, name) for i, x in enumerate(around_attention(model)) for name in PROJECTED
+            f"{i}.{name}": getattr(x, name) for i, x in enumerate(around_attention(model)) for name in x.ADDED
         }
 
     tensors = stage(work, "projections", resume, fit)
     for i, layer in enumerate(around_attention(model)):
-        for name in PROJECTED:
+        for name in layer.ADDED:
             getattr(layer, name).data.copy_(tensors[f"{i}.{name}"])
-    return [
+    each = [
         [tensors[f"{i}.spectrum.{n}"] for n in range(len(layer.projection.sections))]
         for i, layer in enumerate(around_attention(model))
     ]
+    return BasisSpectra(each, {k.removeprefix("heads."): v for k, v in tensors.items() if k.startswith("heads.")})
 
 
 def _let_go_of_files(model: PreTrainedModel) -> None:
@@ -294,14 +295,15 @@ def _calibration_text(config: ConvertConfig, batches: Batches) -> tuple[Batches,
 
 def _calibrate(
     model: PreTrainedModel, config: ConvertConfig, stored: D2DMoEConfig, batches: Batches, inputs: LayerInputs,
-    dense: Callable[[], PreTrainedModel] | None, spectra: list[list[torch.Tensor]],
+    dense: Callable[[], PreTrainedModel] | None, spectra: BasisSpectra | None,
 ) -> None:  # fmt: skip
     fitting, unseen = _calibration_text(config, batches)
     plan = Plan()
     if spectra:
         way, _ = attention_way(config.attention)
         text = unseen.first(config.calibration_tokens) if unseen.tokens >= LEAST_UNSEEN else fitting
-        plan = Plan(groups_of(model, text, spectra, way), config.attention_active, text=text)
+        measured = measure_ways(model, text, *spectra, way)
+        plan = Plan(measured.receivers(way), config.attention_active, text=text)
     if config.head != "none":
         plan.head = fit_head(model, fitting, config.head_active)
     calibrate(

@@ -223,6 +223,10 @@ def _what_it_does(projection: Projection, state: ProjectionState) -> str:
     ranks = "+".join(map(str, state.ranks))
     if state.method == "low-rank":
         return f"rank {ranks} ({projection.factored_macs(state.ranks) / projection.macs:.0%})"
+    if state.method == "heads":
+        kept, all_of_them = sum(state.ranks), sum(projection.head_widths)
+        share = projection.head_macs(state.ranks) / projection.macs
+        return f"{kept} of {all_of_them} columns in {len(state.ranks)} heads ({share:.0%})"
     if state.method == "svd-softmax":
         work = projection.factored_macs(state.ranks, state.candidates) / projection.macs
         return f"rank {ranks}, {state.candidates} exact outputs ({work:.0%})"

@@ -43,7 +43,7 @@ def wide(name: str) -> torch.nn.Module:
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        *((name, way) for name in ("gpt2", "llama", "bert") for way in ("auto", "low-rank", "channels")),
+        *((name, way) for name in ("gpt2", "llama", "bert") for way in ("auto", "low-rank", "channels", "heads")),
         ("falcon", "auto"), ("t5", "auto"),
         *(pytest.param("t5", way, marks=pytest.mark.slow) for way in ("low-rank", "channels")),
     ],
@@ -58,7 +58,8 @@ def test_convert_save_and_open(name, way, tmp_path):
     assert 0.3 < row["flops_fraction_attention"] < 0.56
     (budget,) = stored_config(model).budgets
     kinds = {s.method for s in budget.projection_states}
-    assert kinds <= {"auto": {"low-rank", "channels", "dense"}}.get(way, {way, "dense"})
+    also = {"auto": {"low-rank", "channels", "heads"}, "heads": {"low-rank"}}.get(way, set())
+    assert kinds <= {way, "dense"} | also
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     with torch.no_grad():
@@ -68,7 +69,7 @@ def test_convert_save_and_open(name, way, tmp_path):
             ours, theirs = (
                 next(v for v in m(**inputs).values() if isinstance(v, torch.Tensor)) for m in (model, again)
             )
-            assert torch.equal(ours, theirs)
+            assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # products depend on where weights lie
         assert_close(ours, dense, rtol=1e-4, atol=1e-5)
 
 
@@ -154,11 +155,11 @@ def test_only_so_much_text_is_read(monkeypatch):
     """The costs of projections come from text that nothing was fitted on, and of that no more than was asked for."""
     read = []
 
-    def groups_of(model, batches, *_):
+    def measure_ways(model, batches, *_):
         read.append(batches.tokens)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("d2dmoe.pipeline.model.groups_of", groups_of)
+    monkeypatch.setattr("d2dmoe.pipeline.model.measure_ways", measure_ways)
     monkeypatch.setattr("d2dmoe.pipeline.model.LEAST_UNSEEN", 32)
     data = batches()
     with pytest.raises(KeyboardInterrupt):

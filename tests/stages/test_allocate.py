@@ -15,10 +15,10 @@ from d2dmoe.moe.layer import layers
 from d2dmoe.stages.budgets.allocate import (
     SPREAD,
     _interpolate,
-    _savings,
     allocate,
     give_out,
     layer_costs,
+    savings,
     share_out,
 )
 from d2dmoe.stages.budgets.calibrate import calibrate
@@ -54,7 +54,7 @@ def test_savings_are_those_of_the_convex_hull():
     generator = np.random.default_rng(1)
     for _ in range(20):
         curve = np.sort(generator.random(12))[::-1]
-        saved = _savings(curve.tolist())
+        saved = savings(curve.tolist())
         hull = curve[0] - np.concatenate([[0], saved.cumsum()])
         assert (np.diff(saved) <= 1e-12).all()
         assert (hull <= curve + 1e-12).all()

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from d2dmoe.data import Batches
 from d2dmoe.moe.gating import gate_state
 from d2dmoe.moe.layer import layers
-from d2dmoe.stages.budgets import costs, projections
+from d2dmoe.stages.budgets import costs, projections, receivers
 from d2dmoe.stages.budgets.calibrate import calibrate
 from d2dmoe.stages.budgets.costs import Trial, output_costs
 from d2dmoe.stages.heal import Reference, divergence
@@ -84,12 +84,12 @@ def test_less_work_never_costs_less(monkeypatch):
     def once(model, batches, parts, trials, name):
         return torch.tensor([cost for kind in measured for cost in measured[kind]], dtype=torch.float64)
 
-    monkeypatch.setattr(projections, "output_costs", once)
+    monkeypatch.setattr(receivers, "output_costs", once)
     layer = SimpleNamespace(
         projection=SimpleNamespace(macs=1, calls=1, sections=(), full_ranks=(), factored_macs=lambda ranks: 0)
     )
     group = projections.Group([0], [layer], [[]], torch.linspace(1, 0, 50), tuple(measured))
-    projections._measure(None, None, [group])
+    receivers._measure(None, None, [group])
     assert group.costs == {"channels": steady, "channels+": [1.0, 1.0, 0.5, 0.35]}
     assert all(group.best(share) == "channels" for share in (0.05, 0.15, 0.3, 0.6, 0.9))
     assert group.curve() == sorted(group.curve(), reverse=True)

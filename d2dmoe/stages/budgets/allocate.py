@@ -93,7 +93,7 @@ def cost_curves(actives: Sequence[float], costs: np.ndarray, experts: Sequence[i
 def give_out(
     active: float, curves: Sequence[Sequence[float]], weights: Sequence[float], least: Sequence[int]
 ) -> list[float]:
-    """Share work out, one unit after the other to whom it saves most per unit of work, see `_savings`.
+    """Share work out, one unit after the other to whom it saves most per unit of work, see `savings`.
 
     Args:
         active: The share of all work to give out.
@@ -106,12 +106,12 @@ def give_out(
     """
     counts, chosen = [len(curve) - 1 for curve in curves], list(least)
     sizes = [weight / count for weight, count in zip(weights, counts, strict=True)]
-    savings = [_savings(curve[n:]) for curve, n in zip(curves, least, strict=True)]
+    hulls = [savings(curve[n:]) for curve, n in zip(curves, least, strict=True)]
     room = active * sum(weights) - sum(n * size for n, size in zip(chosen, sizes, strict=True))
     while True:
         gains = [
             saved[n - first] / size if n < count and size <= room + size / 2 else -1.0
-            for saved, n, first, count, size in zip(savings, chosen, least, counts, sizes, strict=True)
+            for saved, n, first, count, size in zip(hulls, chosen, least, counts, sizes, strict=True)
         ]
         best = int(np.argmax(gains))
         if gains[best] < 0:
@@ -120,7 +120,7 @@ def give_out(
         room -= sizes[best]
 
 
-def _savings(curve: Sequence[float]) -> np.ndarray:
+def savings(curve: Sequence[float]) -> np.ndarray:
     """What each further unit saves on the lower convex hull of a curve, falling.
 
     On the curve itself a receiver whose next units save little would never be given those after them that save much

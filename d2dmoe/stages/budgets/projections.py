@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,8 +14,7 @@ from ...config.projections import ProjectionState
 from ...data.batches import Batches
 from ...measure.observe import run_groups
 from ...moe.gating import set_gate
-from ...moe.projection import DynamicProjection, around_attention
-from .costs import Trial, output_costs
+from ...moe.projection import DynamicProjection
 
 LEVELS = (0.15, 0.3, 0.5, 0.75)  # shares of a group's work at which its cost is measured
 SCORE_ROWS = 2048
@@ -42,14 +40,23 @@ class Group:
     layers: list[DynamicProjection]
     spectra: list[list[torch.Tensor]]
     scores: torch.Tensor
-    kinds: tuple[str, ...]
+    kinds: tuple[str, ...] = ("low-rank", "channels", "channels+")
     costs: dict[str, list[float]] = field(default_factory=dict)
     _sorted: list[tuple[float, int, int, int]] = field(default_factory=list, repr=False)
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates per row, dense, of all calls."""
-        return sum(layer.projection.macs * layer.projection.calls for layer in self.layers)
+        return sum(self.macs_of().values())
+
+    def macs_of(self) -> dict[int, int]:
+        """The same by member."""
+        own = zip(self.members, (x.projection for x in self.layers), strict=True)
+        return {number: p.macs * p.calls for number, p in own}
+
+    def settings(self, share: float) -> dict[int, ProjectionState]:
+        """The settings of the members, by number, with which they lose least at this share of their work."""
+        return dict(zip(self.members, self.states(share, self.best(share)), strict=True))
 
     def states(self, share: float, kind: str) -> list[ProjectionState]:
         """The settings of the members with which they take this share of their work."""
@@ -99,10 +106,9 @@ class Group:
         """
         if share >= DENSE_FROM:
             return 0.0
-        measured = np.log(np.maximum(self.costs[kind], 1e-12))
         if kind == "low-rank":
-            offsets = measured - self._logs_left_out
-            return self.left_out(share) * math.exp(float(np.interp(share, LEVELS, offsets)))
+            return scaled_by_measured(self.left_out, self.costs[kind], share)
+        measured = np.log(np.maximum(self.costs[kind], 1e-12))
         if share <= LEVELS[0]:
             slope = (measured[1] - measured[0]) / (LEVELS[1] - LEVELS[0])
             return math.exp(measured[0] + min(slope, 0.0) * (share - LEVELS[0]))
@@ -117,11 +123,6 @@ class Group:
             total += sum(float(values[rank:].sum()) for values, rank in zip(spectra, state.ranks, strict=True))
         return max(total, 1e-12)
 
-    @cached_property
-    def _logs_left_out(self) -> np.ndarray:
-        """Logarithms of `left_out` at `LEVELS`."""
-        return np.log([self.left_out(level) for level in LEVELS])
-
     def best(self, share: float) -> str:
         """The way that costs least at a share of the work."""
         return min(self.kinds, key=lambda kind: self.cost(kind, share))
@@ -132,34 +133,14 @@ class Group:
         return np.maximum.accumulate(costs[::-1])[::-1].tolist()
 
 
-KINDS = {
-    "low-rank": ("low-rank",),
-    "channels": ("channels", "channels+"),
-    "auto": ("low-rank", "channels", "channels+"),
-}
+def scaled_by_measured(left_out: Callable[[float], float], measured: Sequence[float], share: float) -> float:
+    """What is left out at a share of the work, times what the costs measured at `LEVELS` around are of it."""
+    offsets = np.log(np.maximum(measured, 1e-12)) - np.log([left_out(level) for level in LEVELS])
+    return left_out(share) * math.exp(float(np.interp(share, LEVELS, offsets)))
 
 
 @torch.no_grad()
-def groups_of(model: nn.Module, batches: Batches, spectra: Sequence[list[torch.Tensor]], attention: str) -> list[Group]:
-    """The groups of a model whose bases are fitted, with the costs of their ways.
-
-    Args:
-        model: Converted model.
-        batches: Calibration batches; the costs are measured on the last of them.
-        spectra: Of the bases of its projections, see `Basis`.
-        attention: Key of `KINDS`.
-    """
-    layers, scores = around_attention(model), _scores(model, batches)
-    found = []
-    for group in dict.fromkeys(layer.projection.group for layer in layers):
-        members = [n for n, layer in enumerate(layers) if layer.projection.group == group]
-        own = [spectra[n] for n in members]
-        found.append(Group(members, [layers[n] for n in members], own, scores[group], KINDS[attention]))
-    _measure(model, batches, found)
-    return found
-
-
-def _scores(model: nn.Module, batches: Batches) -> dict[int, torch.Tensor]:
+def channel_scores(model: nn.Module, batches: Batches) -> dict[int, torch.Tensor]:
     """Scores of the input channels of each group, all rows and channels together, falling."""
     pools: dict[int, list[torch.Tensor]] = {}
     stride = max(1, batches.tokens // SCORE_ROWS)
@@ -171,18 +152,3 @@ def _scores(model: nn.Module, batches: Batches) -> dict[int, torch.Tensor]:
     with set_gate(model, active=1):
         run_groups(model, batches, collect)
     return {group: torch.cat(rows).flatten().sort(descending=True).values for group, rows in pools.items()}
-
-
-def _measure(model: nn.Module, batches: Batches, groups: list[Group]) -> None:
-    """Fill `costs`: with one group at a time at a level, everything else dense, see `output_costs`."""
-    trials = [
-        Trial(n, group.layers, group.states(level, kind))
-        for n, group in enumerate(groups)
-        for kind in group.kinds
-        for level in LEVELS
-    ]
-    found = iter(output_costs(model, batches, [x.layers[0] for x in groups], trials, "projection costs").tolist())
-    for group in groups:
-        for kind in group.kinds:
-            measured = [next(found) for _ in LEVELS]
-            group.costs[kind] = np.maximum.accumulate(measured[::-1])[::-1].tolist()  # less work never costs less

@@ -14,7 +14,7 @@ from ...measure.flops import dense_cost, dense_ffn_flops
 from ...measure.observe import model_inputs, pieces
 from ...moe.layer import layers
 from .allocate import allocate, cost_curves, give_out, layer_costs, least_experts
-from .projections import Group
+from .receivers import Receiver
 
 TOGETHER = 0.0  # in place of a share of the projections' own
 
@@ -46,7 +46,7 @@ class Plan:
         text: What the groups' costs were measured on, and those of blocks that they are weighed against should be.
     """
 
-    groups: list[Group] = field(default_factory=list)
+    groups: list[Receiver] = field(default_factory=list)
     share: float = TOGETHER
     head: ProjectionState | None = None
     text: Batches | None = None
@@ -55,7 +55,7 @@ class Plan:
         """Settings of everything in the record, in its order, at shares of the groups' work."""
         found = {}
         for group, share in zip(self.groups, shares, strict=True):
-            found.update(zip(group.members, group.states(share, group.best(share)), strict=True))
+            found |= group.settings(share)
         return [found[number] for number in sorted(found)] + [self.head] * (self.head is not None)
 
 
@@ -92,11 +92,12 @@ def _own_states(model: nn.Module, batches: Batches, plan: Plan) -> list[Projecti
     return plan.states(give_out(plan.share, [g.curve() for g in plan.groups], works, [1] * len(plan.groups)))
 
 
-def _works(model: nn.Module, batches: Batches, groups: Sequence[Group]) -> tuple[list[float], list[float]]:
+def _works(model: nn.Module, batches: Batches, groups: Sequence[Receiver]) -> tuple[list[float], list[float]]:
     """Multiply-accumulates per token of each dense block, and of each group."""
     cost = dense_cost(model, model_inputs(model, next(pieces(batches))))
     blocks = [dense_ffn_flops(x) / 2 * rows for x, rows in zip(layers(model), cost.rows, strict=True)]
-    return blocks, [group.macs * cost.projection_rows[group.members[0]] for group in groups]
+    rows = cost.projection_rows
+    return blocks, [sum(macs * rows[n] for n, macs in group.macs_of().items()) for group in groups]
 
 
 def _joint(model: nn.Module, batches: Batches, config: D2DMoEConfig, plan: Plan) -> Callable[[float], Shares]:
