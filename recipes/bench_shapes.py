@@ -13,9 +13,9 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 
 from d2dmoe.config import D2DMoEConfig
 from d2dmoe.config.budgets import Budget
-from d2dmoe.config.options import HeadConfig
+from d2dmoe.config.options import ConvertConfig, HeadConfig
 from d2dmoe.config.projections import Projection, ProjectionState
-from d2dmoe.config.sizes import head_projection
+from d2dmoe.config.sizes import choose_projections, head_projection
 from d2dmoe.discovery import discover, find_projections
 from d2dmoe.discovery.head import find_head
 from d2dmoe.measure.bench import COLUMNS, bench_model
@@ -46,6 +46,12 @@ def low_rank(projection: Projection, share: float) -> ProjectionState:
     return ProjectionState("low-rank", ranks)
 
 
+def narrow_heads(projection: Projection, share: float) -> ProjectionState:
+    """Heads of which each keeps this share of its width."""
+    widths = tuple(round(share * width) for width in projection.head_widths)
+    return ProjectionState("heads", widths) if widths else low_rank(projection, share)
+
+
 def head_record(model: torch.nn.Module, share: float, group: int) -> tuple[Projection, ProjectionState]:
     """The head with one token in a hundred exact and factors for the rest of this share."""
     head = head_projection(HeadConfig(head_active=share), *find_head(model), group)
@@ -54,7 +60,9 @@ def head_record(model: torch.nn.Module, share: float, group: int) -> tuple[Proje
     return head, ProjectionState("svd-softmax", (rank,), candidates=candidates)
 
 
-def build(name: str, active: float, attention: float, head: float = 0.0) -> tuple[torch.nn.Module, torch.nn.Module]:
+def build(
+    name: str, active: float, attention: float, head: float = 0.0, way: str = "low-rank"
+) -> tuple[torch.nn.Module, torch.nn.Module]:
     """`(converted, dense)` of the same random weights, routers random as well; one stored budget."""
     kind, config, size, _ = SHAPES[name]
     torch.manual_seed(0)
@@ -63,10 +71,8 @@ def build(name: str, active: float, attention: float, head: float = 0.0) -> tupl
     blocks = discover(model).blocks
     for block in blocks:
         block.experts = block.width // size
-    projections = find_projections(model).found if attention else []
-    for projection in projections:
-        projection.rank = max(projection.full_ranks)
-    states = [low_rank(projection, attention) for projection in projections]
+    projections = choose_projections(ConvertConfig(attention=way), find_projections(model).found) if attention else []
+    states = [(low_rank if way == "low-rank" else narrow_heads)(projection, attention) for projection in projections]
     if head:
         found, state = head_record(model, head, 1 + max((p.group for p in projections), default=-1))
         projections, states = [*projections, found], [*states, state]
@@ -88,9 +94,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="gpt2,minilm", help=", ".join(SHAPES))
     parser.add_argument("--active", type=float, default=0.25)
-    parser.add_argument(
-        "--attention", type=float, default=0.0, help="share of the projections' work, at low rank; 0: dense"
-    )
+    parser.add_argument("--attention", type=float, default=0.0, help="share of the projections' work; 0: dense")
+    parser.add_argument("--way", choices=("low-rank", "heads"), default="low-rank", help="what runs of the projections")
     parser.add_argument("--head", type=float, default=0.0, help="share of the head's work, SVD-softmax; 0: dense")
     parser.add_argument("--length", type=int, help="tokens of a sequence, and before a decoded one")
     parser.add_argument("--threads", type=int, default=2)
@@ -110,7 +115,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     rows = []
     for name in arguments.shapes.split(","):
-        model, dense = build(name, arguments.active, arguments.attention, arguments.head)
+        model, dense = build(name, arguments.active, arguments.attention, arguments.head, arguments.way)
         for batch, usual in SHAPES[name][3]:
             length = arguments.length or usual
             found = bench_model(

@@ -12,7 +12,7 @@ from .reference import down_product, hidden_activations
 
 __all__ = [
     "EXPERT_DTYPES", "INPUTS", "TENSORS", "Backend", "LinearPlan", "Plan", "ProjectionPlan", "StaleWeights", "Tiles",
-    "Watch", "activation_name", "automatic", "backends", "bucket", "choose_way", "chosen", "dispatching",
-    "down_product", "fastest", "forget_ways", "fused_backend", "hidden_activations", "identity", "native",
-    "projects", "rounded", "rounded_hidden", "rounded_rows", "use_backend", "way_taken",
+    "Watch", "activation_name", "automatic", "backends", "bucket", "choose_way", "chosen",
+    "dispatching", "down_product", "fastest", "forget_ways", "fused_backend", "hidden_activations", "identity",
+    "native", "projects", "rounded", "rounded_hidden", "rounded_rows", "use_backend", "way_taken",
 ]  # fmt: skip

@@ -9,14 +9,15 @@ import torch
 
 from ..config.projections import ProjectionState
 from ..kernels import ProjectionPlan, StaleWeights, Watch, bucket, choose_way, identity, projects, way_taken
+from .heads import or_none, run_narrow
 from .prepared import offloaded
 
 KEPT = 8  # settings of a projection whose plans are kept
 MOST = {  # tokens up to which the library is faster than torch's products; LAB.md, 2026-11-27
-    (torch.float32, "low-rank"): 8, (torch.float32, "channels"): 16,
-    (torch.bfloat16, "low-rank"): 8, (torch.bfloat16, "channels"): 4,
+    (torch.float32, "low-rank"): 8, (torch.float32, "channels"): 16, (torch.float32, "heads"): 8,
+    (torch.bfloat16, "low-rank"): 8, (torch.bfloat16, "channels"): 4, (torch.bfloat16, "heads"): 8,
 }  # fmt: skip
-TIMED = 256  # up to which it may be at low rank: torch's products are fast on some processors only
+TIMED = 256  # up to which it may be, without channels: torch's products are fast on some processors only
 Layer = Any  # a `DynamicProjection`, which imports this
 Versions = tuple[tuple[int, int], ...]
 
@@ -30,13 +31,15 @@ class Ways(NamedTuple):
     place: tuple  # what decides which is faster: projections alike share the decision
 
     def by_torch(self, layer: Layer, state: ProjectionState, x: torch.Tensor) -> torch.Tensor:
-        """At low rank.
+        """By thin products.
 
         Raises:
             StaleWeights: If what the factors were made from has changed.
         """
         if self.plan.watch.changed():
             raise StaleWeights
+        if state.method == "heads":
+            return run_narrow(x, self.factors, layer._by_weights)
         return layer._factored(x, self.factors, state.ranks)
 
 
@@ -90,9 +93,9 @@ class FewTokens:
 
     @torch.no_grad()
     def _add(self, layer: Layer, state: ProjectionState, versions: Versions) -> Ways:
-        factors = layer.factors(state.ranks) if any(state.ranks) else None
-        p = layer.projection
-        place = ("low-rank", p.inputs, p.outputs, len(p.sections), bucket(sum(state.ranks)), layer.weight.dtype)
+        method, p = "heads" if state.method == "heads" else "low-rank", layer.projection
+        factors = layer.factors(state.ranks, method) if method == "heads" or any(state.ranks) else None
+        place = (method, p.inputs, p.outputs, len(p.sections), bucket(sum(state.ranks)), layer.weight.dtype)
         ways = Ways(versions, self._plan(layer, state, factors), factors, place)
         others = [(s, known) for s, known in self._plans.items() if s != state][-KEPT + 1 :]
         self._plans = {**dict(others), state: ways}
@@ -102,6 +105,8 @@ class FewTokens:
         tensors = [t for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None]
         if not all(t.is_cpu and t.dtype == layer.weight.dtype for t in tensors):
             return None
+        if state.method == "heads":
+            return self._narrow_plan(layer, factors)
         (first, second, constants), sources = factors or (None, [], []), layer.factor_sources() if factors else []
         if state.method == "low-rank":
             return ProjectionPlan(first, second, torch.cat(constants), sources=sources) if factors else None
@@ -110,6 +115,13 @@ class FewTokens:
             sources = [*sources, weight]
             weight = self._turn(layer.weight, weight)
         return ProjectionPlan(first, second, layer.bias, weight, layer.channel_norms, state.threshold, sources=sources)
+
+    def _narrow_plan(self, layer: Layer, factors: Any) -> ProjectionPlan:
+        (weight, (places, *there), (bias,)), sources = factors, layer.factor_sources()
+        if not there:
+            return ProjectionPlan(None, [weight], bias, gather=places, width=layer.projection.inputs, sources=sources)
+        base = bias[places] * there[0]
+        return ProjectionPlan(weight, [], base, spread=or_none(places, there[0]), sources=sources)
 
     def _turn(self, owner: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """A contiguous copy, which all settings share."""
@@ -139,7 +151,7 @@ def _few(layer: Layer, state: ProjectionState, weight: torch.Tensor, x: torch.Te
     if torch.jit.is_tracing() or type(x) is not torch.Tensor or type(weight) is not torch.nn.Parameter:
         return False
     inputs, most = layer.projection.inputs, MOST.get((x.dtype, state.method), 0)
-    most = TIMED if most and state.method == "low-rank" else most
+    most = TIMED if most and state.method != "channels" else most
     if x.dtype != weight.dtype or x.shape[-1:] != (inputs,) or not 0 < x.numel() <= most * inputs or not x.is_cpu:
         return False
     if state.method == "channels" and state.threshold <= 0:  # everything runs: the dense product, bit for bit

@@ -13,7 +13,7 @@ output projection is the mean of its narrow inputs; with `output_mean` it makes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -71,8 +71,8 @@ def narrow(
 
     Returns:
         For an output projection weights ``(outputs, kept)``, the places of what is kept in its inputs, and its bias.
-        For others weights ``(kept + 1, inputs)`` whose last row is zero, for each output its place among the kept ones
-        (the last one where there is none), and the bias ``(kept + 1,)``.
+        For others weights ``(kept, inputs)``, for each output its place among the kept ones and what that is multiplied
+        by (0 where there is none), and the bias ``(kept,)``.
     """
     parts = parts_of(projection, widths)
     kept = [*accumulate((count for _, count in parts), initial=0)]
@@ -83,17 +83,43 @@ def narrow(
         means = torch.cat([mean[:count] for mean, (_, count) in zip(head_mean, parts, strict=True)])
         constant = output_mean - _mean_of_narrow(parts, weight, basis, means)
         return thin, [places], [constant if bias is None else constant + bias]
-    thin = [_narrowed(weight[rows], basis[rows], count) for rows, count in parts]
-    biases = weight.new_zeros(kept[-1] + 1)
+    thin = torch.cat([_narrowed(weight[rows], basis[rows], count) for rows, count in parts])
+    biases = weight.new_zeros(len(thin))
     if bias is not None:
-        own = [_narrowed(bias[rows].unsqueeze(1), basis[rows], count).squeeze(1) for rows, count in parts]
-        biases = torch.cat([*own, weight.new_zeros(1)])
-    places = [
-        torch.where(torch.arange(rows.stop - rows.start, **like) < count,
-                    torch.arange(rows.stop - rows.start, **like) + first, kept[-1])
-        for (rows, count), first in zip(parts, kept, strict=False)
-    ]  # fmt: skip
-    return torch.cat([*thin, weight.new_zeros(1, weight.shape[1])]), [torch.cat(places)], [biases]
+        biases = torch.cat([_narrowed(bias[rows].unsqueeze(1), basis[rows], count).squeeze(1) for rows, count in parts])
+    steps = [torch.arange(rows.stop - rows.start, **like) for rows, _ in parts]
+    there = torch.cat([step < count for step, (_, count) in zip(steps, parts, strict=True)])
+    places = torch.cat([step + first for step, first in zip(steps, kept, strict=False)]) * there
+    if not len(thin):  # something to take a place in
+        thin, biases = weight.new_zeros(1, weight.shape[1]), weight.new_zeros(1)
+    return thin, [places, there.to(weight.dtype)], [biases]
+
+
+def run_narrow(x: torch.Tensor, factors: Factors, product: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """``(…, inputs)`` to ``(…, outputs)`` with what `narrow` gives.
+
+    Args:
+        x: The input.
+        factors: Of `narrow`.
+        product: Gets rows, weights and bias.
+    """
+    weight, (places, *there), (bias,) = factors
+    rows = x.reshape(-1, x.shape[-1])  # places are found fast in rows only
+    if there:
+        y = _spread(product(rows, weight, bias), places, there[0])
+    else:
+        y = product(rows.index_select(-1, places), weight, bias)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _spread(thin: torch.Tensor, places: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    y = thin.index_select(-1, places)
+    return y * there if y.requires_grad else y.mul_(there)
+
+
+def or_none(places: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """The places as the library wants them: -1 where there is none, `int32`."""
+    return torch.where(there.bool(), places, -1).to(torch.int32)
 
 
 def _narrowed(rows: torch.Tensor, basis: torch.Tensor, count: int) -> torch.Tensor:

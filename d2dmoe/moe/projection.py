@@ -25,7 +25,7 @@ from ..kernels import Watch, identity, native
 from ..tensors import BASES, HEADS
 from .few_tokens import FewTokens
 from .gate import Gate, Gated
-from .heads import head_shapes, narrow, used_rank
+from .heads import head_shapes, narrow, run_narrow, used_rank
 from .int8_plans import Factors, Plans
 from .prepared import offloaded
 
@@ -167,11 +167,8 @@ class DynamicProjection(Gated, nn.Module):
         return self._factored(x, self.factors(ranks), ranks)
 
     def _narrow(self, x: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
-        derived = self._derive(widths, "heads") if self._learns() else self.factors(widths, "heads")
-        thin, (places,), (bias,) = derived
-        if self.projection.role == "o":
-            return self._by_weights(x.index_select(-1, places), thin, bias)
-        return self._by_weights(x, thin, bias).index_select(-1, places)
+        return run_narrow(x, self._derive(widths, "heads") if self._learns() else self.factors(widths, "heads"),
+                          self._by_weights)  # fmt: skip
 
     def _by_weights(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         if self.linear_dtype is None:
@@ -246,6 +243,7 @@ class DynamicProjection(Gated, nn.Module):
             others = [getattr(self, name, None) for name in names]
             others = [None if t is None else t.to(wide) for t in others]
             thin, places, biases = narrow(self.projection, ranks, weight, *others)
+            places = [p.to(dtype) if p.is_floating_point() else p for p in places]
             return thin.to(dtype).contiguous(), places, [b.to(dtype) for b in biases]
         for rank, rows in zip(ranks, rows_of(self.projection.sections), strict=True):
             basis, back = self.low_rank_in[rows, :rank].to(wide), self.low_rank_out[:rank, rows].to(wide)
@@ -287,9 +285,8 @@ class DynamicProjection(Gated, nn.Module):
         self.OWN = frozenset(("weight", "bias", *self.ADDED))
 
     def _merged_factors(self) -> Factors:
-        places = range(sum(name.startswith("merged_second") for name in self._buffers))
-        return self.merged_first, *([getattr(self, f"merged_{name}_{n}") for n in places]
-                                    for name in ("second", "constant"))  # fmt: skip
+        lists = [[t for n, t in self._buffers.items() if n.startswith(f"merged_{x}")] for x in ("second", "constant")]
+        return self.merged_first, *lists
 
     def _apply(self, *args, **kwargs) -> nn.Module:
         """Moves and casts: what was derived from the tensors goes with them."""

@@ -37,14 +37,14 @@ class Heads(nn.Module):
 
     def __init__(self, layer: DynamicProjection, state: ProjectionState):
         super().__init__()
-        self.weight, (self.places,), (self.bias,) = layer.factors(state.ranks, "heads")
-        self.reads = layer.projection.role == "o"  # what of its input there is, instead of what of its output
+        self.weight, (self.places, *there), (self.bias,) = layer.factors(state.ranks, "heads")
+        self.there = there[0] if there else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(…, inputs)`` to ``(…, outputs)``."""
-        if self.reads:
+        if self.there is None:
             return linear(x.index_select(-1, self.places), self.weight, self.bias)
-        return linear(x, self.weight, self.bias).index_select(-1, self.places)
+        return linear(x, self.weight, self.bias).index_select(-1, self.places) * self.there
 
 
 class Channels(nn.Module):

@@ -1,4 +1,5 @@
-// A projection around attention on few tokens: two thin factors, the rows of the input channels that run, or both.
+// A projection around attention on few tokens: two thin factors, the rows of the input channels that run, or both; or
+// one thin product between heads of which some columns are left out.
 //
 // The caller selects the channels. The threads share the rows of the first factor, wait for each other, and share the
 // outputs; so a result depends on the input alone, whatever the number of threads.
@@ -30,6 +31,8 @@ struct D2dmoeProjection {
     const void* first;               // (rank, inputs)
     const D2dmoeSection* sections;   // all outputs, in their order
     const float* base;               // (outputs,)
+    const int32_t* gather;           // (rank,): these inputs are what the first factor would give
+    const int32_t* spread;           // (outputs,): their places in what the first factor gives, or -1; no second factor
     const D2dmoeSample* samples;
     int64_t sample_count;
     uint64_t fingerprint;            // of the samples when the projection was prepared
@@ -110,7 +113,12 @@ int64_t part(int64_t n, int id, int team) { return std::min(n, round_up(n * id /
 void outputs(const Call& c, int64_t first, int64_t last) {
     const auto& p = c.p;
     float* sums = p.bf16 ? c.sums : reinterpret_cast<float*>(c.y);
-    for (int64_t s = 0; s < p.section_count; s++) {
+    for (int64_t t = 0; p.spread && t < c.tokens; t++) {
+        const float* thin = c.thin + t * p.rank;
+        float* y = sums + t * p.outputs;
+        for (int64_t i = first; i < last; i++) y[i] = (p.spread[i] < 0 ? 0.0f : thin[p.spread[i]]) + (p.base ? p.base[i] : 0.0f);
+    }
+    for (int64_t s = 0; !p.spread && s < p.section_count; s++) {
         const auto& section = p.sections[s];
         int64_t from = std::max(first, section.first_output), to = std::min(last, section.first_output + section.outputs);
         if (from >= to) continue;
@@ -135,7 +143,7 @@ void outputs(const Call& c, int64_t first, int64_t last) {
 
 void body(void* context, int id, int team) {
     auto& c = *static_cast<Call*>(context);
-    if (c.p.rank) {
+    if (c.p.rank && !c.p.gather) {
         Barrier& barrier = id == 0 ? c.meeting.open(team) : c.meeting.join();
         int64_t first = part(c.p.rank, id, team), last = part(c.p.rank, id + 1, team);
         if (last > first) dots(c, c.input, c.ld_input, c.p.first, first, last - first, c.p.inputs, c.thin + first, c.p.rank);
@@ -168,6 +176,8 @@ EXPORT int d2dmoe_project(const D2dmoeProjection* p, const void* x, int64_t ld_x
         c.input = c.wide, c.ld_input = p->inputs;
     }
     if (p->weight) select(c);
+    for (int64_t t = 0; p->gather && t < tokens; t++)
+        for (int64_t i = 0; i < p->rank; i++) c.thin[t * p->rank + i] = c.input[t * c.ld_input + p->gather[i]];
     run_team(std::max(threads, 1), body, &c);
     return stale(p->samples, p->sample_count, p->fingerprint) ? 2 : 0;
 }

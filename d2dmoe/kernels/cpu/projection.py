@@ -10,6 +10,7 @@ import torch
 from .native import DTYPES, LIVE, Watch, by_rows, kernel_for, library
 
 _TENSORS = ("weight", "norms", "first")
+_PLACES = ("gather", "spread")
 
 
 class _Section(ctypes.Structure):
@@ -28,7 +29,7 @@ class _Projection(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("bf16", "kernels")),
         *((name, ctypes.c_int64) for name in ("inputs", "outputs", "rank", "section_count")),
         ("threshold", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in (*_TENSORS, "sections", "base", "samples")),
+        *((name, ctypes.c_void_p) for name in (*_TENSORS, "sections", "base", *_PLACES, "samples")),
         ("sample_count", ctypes.c_int64),
         ("fingerprint", ctypes.c_uint64),
     )
@@ -53,6 +54,9 @@ class ProjectionPlan:
         norms: torch.Tensor | None = None,
         threshold: float = 0.0,
         *,
+        gather: torch.Tensor | None = None,
+        width: int | None = None,
+        spread: torch.Tensor | None = None,
         sources: Sequence[torch.Tensor] = (),
         kernels: int | None = None,
     ):
@@ -69,30 +73,34 @@ class ProjectionPlan:
             weight: `W` ``(inputs, outputs)``, or `None`.
             norms: ``(inputs,)``, with `weight`.
             threshold: The least score that runs.
+            gather: ``(rank,)``, in place of `first`: the columns of `x` that `seconds` get; then the `width` of `x`.
+            spread: ``(outputs,)``, in place of `seconds`: for each output its place in ``x A``, or -1 for zero.
             sources: Tensors that the others were made from; at each call they are compared with what they are now.
             kernels: Forces an instruction set.
 
         Raises:
             RuntimeError: If a tensor is not in the memory of this machine.
         """
-        main = first if weight is None else weight
+        main = seconds[0] if gather is not None else first if weight is None else weight
         self.dtype, inputs = main.dtype, main.shape[1] if weight is None else main.shape[0]
+        inputs = inputs if width is None else width
         given = {"first": first, "weight": weight, "norms": norms, "base": base,
                  **{f"second_{n}": t for n, t in enumerate(seconds)}}  # fmt: skip
         given = {name: tensor for name, tensor in given.items() if tensor is not None}
         for name, tensor in given.items():
             if tensor.device.type != "cpu" or (tensor.numel() and not tensor.data_ptr()):
                 raise RuntimeError(f"{name} is on the device {tensor.device}; the CPU kernels need it in memory")
-        wanted = {"norms": torch.float32, "base": torch.float32}
+        given |= {n: t for n, t in (("gather", gather), ("spread", spread)) if t is not None}
+        wanted = {"norms": torch.float32, "base": torch.float32, **dict.fromkeys(_PLACES, torch.int32)}
         held = {n: t.detach().to(wanted.get(n, self.dtype)).contiguous() for n, t in given.items()}
         copied = [given[n] for n, t in held.items() if t.data_ptr() != given[n].data_ptr()]
         struct = _Projection(
             bf16=self.dtype == torch.bfloat16, kernels=kernel_for(self.dtype) if kernels is None else kernels,
-            inputs=inputs, outputs=sum(map(len, seconds)) if weight is None else weight.shape[1],
-            rank=0 if first is None else len(first),
+            inputs=inputs, outputs=self._outputs(seconds, weight, spread),
+            rank=len(gather) if gather is not None else 0 if first is None else len(first),
             threshold=float(torch.tensor(threshold, dtype=self.dtype, device="cpu")),
         )  # fmt: skip
-        for name in (*_TENSORS, "base"):
+        for name in (*_TENSORS, "base", *_PLACES):
             setattr(struct, name, held[name].data_ptr() if name in held else None)
         sections = self._sections([held[f"second_{n}"] for n in range(len(seconds))], struct.outputs)
         struct.sections, struct.section_count = ctypes.addressof(sections), len(sections)
@@ -100,6 +108,12 @@ class ProjectionPlan:
         self.watch.enter(struct)
         self.struct, self.keep, self.call = struct, (held, sections), ctypes.byref(struct)
         self.inputs, self.outputs, self.project = inputs, struct.outputs, library()[0].d2dmoe_project
+
+    @staticmethod
+    def _outputs(seconds: Sequence[torch.Tensor], weight: torch.Tensor | None, spread: torch.Tensor | None) -> int:
+        if spread is not None:
+            return len(spread)
+        return sum(map(len, seconds)) if weight is None else weight.shape[1]
 
     @staticmethod
     def _sections(seconds: list[torch.Tensor], outputs: int) -> ctypes.Array:
