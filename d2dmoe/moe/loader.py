@@ -18,6 +18,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from ..config.record import Block, D2DMoEConfig
 from ..errors import UserError
 from ..tensors import shapes_in
+from .cache_guard import guard_cache
 from .check import check_block, check_config, check_tensors, refuse_part
 from .gating import set_gate
 from .layer import DynamicFFN, layers
@@ -99,6 +100,7 @@ def finish(model: PreTrainedModel, config: D2DMoEConfig, dtype: torch.dtype | No
         for place, layer in enumerate(projections(model)):
             layer.number = place
     trainable(model)
+    guard_cache(model)
     set_gate(model, active=config.default_active)
 
 
@@ -293,6 +295,7 @@ def attach(model: PreTrainedModel, config: D2DMoEConfig, orders: list[torch.Tens
     model.register_load_state_dict_pre_hook(pack_state)
     _keep_packed(model)
     trainable(model)
+    guard_cache(model)
     remember(model, config)
 
 

@@ -61,7 +61,11 @@ def plan_of(arguments: dict, isa: int | None = None, sources: tuple = ()) -> Pro
 
 def check(arguments: dict, isa: int | None = None, name: str = "y") -> torch.Tensor:
     """At the tolerances of conftest.py; returns the output."""
-    y, expected = plan_of(arguments, isa)(arguments["x"]), formula(arguments)
+    return close(plan_of(arguments, isa)(arguments["x"]), formula(arguments), name)
+
+
+def close(y: torch.Tensor, expected: torch.Tensor, name: str = "y") -> torch.Tensor:
+    """The output, if it is as expected in fp64."""
     assert y.shape == expected.shape, name
     if y.dtype == torch.bfloat16:
         rmse = (y.double() - expected).norm() / expected.norm().clamp_min(1e-9)
@@ -95,6 +99,36 @@ def test_odd_shapes(isa, dtype, data):
         share=data.draw(st.sampled_from([0.0, 0.3, 1.0, 100.0])), seed=data.draw(st.integers(0, 9)),
     )  # fmt: skip
     check(arguments, isa, f"{tokens} x {inputs} -> {widths}, ranks {ranks}, channels {channels}")
+
+
+@ISAS
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_heads_of_less_width(isa, dtype, data):
+    """A thin product whose outputs take their places among zeros, and one of some of the inputs."""
+    if not usable(isa, DTYPES[dtype]):
+        return
+    tokens, width = data.draw(st.sampled_from(TOKENS)), data.draw(st.integers(1, 200))
+    other, bias = data.draw(st.integers(1, 90)), data.draw(st.booleans())
+    kept = data.draw(st.lists(st.integers(0, width - 1), min_size=1, max_size=width, unique=True).map(sorted))
+    seed = data.draw(st.integers(0, 9))
+    numbers = problem(
+        tokens, other, [width], [len(kept)], channels=False, bias=bias, dtype=DTYPES[dtype], seed=seed
+    )  # fmt: skip
+    places = torch.full((width,), -1)
+    places[kept] = torch.arange(len(kept))
+    spread = ProjectionPlan(numbers["first"], [], numbers["base"], spread=places, kernels=isa)
+    wanted = torch.zeros(tokens, width).double()
+    wanted[:, kept] = numbers["x"].double() @ numbers["first"].double().T
+    wanted = wanted if numbers["base"] is None else wanted + numbers["base"].double()
+    close(spread(numbers["x"]), wanted)
+    x = problem(tokens, width, [], [], channels=False, dtype=DTYPES[dtype])["x"]
+    gather = ProjectionPlan(
+        None, numbers["seconds"], numbers["base"], gather=torch.tensor(kept), width=width, kernels=isa
+    )
+    wanted = x[:, kept].double() @ numbers["seconds"][0].double().T
+    close(gather(x), wanted if numbers["base"] is None else wanted + numbers["base"].double())
 
 
 @ISAS

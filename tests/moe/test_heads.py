@@ -22,7 +22,7 @@ from d2dmoe.data import Batches
 from d2dmoe.discovery import discover, dummy_inputs, find_projections
 from d2dmoe.errors import UserError
 from d2dmoe.measure.flops import model_flops, projection_flops
-from d2dmoe.moe.gating import set_gate
+from d2dmoe.moe.gating import set_gate, use_gate
 from d2dmoe.moe.heads import parts_of
 from d2dmoe.moe.loader import attach
 from d2dmoe.moe.projected import trim_projections
@@ -181,6 +181,26 @@ def test_generation_with_and_without_cache(name, beams):
     model = converted(name, torch.float32)
     set_gate(model, active=0.5)
     check_generation(model, beams, static=beams == 1 and name == "llama")
+
+
+def test_a_cache_belongs_to_the_heads_that_filled_it():
+    model, ids = converted("gpt2", torch.float32), torch.randint(5, 30, (2, 6))
+    set_gate(model, active=0.5)
+    with torch.no_grad():
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+        continued = model(ids[:, 4:], past_key_values=copy.deepcopy(cache)).logits
+        assert_close(continued, model(ids).logits[:, 4:], rtol=1e-4, atol=1e-5)
+        for gate in (lambda: set_gate(model, active=1), lambda: use_gate(model, active=[0.5, 1])):
+            with gate(), pytest.raises(UserError, match="filled at another budget"):
+                model(ids[:, 4:], past_key_values=copy.deepcopy(cache))
+        with set_gate(model, active=1):
+            dense = model(ids[:, :4], use_cache=True).past_key_values
+            model(ids[:, 4:], past_key_values=dense)
+        with pytest.raises(UserError, match="filled at another budget"):
+            model(ids[:, 4:], past_key_values=dense)
+        again = copy.deepcopy(model)
+        with set_gate(again, active=1), pytest.raises(UserError, match="filled at another budget"):
+            again(ids[:, 4:], past_key_values=cache)
 
 
 def test_flops_are_those_of_the_counter():
