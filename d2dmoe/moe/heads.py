@@ -82,6 +82,8 @@ def narrow(
         places = torch.cat([torch.arange(rows.start, rows.start + count, **like) for rows, count in parts])
         means = torch.cat([mean[:count] for mean, (_, count) in zip(head_mean, parts, strict=True)])
         constant = output_mean - _mean_of_narrow(parts, weight, basis, means)
+        if not len(places):  # OpenVINO has no empty products
+            thin, places = weight.new_zeros(len(weight), 1), torch.zeros(1, **like)
         return thin, [places], [constant if bias is None else constant + bias]
     thin = torch.cat([_narrowed(weight[rows], basis[rows], count) for rows, count in parts])
     biases = weight.new_zeros(len(thin))

@@ -337,7 +337,7 @@ def describe(
         {
             "name": p.name, "kind": "attention", "activation": None, "d_model": p.inputs, "width": p.outputs,
             "parts": {"up": p.name, "gate": None, "down": None}, "divisors": [], "converted": False, "role": p.role,
-            "why": f"{', '.join(p.role)} of attention; convert takes it with --attention",
+            "why": f"{', '.join(p.role)} of attention{_heads_of(p)}; convert takes it with --attention",
         }
         for p in projections.found
     ]  # fmt: skip
@@ -349,6 +349,16 @@ def describe(
                 "parts": {"up": name, "gate": None, "down": None}, "divisors": [], "converted": False, "why": why,
             })  # fmt: skip
     return rows
+
+
+def _heads_of(projection: Projection) -> str:
+    """How many of its heads can be narrower, role by role."""
+    counts = {role: count for role, count in zip(projection.role, projection.heads, strict=False) if count}
+    if not counts:
+        return ""
+    same = len({*counts.values()}) == 1 and len(counts) == len(projection.role)
+    named = next(iter(counts.values())) if same else " and ".join(f"{n} of {role}" for role, n in counts.items())
+    return f", {named} heads that can be narrower"
 
 
 def _kind_of_linear(name: str, why: str, around: dict[str, str | None], head: str | None) -> tuple[str, str | None]:

@@ -255,7 +255,7 @@ def with_projections(name: str, attention: str, **keys: object) -> torch.nn.Modu
 @needs_native
 @pytest.mark.parametrize(("name", "attention", "head"), [
     ("gpt2", "low-rank", "none"), ("gpt2", "channels", "svd-softmax"), ("llama", "low-rank", "svd-softmax"),
-    ("llama", "channels:q,o", "none"), ("bert", "low-rank:k", "none"),
+    ("llama", "channels:q,o", "none"), ("bert", "low-rank:k", "none"), ("gpt2", "heads", "none"),
 ])  # fmt: skip
 def test_projections_are_exported_at_one_budget(name, attention, head, tmp_path):
     model = with_projections(name, attention, active=[0.3, 0.6], head=head)
@@ -285,6 +285,22 @@ def test_sections_without_rank(method, ranks):
         graph = openvino.convert_model(plain_projection(layer), example_input=x)
         found = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x.numpy())[0]
         assert_close(torch.from_numpy(found), layer(x), rtol=1e-4, atol=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["gpt2", "bert", "llama"])
+def test_heads_of_less_width(name):
+    for layer in projections(with_projections(name, "auto", active=[0.4])):
+        kept = layer.projection.head_widths
+        if not layer.projection.head_rank:
+            continue
+        for share in (0, layer.projection.head_rank):
+            layer.gate_state = ProjectionState("heads", tuple(min(share, w) for w in kept))
+            with torch.no_grad():
+                x = torch.randn(2, 5, layer.projection.inputs)
+                graph = openvino.convert_model(plain_projection(layer), example_input=x)
+                found = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x.numpy())[0]
+                assert_close(torch.from_numpy(found), layer(x), rtol=1e-4, atol=1e-5)
 
 
 @needs_native
