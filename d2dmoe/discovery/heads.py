@@ -118,9 +118,11 @@ def _candidates(model: nn.Module) -> list[int]:
         for key, value in values.items():
             if isinstance(value, dict):
                 yield from numbers(value)
-            elif "head" in str(key) and type(value) is int and value > 0:
+            elif "head" not in str(key) or "dim" in str(key) or "size" in str(key):
+                continue
+            elif type(value) is int and value > 0:
                 yield value
-            elif "head" in str(key) and isinstance(value, list):
+            elif isinstance(value, list):
                 yield from (n for n in value if type(n) is int and n > 0)
 
     return sorted({*numbers(model.config.to_dict())}) if hasattr(model, "config") else []
@@ -140,10 +142,13 @@ def _of_values(a: _Attention, heads: int) -> int:
 
 def _proved(model: nn.Module, trace: Trace, tried: Sequence[_Attention], kind: str, heads: int) -> list[_Attention]:
     """Those of which the rotation does what it should, and another one something else."""
+    limit = TOLERANCE.get(trace.linears[0].output.dtype, ROUGH)
     right = _changes(trace, _rotated(model, trace, tried, kind, heads), tried, kind, heads)
-    wrong = _changes(trace, _rotated(model, trace, tried, kind, heads, control=True), tried, kind, heads)
-    limits = [TOLERANCE.get(call.output.dtype, ROUGH) for call in trace.linears[:1]]
-    return [a for a, good, bad in zip(tried, right, wrong, strict=True) if good < limits[0] and bad > NOTICED]
+    kept = [a for a, error in zip(tried, right, strict=True) if error < limit]
+    if not kept:
+        return []
+    wrong = _changes(trace, _rotated(model, trace, kept, kind, heads, control=True), kept, kind, heads)
+    return [a for a, error in zip(kept, wrong, strict=True) if error > NOTICED]
 
 
 def _turned(x: torch.Tensor, heads: int, rotations: int, seed: int) -> torch.Tensor:
