@@ -15,7 +15,7 @@ from ...attention.heads import heads_of
 from ...config.projections import ProjectionState
 from ...moe.projection import DynamicProjection
 from .allocate import savings
-from .projections import DENSE_FROM, STEPS, Group, scaled_by_measured
+from .projections import DENSE_FROM, LEVELS, STEPS, Group, scaled_by_measured
 
 MOST_PAIRS = 2  # that are mixed freely; around several attentions that share inputs it is all heads or none
 
@@ -86,7 +86,14 @@ class Heads:
 
     def cost(self, kind: str, share: float) -> float:
         """What it is taken to cost the output at a share of the work: as what is left out, scaled."""
-        return 0.0 if share >= DENSE_FROM else scaled_by_measured(self.left_out, self.costs[kind], share)
+        if share >= DENSE_FROM:
+            return 0.0
+        return scaled_by_measured(self.left_out(share), self._logs_left_out, self.costs[kind], share)
+
+    @cached_property
+    def _logs_left_out(self) -> np.ndarray:
+        """Logarithms of `left_out` at `LEVELS`."""
+        return np.log([self.left_out(level) for level in LEVELS])
 
     def curve(self) -> list[float]:
         """The cost at 0, 1 / STEPS, …, 1 of the work, falling."""

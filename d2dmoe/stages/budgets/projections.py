@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ class Group:
         if share >= DENSE_FROM:
             return 0.0
         if kind == "low-rank":
-            return scaled_by_measured(self.left_out, self.costs[kind], share)
+            return scaled_by_measured(self.left_out(share), self._logs_left_out, self.costs[kind], share)
         measured = np.log(np.maximum(self.costs[kind], 1e-12))
         if share <= LEVELS[0]:
             slope = (measured[1] - measured[0]) / (LEVELS[1] - LEVELS[0])
@@ -123,6 +124,11 @@ class Group:
             total += sum(float(values[rank:].sum()) for values, rank in zip(spectra, state.ranks, strict=True))
         return max(total, 1e-12)
 
+    @cached_property
+    def _logs_left_out(self) -> np.ndarray:
+        """Logarithms of `left_out` at `LEVELS`."""
+        return np.log([self.left_out(level) for level in LEVELS])
+
     def best(self, share: float) -> str:
         """The way that costs least at a share of the work."""
         return min(self.kinds, key=lambda kind: self.cost(kind, share))
@@ -133,10 +139,17 @@ class Group:
         return np.maximum.accumulate(costs[::-1])[::-1].tolist()
 
 
-def scaled_by_measured(left_out: Callable[[float], float], measured: Sequence[float], share: float) -> float:
-    """What is left out at a share of the work, times what the costs measured at `LEVELS` around are of it."""
-    offsets = np.log(np.maximum(measured, 1e-12)) - np.log([left_out(level) for level in LEVELS])
-    return left_out(share) * math.exp(float(np.interp(share, LEVELS, offsets)))
+def scaled_by_measured(left_out: float, logs: np.ndarray, measured: Sequence[float], share: float) -> float:
+    """What is left out at a share of the work, times what the costs measured around it are of that.
+
+    Args:
+        left_out: At this share.
+        logs: Logarithms of what is left out at `LEVELS`.
+        measured: Costs at `LEVELS`.
+        share: Of the work.
+    """
+    offsets = np.log(np.maximum(measured, 1e-12)) - logs
+    return left_out * math.exp(float(np.interp(share, LEVELS, offsets)))
 
 
 @torch.no_grad()
