@@ -85,8 +85,7 @@ def find_heads(model: nn.Module, trace: Trace, found: Sequence[Projection], arou
                 numbers[id(side.projection)] = n
         numbers[id(attention.o)] = n
     for projection in found:
-        projection.attention = numbers.get(id(projection), 0) if any(projection.heads) else 0
-        projection.heads = projection.heads if any(projection.heads) else []
+        projection.attention = numbers.get(id(projection), 0) if projection.heads else 0
 
 
 def _attentions(found: Sequence[Projection], around: Sequence[Around]) -> Iterator[_Attention]:
@@ -132,12 +131,15 @@ def _fits(a: _Attention, kind: str, heads: int) -> bool:
     """Can the widths be those of so many heads, and fewer for keys and values?"""
     if kind == "v":
         return a.o.inputs % heads == 0 and a.v.width % (a.o.inputs // heads) == 0 and heads % _of_values(a, heads) == 0
-    width = a.q.width // heads
-    return a.q.width % heads == 0 and a.k.width % width == 0 and heads % (a.k.width // width) == 0
+    return a.q.width % heads == 0 and a.k.width % (a.q.width // heads) == 0 and heads % _of_keys(a, heads) == 0
 
 
 def _of_values(a: _Attention, heads: int) -> int:
     return a.v.width // (a.o.inputs // heads)
+
+
+def _of_keys(a: _Attention, heads: int) -> int:
+    return a.k.width // (a.q.width // heads)
 
 
 def _proved(model: nn.Module, trace: Trace, tried: Sequence[_Attention], kind: str, heads: int) -> list[_Attention]:
@@ -170,7 +172,7 @@ def _rotated(
             count = _of_values(a, heads)
             changes.setdefault(a.v.projection.name, []).append((a.v, count, count, int(control)))
         else:
-            count = a.k.width // (a.q.width // heads)
+            count = _of_keys(a, heads)
             changes.setdefault(a.q.projection.name, []).append((a.q, heads, count, 0))
             changes.setdefault(a.k.projection.name, []).append((a.k, count, count, int(control)))
 
@@ -201,7 +203,7 @@ def _changes(trace: Trace, calls: Sequence[Call], tried: Sequence[_Attention], k
 def _note(a: _Attention, kind: str, heads: int) -> None:
     """Write numbers of heads into the projections."""
     sides: list[tuple[_Side, int]] = [(a.v, _of_values(a, heads))] if kind == "v" else [
-        (a.q, heads), (a.k, a.k.width // (a.q.width // heads))
+        (a.q, heads), (a.k, _of_keys(a, heads))
     ]  # fmt: skip
     for side, count in sides:
         own = side.projection

@@ -70,8 +70,7 @@ def _narrow(layer: DynamicProjection, state: ProjectionState) -> tuple[bool, ...
 def guard_cache(model: nn.Module) -> None:
     """Watch the caches of a model, where heads can be narrow in it."""
     layers = [x for x in projections(model) if x.projection.heads and x.projection.role != "o"]
-    if layers and not hasattr(model, "_d2dmoe_guarded"):
+    if layers:
         guard = CacheGuard(layers)
         model.register_forward_pre_hook(guard.before, with_kwargs=True)
         model.register_forward_hook(guard.after)
-        model._d2dmoe_guarded = True

@@ -101,7 +101,7 @@ class DynamicProjection(Gated, nn.Module):
         self.linear_dtype, self.plans = None, Plans()
         self._factors: dict[tuple[str, tuple[int, ...]], tuple[tuple, Watch | _Samples, Factors]] = {}
         like, shapes = {"device": self.weight.device, "dtype": self.weight.dtype}, self.added_shapes()
-        self.ADDED, self.OWN = tuple(shapes), frozenset(("weight", "bias", *shapes))
+        self._note_names()
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, **like), requires_grad=False))
 
@@ -281,6 +281,9 @@ class DynamicProjection(Gated, nn.Module):
                 self.register_parameter(name, nn.Parameter(tensor[:, : p.head_rank].clone(), requires_grad=False))
         if not p.head_rank:
             p.heads, p.attention = [], 0
+        self._note_names()
+
+    def _note_names(self) -> None:
         self.ADDED = tuple(self.added_shapes())
         self.OWN = frozenset(("weight", "bias", *self.ADDED))
 

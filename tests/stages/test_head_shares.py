@@ -47,7 +47,7 @@ def parts(name: str, cheap: dict[str, float] = COSTS) -> tuple[torch.nn.Module, 
 
 def test_columns_go_where_they_save_most():
     spectra = torch.tensor([[9.0, 1.0, 0.5, 0.1], [8.0, 7.0, 6.0, 0.2]])
-    heads = Heads({}, [], spectra)
+    heads = Heads([], [], [], spectra)
     assert heads.widths(0.5) == [1, 3]
     assert heads.widths(0) == [0, 0]
     assert heads.widths(1) == [4, 4]

@@ -15,38 +15,35 @@ from ...attention.heads import heads_of
 from ...config.projections import ProjectionState
 from ...moe.projection import DynamicProjection
 from .allocate import savings
-from .projections import DENSE_FROM, LEVELS, STEPS, Group, scaled_by_measured
+from .projections import DENSE_FROM, STEPS, Group, Receiver, falling
 
 MOST_PAIRS = 2  # that are mixed freely; around several attentions that share inputs it is all heads or none
 
 
 @dataclass
-class Heads:
+class Heads(Receiver):
     """Heads of one pair, queries and keys or values and outputs, that become narrower together.
 
     Attributes:
-        members: Numbers in the record, by role.
-        layers: The projections, in the same order.
+        roles: What each does.
+        members: Numbers in the record; one number twice where roles are fused.
+        layers: The projections.
         spectra: What every further column of each head (of the one with fewer heads) saves ``(heads, width)``, falling.
         kinds: `heads`.
         costs: What it costs the output at `LEVELS`, falling.
     """
 
-    members: dict[str, int]
+    roles: list[str]
+    members: list[int]
     layers: list[DynamicProjection]
     spectra: torch.Tensor
     kinds: tuple[str, ...] = ("heads",)
     costs: dict[str, list[float]] = field(default_factory=dict)
 
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates per row, dense, of all calls: of these roles alone, where others are fused with them."""
-        return sum(self.macs_of().values())
-
     def macs_of(self) -> dict[int, int]:
-        """The same by member."""
+        """Those of these roles alone, where others are fused with them."""
         found: dict[int, int] = {}
-        for (role, number), layer in zip(self.members.items(), self.layers, strict=True):
+        for role, number, layer in zip(self.roles, self.members, self.layers, strict=True):
             p = layer.projection
             width = p.outputs if role == "o" else p.sections[p.role.index(role)]
             found[number] = found.get(number, 0) + p.inputs * width * p.calls
@@ -70,57 +67,49 @@ class Heads:
         kept = [values[n:].sum() for values, n in zip(self.spectra, self.widths(share), strict=True)]
         return max(float(sum(kept)), 1e-12)
 
-    def roles(self, share: float) -> dict[tuple[int, str], list[int]]:
+    def widths_by_role(self, share: float) -> dict[tuple[int, str], list[int]]:
         """Widths of the heads of each member's role."""
         widths, found = self.widths(share), {}
-        for (role, number), layer in zip(self.members.items(), self.layers, strict=True):
+        for role, number, layer in zip(self.roles, self.members, self.layers, strict=True):
             count = layer.projection.heads[layer.projection.role.index(role)]
             found[number, role] = [w for w in widths for _ in range(count // len(widths))]
         return found
 
     def states(self, share: float, kind: str = "heads") -> list[ProjectionState]:
         """Settings of the members, all other roles of theirs dense."""
-        projections = dict(zip(self.members.values(), (x.projection for x in self.layers), strict=True))
-        found = settings_of(self.roles(share), projections)
-        return [found[x] for x in dict.fromkeys(self.members.values())]
+        found = settings_of(self.widths_by_role(share), dict(zip(self.members, self.layers, strict=True)))
+        return [found[number] for number in self.members]
 
-    def cost(self, kind: str, share: float) -> float:
+    def cost(self, share: float) -> float:
         """What it is taken to cost the output at a share of the work: as what is left out, scaled."""
-        if share >= DENSE_FROM:
-            return 0.0
-        return scaled_by_measured(self.left_out(share), self._logs_left_out, self.costs[kind], share)
-
-    @cached_property
-    def _logs_left_out(self) -> np.ndarray:
-        """Logarithms of `left_out` at `LEVELS`."""
-        return np.log([self.left_out(level) for level in LEVELS])
+        return 0.0 if share >= DENSE_FROM else self.scaled(self.costs["heads"], share)
 
     def curve(self) -> list[float]:
         """The cost at 0, 1 / STEPS, …, 1 of the work, falling."""
-        costs = [self.cost("heads", step / STEPS) for step in range(STEPS + 1)]
-        return np.maximum.accumulate(costs[::-1])[::-1].tolist()
+        return falling([self.cost(step / STEPS) for step in range(STEPS + 1)])
 
 
-def settings_of(roles: Mapping[tuple[int, str], Sequence[int]], projections: Mapping[int, object]) -> dict:
+def settings_of(
+    widths: Mapping[tuple[int, str], Sequence[int]], layers: Mapping[int, DynamicProjection]
+) -> dict[int, ProjectionState]:
     """Settings of projections whose roles have heads of these widths; those of other roles keep theirs.
 
     Args:
-        roles: Widths of heads by member and role.
-        projections: By member.
+        widths: Of heads, by member and role.
+        layers: By member.
     """
     found = {}
-    for number in dict.fromkeys(n for n, _ in roles):
-        p, widths = projections[number], []
+    for number in dict.fromkeys(n for n, _ in widths):
+        p, kept = layers[number].projection, []
         for role, count in zip(p.role, p.heads, strict=True):
-            whole = p.inputs if p.role == "o" else p.sections[p.role.index(role)]
-            widths += roles.get((number, role), [whole // count] * count) if count else []
-        dense = widths == p.head_widths
-        found[number] = ProjectionState() if dense else ProjectionState("heads", tuple(widths))
+            full = p.head_widths[len(kept) : len(kept) + count]
+            kept += widths.get((number, role), full)
+        found[number] = ProjectionState() if kept == p.head_widths else ProjectionState("heads", tuple(kept))
     return found
 
 
 @dataclass
-class Attention:
+class Attention(Receiver):
     """Everything around one attention, or around several that read one tensor, by the best of several mixtures.
 
     Attributes:
@@ -132,16 +121,6 @@ class Attention:
     members: list[int]
     layers: list[DynamicProjection]
     mixtures: list[list[Group | Heads]]
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates per row, dense, of all calls."""
-        return sum(self.macs_of().values())
-
-    def macs_of(self) -> dict[int, int]:
-        """The same by member."""
-        own = zip(self.members, (x.projection for x in self.layers), strict=True)
-        return {number: p.macs * p.calls for number, p in own}
 
     @cached_property
     def _given(self) -> list[list[tuple[float, list[int]]]]:
@@ -173,7 +152,7 @@ class Attention:
         """The least cost at 0, 1 / STEPS, …, 1 of the work, falling."""
         costs = np.min([[cost for cost, _ in given] for given in self._given], axis=0)
         costs[np.isinf(costs)] = costs[~np.isinf(costs)].max() * 4
-        return np.maximum.accumulate(costs[::-1])[::-1].tolist()
+        return falling(costs)
 
     def settings(self, share: float) -> dict[int, ProjectionState]:
         """What each member does with this share of the work."""
@@ -186,14 +165,13 @@ class Attention:
             costs = [given[step][0] for given in self._given]
         best = int(np.argmin(costs))
         found = {number: ProjectionState() for number in self.members}
-        roles: dict[tuple[int, str], list[int]] = {}
+        widths: dict[tuple[int, str], list[int]] = {}
         for receiver, count in zip(self.mixtures[best], self._given[best][step][1], strict=True):
             if isinstance(receiver, Heads):
-                roles |= receiver.roles(count / STEPS)
+                widths |= receiver.widths_by_role(count / STEPS)
             else:
                 found |= receiver.settings(count / STEPS)
-        projections = dict(zip(self.members, (x.projection for x in self.layers), strict=True))
-        return found | settings_of(roles, projections)
+        return found | settings_of(widths, dict(zip(self.members, self.layers, strict=True)))
 
 
 def mixtures_of(
@@ -222,8 +200,8 @@ def mixtures_of(
 
     def pair(name: str) -> Heads:
         if ("heads", name) not in known:
-            members = pairs[name]
-            known["heads", name] = Heads(members, [layers[n] for n in members.values()], heads[name])
+            roles, members = [*pairs[name]], [*pairs[name].values()]
+            known["heads", name] = Heads(roles, members, [layers[n] for n in members], heads[name])
         return known["heads", name]
 
     pairs, found = heads_of(layers), []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -24,8 +24,39 @@ DENSE_FROM = 0.97  # share of the work from which a group runs dense
 STAND_IN = 0.3  # share of the work that the low-rank term for skipped channels takes
 
 
+class Receiver:
+    """Whoever shares work out among projections."""
+
+    members: Iterable[int]
+    layers: list[DynamicProjection]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per row, dense, of all calls."""
+        return sum(self.macs_of().values())
+
+    def macs_of(self) -> dict[int, int]:
+        """The same by member."""
+        own = zip(self.members, (x.projection for x in self.layers), strict=True)
+        return {number: p.macs * p.calls for number, p in own}
+
+    def left_out(self, share: float) -> float:
+        """What columns save that are left out at a share of the work."""
+        raise NotImplementedError
+
+    @cached_property
+    def _logs_left_out(self) -> np.ndarray:
+        """Logarithms of `left_out` at `LEVELS`."""
+        return np.log([self.left_out(level) for level in LEVELS])
+
+    def scaled(self, measured: Sequence[float], share: float) -> float:
+        """What is left out at a share of the work, times what the costs measured at `LEVELS` around it are of that."""
+        offsets = np.log(np.maximum(measured, 1e-12)) - self._logs_left_out
+        return self.left_out(share) * math.exp(float(np.interp(share, LEVELS, offsets)))
+
+
 @dataclass
-class Group:
+class Group(Receiver):
     """Projections that read one tensor, and share their work out among them.
 
     Attributes:
@@ -44,16 +75,6 @@ class Group:
     kinds: tuple[str, ...] = ("low-rank", "channels", "channels+")
     costs: dict[str, list[float]] = field(default_factory=dict)
     _sorted: list[tuple[float, int, int, int]] = field(default_factory=list, repr=False)
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates per row, dense, of all calls."""
-        return sum(self.macs_of().values())
-
-    def macs_of(self) -> dict[int, int]:
-        """The same by member."""
-        own = zip(self.members, (x.projection for x in self.layers), strict=True)
-        return {number: p.macs * p.calls for number, p in own}
 
     def settings(self, share: float) -> dict[int, ProjectionState]:
         """The settings of the members, by number, with which they lose least at this share of their work."""
@@ -108,7 +129,7 @@ class Group:
         if share >= DENSE_FROM:
             return 0.0
         if kind == "low-rank":
-            return scaled_by_measured(self.left_out(share), self._logs_left_out, self.costs[kind], share)
+            return self.scaled(self.costs[kind], share)
         measured = np.log(np.maximum(self.costs[kind], 1e-12))
         if share <= LEVELS[0]:
             slope = (measured[1] - measured[0]) / (LEVELS[1] - LEVELS[0])
@@ -124,11 +145,6 @@ class Group:
             total += sum(float(values[rank:].sum()) for values, rank in zip(spectra, state.ranks, strict=True))
         return max(total, 1e-12)
 
-    @cached_property
-    def _logs_left_out(self) -> np.ndarray:
-        """Logarithms of `left_out` at `LEVELS`."""
-        return np.log([self.left_out(level) for level in LEVELS])
-
     def best(self, share: float) -> str:
         """The way that costs least at a share of the work."""
         return min(self.kinds, key=lambda kind: self.cost(kind, share))
@@ -136,20 +152,12 @@ class Group:
     def curve(self) -> list[float]:
         """The least cost at 0, 1 / STEPS, …, 1 of the work, falling."""
         costs = [min(self.cost(kind, step / STEPS) for kind in self.kinds) for step in range(STEPS + 1)]
-        return np.maximum.accumulate(costs[::-1])[::-1].tolist()
+        return falling(costs)
 
 
-def scaled_by_measured(left_out: float, logs: np.ndarray, measured: Sequence[float], share: float) -> float:
-    """What is left out at a share of the work, times what the costs measured around it are of that.
-
-    Args:
-        left_out: At this share.
-        logs: Logarithms of what is left out at `LEVELS`.
-        measured: Costs at `LEVELS`.
-        share: Of the work.
-    """
-    offsets = np.log(np.maximum(measured, 1e-12)) - logs
-    return left_out * math.exp(float(np.interp(share, LEVELS, offsets)))
+def falling(costs: Sequence[float]) -> list[float]:
+    """Costs by rising share of the work, none below a later one: less work never costs less."""
+    return np.maximum.accumulate(costs[::-1])[::-1].tolist()
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -13,7 +12,7 @@ from ...data.batches import Batches
 from ...moe.projection import around_attention
 from .costs import Trial, output_costs
 from .heads import Attention, Heads, mixtures_of
-from .projections import LEVELS, Group, channel_scores
+from .projections import LEVELS, Group, channel_scores, falling
 
 KINDS = {  # by `--attention`; `heads` where they can be narrower
     "low-rank": ("low-rank",),
@@ -39,7 +38,7 @@ class Measured:
     def receivers(self, attention: str) -> list[Receiver]:
         """Those that share the work out, and may take the ways of this key of `KINDS`."""
         kinds, found = KINDS[attention], []
-        layers = {n: layer for part in self.parts for n, layer in _members(part)}
+        layers = {n: layer for part in self.parts for n, layer in zip(part.members, part.layers, strict=True)}
         for part in self.parts:
             if isinstance(part, Group):
                 part.kinds = tuple(kind for kind in kinds if kind in part.costs)
@@ -50,11 +49,6 @@ class Measured:
             else:
                 found += plain
         return found
-
-
-def _members(part: Group | Heads) -> list[tuple[int, nn.Module]]:
-    numbers = part.members.values() if isinstance(part, Heads) else part.members
-    return list(zip(numbers, part.layers, strict=True))
 
 
 @torch.no_grad()
@@ -82,7 +76,7 @@ def measure_ways(
 def _measure(model: nn.Module, batches: Batches, parts: Sequence[Group | Heads]) -> None:
     """Fill `costs`: with one part at a time at a level, everything else dense."""
     trials = [
-        Trial(n, [*dict(_members(part)).values()], part.states(level, kind))
+        Trial(n, part.layers, part.states(level, kind))
         for n, part in enumerate(parts)
         for kind in part.kinds
         for level in LEVELS
@@ -90,5 +84,4 @@ def _measure(model: nn.Module, batches: Batches, parts: Sequence[Group | Heads])
     found = iter(output_costs(model, batches, [part.layers[0] for part in parts], trials, "projection costs").tolist())
     for part in parts:
         for kind in part.kinds:
-            measured = [next(found) for _ in LEVELS]
-            part.costs[kind] = np.maximum.accumulate(measured[::-1])[::-1].tolist()  # less work never costs less
+            part.costs[kind] = falling([next(found) for _ in LEVELS])
