@@ -20,7 +20,8 @@ CHECKSUMS, RECORD, VOUCHER = "checksums.json", "quantization_config", "weights_c
 ADDED = ("router.hidden", "router.score", "constants", "delta_in", "delta_out", "linear_in", "linear_out", "order")
 BASES = ("low_rank_in", "low_rank_out", "output_mean", "channel_norms")  # added to every projection around attention
 HEADS = ("head_basis", "head_mean")  # to those of attention whose heads can be narrower
-PROJECTED = (*BASES, *HEADS)
+REFITS = ("refit_out", "refit_constant")  # to those behind the heads that are refitted for every budget
+PROJECTED = (*BASES, *HEADS, *REFITS)
 AGAIN = "copy it again from where it came from"
 Shapes = Mapping[str, tuple[int, ...]]
 

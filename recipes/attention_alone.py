@@ -1,5 +1,6 @@
 """Loss of attention projections at a share of their work, feed-forward blocks dense: each way alone, and `auto`.
 
+Output projections are fitted on what they get from the converted ones before them; with `--no-compensate` they are not.
 With `--heal STEPS` the bases of `auto` are then trained by distillation from the dense model, the shares taking turns.
 With `--networks` it is the paper's way instead (`--attention mlp`): all experts on, then with the paper's gate, nothing
 for skipped experts, and with the default gate and refitted down projections; routers are narrow in both. Shares count
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from alone import Rows, keys_of, parser, prepared, shares_of, show
 from compare import places
+from torch import nn
 
 from d2dmoe import hub
 from d2dmoe.attention.fit import fit_all
@@ -35,6 +37,7 @@ from d2dmoe.pipeline.model import convert_model
 from d2dmoe.pipeline.plan import ConversionPlan
 from d2dmoe.stages.budgets.allocate import give_out
 from d2dmoe.stages.budgets.receivers import KINDS, measure_ways
+from d2dmoe.stages.compensate import compensate, forget_refits
 from d2dmoe.stages.heal import heal
 
 
@@ -57,7 +60,10 @@ def rows_of(config: ConvertConfig, eval_data: str, eval_limit: int, shares: list
             budget = Budget(share, [0.0] * len(plan.blocks))
             budget.projection_states = [states[n] for n in sorted(states)]
             budgets.append(budget)
-        record.budgets.replace(budgets)
+        forget_all(model, record, budgets)
+        if config.compensate:
+            for number in range(len(budgets)):
+                compensate(model, batches, record, number)
         settings = [{"active": share} for share in shares]
         found = evaluate(model, subject.batches, settings, metric=subject.metric, tokenizer=subject.tokenizer)
         rows.append([name, *cells(found)])
@@ -66,6 +72,13 @@ def rows_of(config: ConvertConfig, eval_data: str, eval_limit: int, shares: list
         found = evaluate(model, subject.batches, settings, metric=subject.metric, tokenizer=subject.tokenizer)
         rows.append([f"{name}, healed", *cells(found)])
     return rows
+
+
+def forget_all(model: nn.Module, record: D2DMoEConfig, budgets: list[Budget]) -> None:
+    """Other budgets in the place of those that the record has, without their refits."""
+    record.budgets.replace(budgets)
+    for number in range(len(budgets)):
+        forget_refits(model, record, number)
 
 
 def cells(found: list[dict[str, Any]]) -> list[str]:
@@ -115,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     model = "hub id, folder, or minilm for the encoder in its Python package"
     flags = parser(__doc__, model=model, shares="0.25,0.5,0.75")
     flags.add_argument("--networks", action="store_true", help="the paper's way, --attention mlp, alone")
+    flags.add_argument("--no-compensate", dest="compensate", action="store_false")
     flags.add_argument("--attention-tokens", type=int, default=700_000, help="of the distillation")
     flags.add_argument("--heal", type=int, default=0, help="steps, on --router-tokens of text")
     flags.add_argument("--heal-learning-rate", type=float, default=0.0, help="as of d2dmoe convert; bases get a tenth")
@@ -130,7 +144,11 @@ def main(argv: list[str] | None = None) -> int:
         own = {
             key: getattr(arguments, key) for key in ("heal", "heal_tokens", "heal_learning_rate") * bool(arguments.heal)
         }
-        own |= {"attention_tokens": arguments.attention_tokens, "attention": "mlp" if arguments.networks else "auto"}
+        own |= {
+            "compensate": arguments.compensate,
+            "attention_tokens": arguments.attention_tokens,
+            "attention": "mlp" if arguments.networks else "auto",
+        }
         config = resolve(ConvertConfig, {**keys_of(arguments), **own})
         way = rows_of_networks if arguments.networks else rows_of
         return way(config, arguments.eval_data, arguments.eval_limit, shares)

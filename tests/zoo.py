@@ -328,3 +328,17 @@ def converted_tiny(name: str) -> Any:
     attach(model, config, [torch.arange(b.width) for b in blocks], budgets=0)
     randomise_routers(model)
     return model
+
+
+def refit_randomly(model: Any) -> None:
+    """Random refits of all output projections, for every budget of the record."""
+    import torch
+
+    from d2dmoe.stages.compensate import output_projections
+
+    budgets = model.config.quantization_config.d2dmoe.budgets
+    for layer in output_projections(model):
+        states, p = [budget.projection_states[layer.number] for budget in budgets], layer.projection
+        rows = max(p.rank, *(p.thin(state.method, state.ranks) for state in states))  # for any that a test may set
+        for number in range(len(budgets)):
+            layer.set_refit(states, number, torch.randn(rows, p.outputs) / 8, torch.randn(p.outputs))

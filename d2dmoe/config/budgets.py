@@ -182,12 +182,10 @@ class Budgets(Sequence):
         for budget in self.stored:
             budget.keep_blocks(keep)
 
-    def projection_states(self, active: float) -> list[ProjectionState] | None:
-        """What the projections do at an active fraction: as at the next stored budget above; `None`: all are dense."""
-        if active >= 1:
-            return None
-        above = [budget for budget in self.stored if budget.active >= active - 1e-6]
-        return min(above, key=lambda budget: budget.active).projection_states if above else None
+    def of_projections(self, active: float) -> int | None:
+        """Number of the budget as at which projections work at an active fraction, the next above; `None`: dense."""
+        above = [n for n, budget in enumerate(self.stored) if active < 1 and budget.active >= active - 1e-6]
+        return min(above, key=self.actives.__getitem__, default=None)
 
     def thresholds(self, active: float, curve: Curve) -> list[float]:
         """Threshold of each block for an active fraction of the model.

@@ -196,6 +196,11 @@ class AttentionConfig:
         "share of the projections' work that runs at every budget; by default a budget holds for feed-forward blocks "
         "and projections as a whole, and each gets what saves most",
     )
+    compensate: bool = knob(
+        True,
+        "refit converted output projections for every budget, one after the other, on what each gets from the "
+        "converted layers before it: adds up to half of their weights for every budget",
+    )
     attention_layers: str = knob("", "attention layers to convert, by number from 0: 2-5 or 0,3 (default: all)")
     attention_factor: float = knob(
         1.0, "multiply-accumulates of the networks of --attention mlp, all experts on, relative to the projections'"

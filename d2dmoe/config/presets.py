@@ -25,6 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "router_target": "norm",
         "router_loss": "mse",
         "allocation": "uniform",
+        "compensate": False,
     },
     # MoEfication (Zhang et al. 2022, arXiv 2110.01786): parameter clustering, an MLP router told which experts are
     # active, a fixed number of experts. Made for ReLU models; on others it is what that recipe gives without a swap.
@@ -39,6 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "router_target": "activation",
         "router_loss": "bce",
         "allocation": "uniform",
+        "compensate": False,
     },
     # The default without gradient descent.
     "training-free": {"router_fit": "closed-form"},

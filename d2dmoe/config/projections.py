@@ -35,6 +35,8 @@ class Projection:
         heads: Heads of each section (of `o`: of its inputs); 0 for a section whose heads have to keep their width.
             Empty if that holds for all.
         head_rank: Columns of the stored basis of each head; a budget uses the first so many, of each its own number.
+        refits: Budgets that it is refitted for, all of them or none. Only output projections are.
+        refit_rank: The most columns of what a refitted last product gets; a budget uses the first so many as it has.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Projection:
     attention: int = 0
     heads: list[int] = field(default_factory=list)
     head_rank: int = 0
+    refits: int = 0
+    refit_rank: int = 0
 
     @property
     def macs(self) -> int:
@@ -65,6 +69,10 @@ class Projection:
         widths = [self.inputs] if self.role == "o" else self.sections
         return [width // count for width, count in zip(widths, self.heads, strict=False) if count for _ in range(count)]
 
+    def thin(self, method: str, ranks: Sequence[int]) -> int:
+        """Columns of what the last thin product gets; 0 where there is none in the place of the dense one."""
+        return sum(ranks) if method in ("low-rank", "heads") else 0
+
     def head_macs(self, widths: Sequence[int]) -> int:
         """Multiply-accumulates per row with heads of these widths."""
         spared = sum(self.head_widths) - sum(widths)
@@ -80,7 +88,8 @@ class Projection:
         if self.role == HEAD:
             return (2 * self.rank + 1) * self.inputs
         narrow = self.head_rank * (self.inputs + sum(self.heads) if self.role == "o" else self.outputs)
-        return 2 * self.rank * self.outputs + self.inputs + self.outputs + narrow
+        refits = self.refits * (self.refit_rank + 1) * self.outputs
+        return 2 * self.rank * self.outputs + self.inputs + self.outputs + narrow + refits
 
     @property
     def full_ranks(self) -> list[int]:
@@ -112,12 +121,14 @@ class ProjectionState:
             (none: nothing does). With `heads` the width of each head, full for one as in the dense model.
         threshold: For `channels`. A channel's score is ``|x_j| * ||W_j||``.
         candidates: For `svd-softmax`: outputs of each row that get their exact values.
+        refit: Number of the budget whose refit of the projection it takes; -1 for none.
     """
 
     method: str = "dense"
     ranks: tuple[int, ...] = ()
     threshold: float = 0.0
     candidates: int = 0
+    refit: int = -1
 
 
 def check_projections(projections: Sequence[Projection], budgets: Sequence[Any]) -> None:
@@ -143,6 +154,7 @@ def check_projections(projections: Sequence[Projection], budgets: Sequence[Any])
         widest = projection.inputs if projection.role == HEAD else projection.outputs
         in_range(f"{where}.rank", projection.rank, 0, widest)
         _check_heads(projection, where)
+        _check_refits(projection, budgets, where)
     check_distinct(projections, "name", "projections")
     for number, budget in enumerate(budgets):
         _check_settings(projections, budget, f"budgets[{number}]")
@@ -207,3 +219,15 @@ def _check_heads(projection: Projection, where: str) -> None:
         if count and width % count:
             refuse(f"{where}.heads[{place}]", count, f"a divisor of {width}")
     in_range(f"{where}.head_rank", projection.head_rank, 0, max(projection.head_widths, default=0))
+
+
+def _check_refits(projection: Projection, budgets: Sequence[Any], where: str) -> None:
+    if projection.refits and projection.role != "o":
+        refuse(f"{where}.refits", projection.refits, "0, as it is no output projection")
+    if projection.refits not in (0, len(budgets)):
+        refuse(f"{where}.refits", projection.refits, f"0 or {len(budgets)}, the number of budgets")
+    place = int(where[len("projections[") : -1])
+    used = (
+        [projection.thin(budget.methods[place], budget.ranks[place]) for budget in budgets] if projection.refits else []
+    )
+    in_range(f"{where}.refit_rank", projection.refit_rank, max(used, default=0), projection.inputs)

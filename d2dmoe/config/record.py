@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import compress
 from typing import Any
 
 from ..errors import UserError
 from .budgets import Budget, Budgets, Curve
-from .projections import HEAD, Projection, check_networks, check_projections
+from .projections import HEAD, Projection, ProjectionState, check_networks, check_projections
 from .validate import compare_checksums, points, refuse, typed, validate
 
 
@@ -60,9 +60,10 @@ class Block:
         return self.experts * self.size
 
 
-CHECKPOINT_VERSION = 4  # the newest that is read: networks for projections came with 2, the head with 3, heads with 4
+# The newest that is read: networks for projections came with 2, the head with 3, heads with 4, refits with 5.
+CHECKPOINT_VERSION = 5
 PROJECTED = ("ffn_active", "methods", "ranks", "channel_thresholds", "candidates")  # fields of a budget
-NARROW = ("attention", "heads", "head_rank")  # fields of a projection of whose attention heads can be narrower
+NARROW = ("attention", "heads", "head_rank", "refits", "refit_rank")  # fields of a projection that most have not
 CALIBRATED = ("budgets", "default_active", "curve")
 
 
@@ -146,6 +147,13 @@ class D2DMoEConfig:
             return self.budgets.thresholds(active, self.block_curve) if self.budgets else equal
         return self.budgets.thresholds(active, self.block_curve)
 
+    def projection_states(self, number: int | None) -> list[ProjectionState]:
+        """What each projection does at a stored budget, with its refit for that; `None`: all are dense."""
+        if number is None:
+            return [ProjectionState()] * len(self.projections)
+        states = zip(self.budgets[number].projection_states, self.projections, strict=True)
+        return [replace(s, refit=number) if p.refits and s.method != "dense" else s for s, p in states]
+
     def keep_blocks(self, keep: list[bool]) -> None:
         """Drop the record of the blocks for which `keep` is false."""
         self.blocks = list(compress(self.blocks, keep))
@@ -182,6 +190,8 @@ class D2DMoEConfig:
 
     def _version(self) -> int:
         """The oldest format that holds all of this."""
+        if any(p.refits for p in self.projections):
+            return 5
         if any(p.heads for p in self.projections):
             return 4
         return 3 if any(p.role == HEAD for p in self.projections) else 2 if self.networks else 1

@@ -28,7 +28,7 @@ class Replay:
 
     def __init__(self, model: nn.Module, changing: Sequence[nn.Module] | None = None):
         self.model = model
-        self._parts = _parts(model, layers(model) if changing is None else changing)
+        self._parts = innermost_parts(model, layers(model) if changing is None else changing)
         self._trusted: bool | None = None
         self._order: list[tuple[str, nn.Module]] = []  # ("begin" | "end", part), as the first pass met them
         self._outputs: dict[nn.Module, Any] = {}
@@ -62,7 +62,7 @@ class Replay:
         kept = self._before(index) if self._trusted else []
         with ExitStack() as stack:
             for part in kept:
-                stack.enter_context(_giving(part, self._outputs[part]))
+                stack.enter_context(giving(part, self._outputs[part]))
             return self.model(**self._inputs)
 
     def _before(self, index: int) -> list[nn.Module]:
@@ -86,7 +86,7 @@ class Replay:
         return False
 
 
-def _parts(model: nn.Module, changing: Sequence[nn.Module]) -> list[nn.Module | None]:
+def innermost_parts(model: nn.Module, changing: Sequence[nn.Module]) -> list[nn.Module | None]:
     """For every module the innermost element of a `ModuleList` that holds it; `None` if there is none."""
     elements = [part for module in model.modules() if isinstance(module, nn.ModuleList) for part in module]
     holders: dict[nn.Module, nn.Module] = {}
@@ -96,7 +96,7 @@ def _parts(model: nn.Module, changing: Sequence[nn.Module]) -> list[nn.Module | 
 
 
 @contextmanager
-def _giving(part: nn.Module, output: Any) -> Iterator[None]:
+def giving(part: nn.Module, output: Any) -> Iterator[None]:
     """Inside, the part computes nothing and gives this output."""
     before = part.__dict__.get("forward")
     part.forward = lambda *args, **kwargs: _copied(output)
@@ -108,17 +108,18 @@ def _giving(part: nn.Module, output: Any) -> Iterator[None]:
             part.forward = before
 
 
-def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
+def mapped(value: Any, change: Callable[[Any], Any], kind: type = torch.Tensor) -> Any:
+    """What a part gives, with `change` made to everything of this kind in it."""
+    if isinstance(value, kind):
         return change(value)
     if type(value) in (tuple, list):
-        return type(value)(_mapped(item, change) for item in value)
+        return type(value)(mapped(item, change, kind) for item in value)
     return value
 
 
 def _copied(output: Any) -> Any:
     """Tensors that nobody changes in place."""
-    return _mapped(output, torch.clone)
+    return mapped(output, torch.clone)
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

@@ -72,7 +72,8 @@ class FewTokens:
         weight = own.get("weight")
         if weight is None or own.keys() != layer.OWN or not _few(layer, state, weight, x):
             return None
-        tensors = own.values() if state.ranks else (weight, own["bias"], own["channel_norms"])
+        fitted = state.ranks or state.refit >= 0
+        tensors = own.values() if fitted else (weight, own["bias"], own["channel_norms"])
         if layer.merged:
             tensors = (*tensors, *layer._buffers.values())
         # `kernels.identity`, inline
@@ -94,7 +95,7 @@ class FewTokens:
     @torch.no_grad()
     def _add(self, layer: Layer, state: ProjectionState, versions: Versions) -> Ways:
         method, p = "heads" if state.method == "heads" else "low-rank", layer.projection
-        factors = layer.factors(state.ranks, method) if method == "heads" or any(state.ranks) else None
+        factors = layer.factors(state) if method == "heads" or any(state.ranks) or state.refit >= 0 else None
         place = (method, p.inputs, p.outputs, len(p.sections), bucket(sum(state.ranks)), layer.weight.dtype)
         ways = Ways(versions, self._plan(layer, state, factors), factors, place)
         others = [(s, known) for s, known in self._plans.items() if s != state][-KEPT + 1 :]
@@ -110,11 +111,13 @@ class FewTokens:
         (first, second, constants), sources = factors or (None, [], []), layer.factor_sources() if factors else []
         if state.method == "low-rank":
             return ProjectionPlan(first, second, torch.cat(constants), sources=sources) if factors else None
-        weight = layer.matrix().T.detach()
+        weight, base = layer.matrix().T.detach(), (*constants, None)[0] if factors else layer.bias
+        if not any(state.ranks):
+            first, second = None, []
         if not weight.is_contiguous():
             sources = [*sources, weight]
             weight = self._turn(layer.weight, weight)
-        return ProjectionPlan(first, second, layer.bias, weight, layer.channel_norms, state.threshold, sources=sources)
+        return ProjectionPlan(first, second, base, weight, layer.channel_norms, state.threshold, sources=sources)
 
     def _narrow_plan(self, layer: Layer, factors: Any) -> ProjectionPlan:
         (weight, (places, *there), (bias,)), sources = factors, layer.factor_sources()

@@ -184,15 +184,12 @@ def _states_of_projections(
     config: D2DMoEConfig, projected: list[DynamicProjection], active: float | None, budget: int | None
 ) -> dict[nn.Module, ProjectionState]:
     """What each projection does: as stored, at the next stored budget above, or everything."""
-    states = None
-    if budget is not None:
-        states = config.budgets[budget].projection_states
-    elif active is not None:
-        states = config.budgets.projection_states(active)
+    number = config.budgets.of_projections(active) if budget is None and active is not None else budget
+    states = config.projection_states(number)
     places = {number: place for place, number in enumerate(sorted({layer.number for layer in projected}))}
-    if states is not None and len(places) < len(states):  # some of them only: a place is the number in the record
+    if len(places) < len(states):  # some of them only: a place is the number in the record
         places = {number: number for number in places}
-    return {layer: ProjectionState() if states is None else states[places[layer.number]] for layer in projected}
+    return {layer: states[places[layer.number]] for layer in projected}
 
 
 def _number(name: str, value: Any) -> float | None:

@@ -38,7 +38,7 @@ class DynamicHead(DynamicLinear):
         if self.observer is not None:
             self.observer(self, input.reshape(-1, input.shape[-1]), None)
         if state.method == "dense":
-            return self._product(input)
+            return self._by_weights(input, self.weight, self.bias)
         rough = self.rough(input, state.ranks)
         return self.refined(input, rough, state.candidates) if state.candidates else rough
 
@@ -48,10 +48,10 @@ class DynamicHead(DynamicLinear):
             mean, rank = self.output_mean, ranks[0]
             return linear((x - mean) @ self.low_rank_out[:rank].T @ self.low_rank_in[:, :rank].T + mean, self.weight,
                           self.bias)  # fmt: skip
-        few = None
+        few, state = None, ProjectionState("low-rank", ranks)
         if self.linear_dtype is None and not torch.compiler.is_compiling():
-            few = self.few_tokens.run(self, ProjectionState("low-rank", ranks), x)
-        return self._factored(x, self.factors(ranks), ranks) if few is None else few
+            few = self.few_tokens.run(self, state, x)
+        return self._factored(x, self.factors(state), ranks) if few is None else few
 
     def refined(self, x: torch.Tensor, rough: torch.Tensor, candidates: int) -> torch.Tensor:
         """Logits of which the largest `candidates` of each row are exact."""
@@ -63,8 +63,8 @@ class DynamicHead(DynamicLinear):
             exact = linear(x, self.weight, self.bias).gather(-1, places)
         return rough.scatter(-1, places, exact)
 
-    def _derive(self, ranks: tuple[int, ...], method: str = "low-rank") -> Factors:
-        (rank,), weight, dtype = ranks, self.weight.float(), self.weight.dtype
+    def _derive(self, state: ProjectionState) -> Factors:
+        (rank,), weight, dtype = state.ranks, self.weight.float(), self.weight.dtype
         basis, back, mean = (
             self.low_rank_in[:, :rank].float(),
             self.low_rank_out[:rank].float(),

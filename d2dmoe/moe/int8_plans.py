@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config.projections import ProjectionState
 from ..kernels import LinearPlan, StaleWeights, identity, projects, rounded_rows
 from .prepared import offloaded
 
@@ -21,7 +22,7 @@ class Plans:
 
     def __init__(self) -> None:
         self._known: dict[tuple, LinearPlan] = {}
-        self._folded: dict[tuple[str, tuple[int, ...]], tuple[tuple, LinearPlan]] = {}  # with versions of all tensors
+        self._folded: dict[tuple[str, ProjectionState], tuple[tuple, LinearPlan]] = {}  # with versions of all tensors
 
     def __reduce__(self) -> tuple:
         return Plans, ()
@@ -47,13 +48,13 @@ class Plans:
             y = self._by_library(x, key, lambda: LinearPlan(weight, bias, rounds=dtype == "int8-dynamic"))
         return _by_torch(x, weight, bias, dtype) if y is None else y
 
-    def folded(self, layer: Projected, x: torch.Tensor, ranks: tuple[int, ...], dtype: str) -> torch.Tensor:
+    def folded(self, layer: Projected, x: torch.Tensor, state: ProjectionState, dtype: str) -> torch.Tensor:
         """The same for factors, multiplied out before they are rounded.
 
         Args:
             layer: A `DynamicProjection`.
             x: ``(…, inputs)``.
-            ranks: Of the sections.
+            state: With the ranks of the sections.
             dtype: `int8` or `int8-dynamic`.
         """
         own, held = layer._parameters, layer._buffers  # `nn.Module` finds attributes slowly, and this is a hot path
@@ -63,21 +64,21 @@ class Plans:
             # `kernels.identity`, inline
             versions = tuple([(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None])
             for _ in range(2):
-                known = self._folded.get((dtype, ranks))
+                known = self._folded.get((dtype, state))
                 if known is None or known[0] != versions:
-                    known = self._fold(layer, ranks, dtype, versions)
+                    known = self._fold(layer, state, dtype, versions)
                 try:
                     return known[1](x)
                 except StaleWeights:
                     self._folded = {}
-        return _by_torch(x, *_multiplied_out(layer.factors(ranks), ranks), dtype)
+        return _by_torch(x, *_multiplied_out(layer.factors(state), state.ranks), dtype)
 
-    def _fold(self, layer: Projected, ranks: tuple[int, ...], dtype: str, versions: tuple) -> tuple[tuple, LinearPlan]:
-        weight, bias = _multiplied_out(layer.factors(ranks), ranks)
+    def _fold(self, layer: Projected, state: ProjectionState, dtype: str, versions: tuple) -> tuple[tuple, LinearPlan]:
+        weight, bias = _multiplied_out(layer.factors(state), state.ranks)
         sources = [t for t in layer.factor_sources() if t.numel()]
         plan = LinearPlan(weight, bias, rounds=dtype == "int8-dynamic", sources=sources)
-        others = [(key, known) for key, known in self._folded.items() if key != (dtype, ranks)][-KEPT + 1 :]
-        self._folded = {**dict(others), (dtype, ranks): (versions, plan)}
+        others = [(key, known) for key, known in self._folded.items() if key != (dtype, state)][-KEPT + 1 :]
+        self._folded = {**dict(others), (dtype, state): (versions, plan)}
         return versions, plan
 
     def _by_library(self, x: torch.Tensor, key: tuple, make: Callable[[], LinearPlan]) -> torch.Tensor | None:

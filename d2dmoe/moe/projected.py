@@ -100,3 +100,4 @@ def trim_projections(model: nn.Module, config: D2DMoEConfig) -> None:
         layer.low_rank_in = nn.Parameter(layer.low_rank_in[:, :rank].clone(), requires_grad=False)
         layer.low_rank_out = nn.Parameter(layer.low_rank_out[:rank].clone(), requires_grad=False)
         layer.trim_heads(states)
+        layer.trim_refits(states)

@@ -10,6 +10,9 @@ output and `W` the weights:
   ``|x_j| * ||W_j||`` reaches the threshold.
 
 `A` is derived: whoever changes `W` changes what is computed from it.
+
+An output projection may be refitted for each budget, see `stages.compensate`: its last thin product is then by ``Q +
+refit_out`` (of narrow heads ``Q W + refit_out``) in the place of `Q`, and `refit_constant` is added to its bias.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from .gate import Gate, Gated
 from .heads import head_shapes, narrow, run_narrow, used_rank
 from .int8_plans import Factors, Plans
 from .prepared import offloaded
+from .refits import Refitted, refit_shapes
 
 linear = nn.functional.linear
 KEPT = 8  # ranks of a layer whose factors are kept
@@ -53,21 +57,21 @@ class _Samples:
 def by_factors(x: torch.Tensor, factors: Factors, ranks: tuple[int, ...], constant: bool = True) -> torch.Tensor:
     """``(…, inputs)`` to ``(…, outputs)``, each section by its own factors, with or without the constants."""
     first, second, constants = factors
+    constants = constants if constant else [None] * len(second)
     if len(second) == 1:
-        return linear(linear(x, first), second[0], constants[0] if constant else None)
+        return linear(linear(x, first), second[0], constants[0])
     thin = linear(x, first).split(ranks, -1)
-    return torch.cat(
-        [linear(t, s, c if constant else None) for t, s, c in zip(thin, second, constants, strict=True)], -1
-    )
+    return torch.cat([linear(t, s, c) for t, s, c in zip(thin, second, constants, strict=True)], -1)
 
 
-class DynamicProjection(Gated, nn.Module):
+class DynamicProjection(Refitted, Gated, nn.Module):
     """What `DynamicLinear` and `DynamicConv1D` have in common.
 
     Parameters beside the dense map's own `weight` and `bias`: the basis `low_rank_in` ``(outputs, rank)`` and
     `low_rank_out` ``(rank, outputs)``, of whose rows (columns) for each section of the outputs a budget uses the first
     columns (rows); `output_mean` ``(outputs,)``, without the bias; `channel_norms` ``(inputs,)``, the norm of each
-    input channel's weights over the group; where heads can be narrower, those of `heads`.
+    input channel's weights over the group; where heads can be narrower, those of `heads`; where it is refitted,
+    `refit_out` ``(budgets, refit_rank, outputs)`` and `refit_constant` ``(budgets, outputs)``.
 
     Attributes:
         projection: Its record.
@@ -99,7 +103,7 @@ class DynamicProjection(Gated, nn.Module):
         self.projection, self.number, self.gate = projection, number, Gate(ProjectionState())
         self.observer, self.merged, self.few_tokens = None, False, FewTokens()
         self.linear_dtype, self.plans = None, Plans()
-        self._factors: dict[tuple[str, tuple[int, ...]], tuple[tuple, Watch | _Samples, Factors]] = {}
+        self._factors: dict[tuple[str, tuple[int, ...], int], tuple[tuple, Watch | _Samples, Factors]] = {}
         like, shapes = {"device": self.weight.device, "dtype": self.weight.dtype}, self.added_shapes()
         self._note_names()
         for name, shape in shapes.items():
@@ -109,7 +113,7 @@ class DynamicProjection(Gated, nn.Module):
         """Names and shapes of the parameters beside the dense ones."""
         p = self.projection
         shapes = (p.outputs, p.rank), (p.rank, p.outputs), (p.outputs,), (p.inputs,)
-        return {**dict(zip(BASES, shapes, strict=True)), **head_shapes(p)}
+        return {**dict(zip(BASES, shapes, strict=True)), **head_shapes(p), **refit_shapes(p)}
 
     def matrix(self) -> torch.Tensor:
         """The weights as ``(outputs, inputs)``."""
@@ -133,44 +137,43 @@ class DynamicProjection(Gated, nn.Module):
             rows = input.reshape(-1, input.shape[-1])
             self.observer(self, rows, None if keep is None else keep.reshape(rows.shape))
         if keep is not None:
-            return self._channels(input, keep, state.ranks)
+            return self._channels(input, keep, state)
         if state.method == "low-rank":
-            return self._low_rank(input, state.ranks)
+            return self._low_rank(input, state)
         if state.method == "heads":
-            return self._narrow(input, state.ranks)
-        return super().forward(input) if self.linear_dtype is None else self._product(input)
-
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        """The dense map, rounded where that is asked for."""
+            return self._narrow(input, state)
         if self.linear_dtype is None:
-            return linear(x, self.matrix(), self.bias)
-        return self.plans.linear(self, x, self.matrix(), self.bias, self.linear_dtype)
+            return super().forward(input)
+        return self._by_weights(input, self.matrix(), self.bias)
 
     def channels(self, x: torch.Tensor, state: ProjectionState) -> torch.Tensor:
         """Which input channels run, booleans of the shape of `x` ``(…, inputs)``."""
         return x.abs() * self.channel_norms >= state.threshold
 
-    def _channels(self, x: torch.Tensor, keep: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor:
-        kept = x * keep
-        y = self._product(kept)
-        if not any(ranks):
+    def _channels(self, x: torch.Tensor, keep: torch.Tensor, state: ProjectionState) -> torch.Tensor:
+        kept, learns = x * keep, self._learns()
+        if not any(state.ranks) and state.refit < 0:
+            return self._by_weights(kept, self.matrix(), self.bias)
+        factors = self._derive(state) if learns else self.factors(state)
+        y = self._by_weights(kept, self.matrix(), (*factors[2], None)[0])
+        if not any(state.ranks):
             return y
-        if self._learns():
-            return y + by_factors(x - kept, self._derive(ranks), ranks, constant=False)
-        return y + self._factored(x - kept, self.factors(ranks), ranks, constant=False)
+        if learns:
+            return y + by_factors(x - kept, factors, state.ranks, constant=False)
+        return y + self._factored(x - kept, factors, state.ranks, constant=False)
 
-    def _low_rank(self, x: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor:
+    def _low_rank(self, x: torch.Tensor, state: ProjectionState) -> torch.Tensor:
         if self._learns():
-            return by_factors(x, self._derive(ranks), ranks)
+            return by_factors(x, self._derive(state), state.ranks)
         if self.linear_dtype is not None and self.projection.macs <= FOLDED:
-            return self.plans.folded(self, x, ranks, self.linear_dtype)
-        return self._factored(x, self.factors(ranks), ranks)
+            return self.plans.folded(self, x, state, self.linear_dtype)
+        return self._factored(x, self.factors(state), state.ranks)
 
-    def _narrow(self, x: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
-        return run_narrow(x, self._derive(widths, "heads") if self._learns() else self.factors(widths, "heads"),
-                          self._by_weights)  # fmt: skip
+    def _narrow(self, x: torch.Tensor, state: ProjectionState) -> torch.Tensor:
+        return run_narrow(x, self._derive(state) if self._learns() else self.factors(state), self._by_weights)
 
-    def _by_weights(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def _by_weights(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """A dense map, rounded where that is asked for."""
         if self.linear_dtype is None:
             return linear(x, weight, bias)
         return self.plans.linear(self, x, weight, bias, self.linear_dtype)
@@ -186,11 +189,12 @@ class DynamicProjection(Gated, nn.Module):
     def _factored_int8(self, x: torch.Tensor, factors: Factors, ranks: tuple[int, ...], constant: bool) -> torch.Tensor:
         first, second, constants = factors
         thin, parts = self.plans.linear(self, x, first, None, self.linear_dtype).split(ranks, -1), []
+        constants = constants if constant else [None] * len(second)
         for t, s, c in zip(thin, second, constants, strict=True):
             if t.shape[-1]:
-                parts.append(self.plans.linear(self, t, s, c if constant else None, self.linear_dtype))
+                parts.append(self.plans.linear(self, t, s, c, self.linear_dtype))
             else:
-                parts.append((c if constant else torch.zeros_like(c)).expand(*t.shape[:-1], -1))
+                parts.append((s.new_zeros(len(s)) if c is None else c).expand(*t.shape[:-1], -1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def _learns(self) -> bool:
@@ -198,14 +202,14 @@ class DynamicProjection(Gated, nn.Module):
         return torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters.values() if p is not None)
 
     @torch.no_grad()
-    def factors(self, ranks: tuple[int, ...], method: str = "low-rank") -> Factors:
+    def factors(self, state: ProjectionState) -> Factors:
         """`A` transposed ``(sum of ranks, inputs)``; by section `Q` transposed ``(width, rank)`` and the constant.
 
-        With the method `heads` what `heads.narrow` returns.
+        With the method `heads` what `heads.narrow` returns; with `channels` the only constant is the bias, if any.
         """
         if self._holds_factors():
             return self._merged_factors()
-        compiling, key = torch.compiler.is_compiling(), (method, ranks)
+        compiling, key = torch.compiler.is_compiling(), (state.method, state.ranks, state.refit)
         if compiling and key in self._factors:  # cannot ask for versions
             return self._factors[key][2]
         sources = self.factor_sources()
@@ -214,7 +218,7 @@ class DynamicProjection(Gated, nn.Module):
         known = self._factors.get(key) if keep else None
         if known is not None and known[0] == versions and not known[1].changed():
             return known[2]
-        found = self._derive(ranks, method)
+        found = self._derive(state)
         if keep:
             fast = native.live()[0] and all(t.device.type == "cpu" for t in sources)
             watch = (Watch if fast else _Samples)(sources)
@@ -234,33 +238,51 @@ class DynamicProjection(Gated, nn.Module):
         """Is there nothing but the factors of one setting (`merge`)?"""
         return self.merged and self.gate_state.method in ("low-rank", "heads")
 
-    def _derive(self, ranks: tuple[int, ...], method: str = "low-rank") -> Factors:
-        dtype, first, second, constants = self.weight.dtype, [], [], []
+    def _derive(self, state: ProjectionState) -> Factors:
+        dtype = self.weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        weight = self.matrix().to(wide)
-        if method == "heads":
+        refit, constant = self.refit(state, wide)
+        if state.method == "heads":
             names = ("bias", "head_basis", "output_mean", "head_mean")
             others = [getattr(self, name, None) for name in names]
             others = [None if t is None else t.to(wide) for t in others]
-            thin, places, biases = narrow(self.projection, ranks, weight, *others)
+            thin, places, biases = narrow(self.projection, state.ranks, self.matrix().to(wide), *others)
             places = [p.to(dtype) if p.is_floating_point() else p for p in places]
-            return thin.to(dtype).contiguous(), places, [b.to(dtype) for b in biases]
-        for rank, rows in zip(ranks, rows_of(self.projection.sections), strict=True):
-            basis, back = self.low_rank_in[rows, :rank].to(wide), self.low_rank_out[:rank, rows].to(wide)
-            mean = self.output_mean[rows].to(wide)
+            return (thin + refit).to(dtype).contiguous(), places, [(b + constant).to(dtype) for b in biases]
+        first, second, constants = self._low_rank_factors(state.ranks, wide)
+        if state.method == "channels":
+            bias = constant if self.bias is None else self.bias.to(wide) + constant
+            constants = [bias] if isinstance(bias, torch.Tensor) else []
+        else:
+            second, constants = [s + refit for s in second], [c + constant for c in constants]
+        parts = [[t.to(dtype).contiguous() for t in ts] for ts in (second, constants)]
+        return torch.cat(first).to(dtype) if first else self.weight.new_empty(0, self.projection.inputs), *parts
+
+    def _low_rank_factors(self, ranks: tuple[int, ...], dtype: torch.dtype) -> tuple[list[torch.Tensor], ...]:
+        """`A` transposed, `Q` transposed and the constant of each section; nothing without ranks."""
+        weight, found = self.matrix().to(dtype), []
+        for rank, rows in zip(ranks, rows_of(self.projection.sections), strict=False):
+            basis, back = self.low_rank_in[rows, :rank].to(dtype), self.low_rank_out[:rank, rows].to(dtype)
+            mean = self.output_mean[rows].to(dtype)
             constant = mean - (mean @ basis) @ back
-            constant = constant if self.bias is None else constant + self.bias[rows].to(wide)
-            first.append(basis.T @ weight[rows])
-            second.append(back.T.to(dtype).contiguous())
-            constants.append(constant.to(dtype))
-        return torch.cat(first).to(dtype), second, constants
+            constant = constant if self.bias is None else constant + self.bias[rows].to(dtype)
+            found.append((basis.T @ weight[rows], back.T, constant))
+        return tuple(map(list, zip(*found, strict=True))) if found else ([], [], [])
+
+    def thin(self, x: torch.Tensor, state: ProjectionState) -> torch.Tensor:
+        """What the last thin product of an output projection gets, ``(rows, thin)`` of ``(rows, inputs)``."""
+        if state.method == "low-rank":
+            return linear(x, self.factors(state)[0])
+        if state.method == "heads":
+            return x.index_select(-1, self.factors(state)[1][0])[:, : sum(state.ranks)]
+        return x.new_zeros(len(x), 0)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Keep what the setting in force needs, and nothing that others would."""
         state = self.gate_state
         if state.method in ("low-rank", "heads"):
-            first, second, constants = self.factors(state.ranks, state.method)
+            first, second, constants = self.factors(state)
             for name, tensor in (("merged_first", first), *((f"merged_second_{n}", t) for n, t in enumerate(second)),
                                  *((f"merged_constant_{n}", t) for n, t in enumerate(constants))):  # fmt: skip
                 self.register_buffer(name, tensor, persistent=False)

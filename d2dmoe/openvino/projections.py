@@ -20,7 +20,7 @@ class LowRank(nn.Module):
 
     def __init__(self, layer: DynamicProjection, state: ProjectionState):
         super().__init__()
-        first, second, constants = layer.factors(state.ranks)
+        first, second, constants = layer.factors(state)
         # a section of rank 0 is a constant, which a factor of zeros gives as well
         firsts = [a if len(a) else a.new_zeros(1, a.shape[1]) for a in first.split(state.ranks)]
         seconds = [q if q.shape[1] else q.new_zeros(len(q), 1) for q in second]
@@ -37,7 +37,7 @@ class Heads(nn.Module):
 
     def __init__(self, layer: DynamicProjection, state: ProjectionState):
         super().__init__()
-        self.weight, (self.places, *there), (self.bias,) = layer.factors(state.ranks, "heads")
+        self.weight, (self.places, *there), (self.bias,) = layer.factors(state)
         self.there = there[0] if there else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,7 @@ class Channels(nn.Module):
 
     def __init__(self, layer: DynamicProjection, state: ProjectionState):
         super().__init__()
-        self.weight, self.bias = layer.matrix().detach(), layer.bias
+        self.weight, self.bias = layer.matrix().detach(), (*layer.factors(state)[2], None)[0]
         self.norms, self.threshold = layer.channel_norms, state.threshold
         self.others = LowRank(layer, state) if any(state.ranks) else None
 
@@ -91,14 +91,13 @@ def check_budgets(record: D2DMoEConfig, actives: Sequence[float]) -> None:
                     f"{projection.name}, a projection around attention, does not do the same at the budgets {one} and "
                     f"{active:g}, and an export to OpenVINO holds one setting of each: name one budget, for instance "
                     f"--active {one}, leave the projections dense with --dense-projections, or convert with "
-                    f"--attention-active"
+                    f"--attention-active and --no-compensate"
                 )
 
 
 def _states(record: D2DMoEConfig, active: float) -> list[tuple[Projection, ProjectionState]]:
     """What each projection around attention does at an active fraction."""
-    stored = record.budgets.projection_states(active)
-    states = [ProjectionState()] * len(record.projections) if stored is None else stored
+    states = record.projection_states(record.budgets.of_projections(active))
     return [(p, s) for p, s in zip(record.projections, states, strict=True) if p.role != HEAD]
 
 

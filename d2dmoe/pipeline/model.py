@@ -309,7 +309,7 @@ def _calibrate(
     calibrate(
         model, fitting, stored, targets(config),
         thresholds=config.thresholds, allocation=config.allocation, unseen=unseen, dense=dense,
-        plan=plan, inputs=inputs,
+        plan=plan, inputs=inputs, compensate=config.compensate,
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from ..measure.observe import release_memory
 from ..moe.layer import layers
 from ..moe.projection import projections
 from ..report.machine import portable
-from ..tensors import write_checksums
+from ..tensors import REFITS, write_checksums
 from ..training import first_process, wait_for_everyone
 from .origin import origin
 from .plan import ConversionPlan
@@ -52,17 +52,22 @@ def fitted(
         fit()
         if record is not None and first_process():
             write_text(record, json.dumps(stored.calibration()))
-        return {key: parameters[key].data for key in changed}
+        return changed()
 
-    parameters = dict(model.named_parameters())
-    known = {id(p) for x in layers(model) for p in (*x.stand_ins().values(), *x.router.parameters())}
-    known |= {id(getattr(x, name)) for x in projections(model) for name in x.ADDED}
-    changed = [key for key, value in parameters.items() if everything or id(value) in known]
+    def changed() -> dict[str, torch.Tensor]:
+        known = {id(p) for x in layers(model) for p in (*x.stand_ins().values(), *x.router.parameters())}
+        known |= {id(getattr(x, name)) for x in projections(model) for name in x.ADDED}
+        return {k: value.data for k, value in model.named_parameters() if everything or id(value) in known}
+
     tensors = stage(work, name, resume, compute)
     if record is not None:
         stored.take_calibration(json.loads(record.read_text()))
-    for key in changed:
-        parameters[key].data.copy_(tensors[key])
+    for layer in projections(model):
+        own = {n: f"{layer.projection.name}.{n}" for n in REFITS}
+        states = [budget.projection_states[layer.number] for budget in stored.budgets]
+        layer.take_refits(states, {n: tensors[key] for n, key in own.items() if key in tensors})
+    for key, value in changed().items():
+        value.copy_(tensors[key])
 
 
 def stage(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import randomise_routers, randomise_vectors
 from torch.testing import assert_close
-from zoo import check_generation, tiny
+from zoo import check_generation, refit_randomly, tiny
 
 import d2dmoe
 from d2dmoe.attention.fit import fit_all
@@ -69,6 +69,7 @@ def converted(name: str, dtype: torch.dtype = torch.float64, seed: int = 3) -> t
     budget = Budget(0.5, [0.0] * len(config.blocks))
     budget.projection_states = states
     config.budgets.replace([budget])
+    refit_randomly(model)
     return model
 
 
@@ -86,7 +87,8 @@ def by_formula(layer, x: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
                 y = y + x[..., rows] @ own.T - layer.head_mean[head, :width] @ basis.T @ own.T
             else:
                 y = y + kept @ basis.T @ own.T
-        return y
+        thin = torch.cat([x[..., rows.start : rows.start + width] for rows, width in parts], -1)
+        return y + thin @ layer.refit_out[0, : sum(widths)] + layer.refit_constant[0]
     y = torch.zeros(*x.shape[:-1], p.outputs).to(x)
     for rows, width in parts:
         full = x @ weight[rows].T + bias[rows]
@@ -167,7 +169,7 @@ def test_all_on_is_dense_and_a_budget_survives_saving(name, tmp_path):
         again = type(model).from_pretrained(tmp_path)
         with set_gate(again, active=0.5):
             assert_close(again(**inputs)[key], cheap)  # products depend on where weights lie
-        assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["version"] == 4
+        assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["version"] == 5
         stored = again.state_dict()
         assert all(torch.equal(p, stored[n]) for n, p in dense.named_parameters() if n in stored)
         set_gate(again, active=0.5)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import randomise_routers
 from torch.testing import assert_close
-from zoo import check_generation, tiny
+from zoo import check_generation, refit_randomly, tiny
 
 import d2dmoe
 from d2dmoe.config import D2DMoEConfig
@@ -45,6 +46,7 @@ def converted(name: str, dtype: torch.dtype = torch.float64):
     budget = Budget(0.5, [0.0] * len(blocks))
     budget.projection_states = [state_for(n, p) for n, p in enumerate(found)]
     config.budgets.replace([budget])
+    refit_randomly(model)
     return model
 
 
@@ -68,6 +70,10 @@ def by_formula(layer, x, state):
         into, back, mean = layer.low_rank_in[rows, :rank], layer.low_rank_out[:rank, rows], layer.output_mean[rows]
         part = (x * keep) @ weight[rows].T + (x - x * keep) @ weight[rows].T @ into @ back
         part = part if layer.bias is None else part + layer.bias[rows]
+        if state.refit >= 0:
+            part = part + layer.refit_constant[state.refit]
+            if state.method == "low-rank":
+                part = part + x @ weight.T @ into @ layer.refit_out[state.refit, :rank]
         y.append(part + mean - mean @ into @ back if state.method == "low-rank" else part)
         start += width
     return torch.cat(y, -1)
@@ -78,7 +84,8 @@ def test_every_way_is_its_formula(name):
     model = converted(name)
     for layer in projections(model):
         x = torch.randn(2, 5, layer.projection.inputs).double()
-        for state in (state_for(n, layer.projection) for n in range(3)):
+        states = [state_for(n, layer.projection) for n in range(3)]
+        for state in states + [replace(state, refit=0) for state in states if layer.projection.refits]:
             layer.gate_state = state
             assert_close(
                 layer(x).detach(), by_formula(layer, x, state).detach(), msg=f"{layer.projection.name} {state}"

@@ -34,7 +34,7 @@ openvino = pytest.importorskip("openvino")
 from d2dmoe.openvino import compile_model, extension  # noqa: E402
 from d2dmoe.openvino.cache import complete  # noqa: E402
 from d2dmoe.openvino.graph import layer_inputs, make_node  # noqa: E402
-from d2dmoe.openvino.projections import dense_maps, plain_projection  # noqa: E402
+from d2dmoe.openvino.projections import check_budgets, dense_maps, plain_projection  # noqa: E402
 from d2dmoe.pipeline.openvino import compressed, example_inputs, export_openvino, traced  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is not a stored budget")
@@ -259,7 +259,7 @@ def with_projections(name: str, attention: str, **keys: object) -> torch.nn.Modu
 ])  # fmt: skip
 def test_projections_are_exported_at_one_budget(name, attention, head, tmp_path):
     model = with_projections(name, attention, active=[0.3, 0.6], head=head)
-    used = {s.method for s in stored_config(model).budgets.projection_states(0.3)}
+    used = {s.method for s in stored_config(model).projection_states(0)}
     assert attention.partition(":")[0] in used
     model.save_pretrained(tmp_path / "model")
     export_openvino(str(tmp_path / "model"), str(tmp_path / "out"), actives=[0.3])
@@ -347,7 +347,11 @@ def test_projections_can_be_exported_dense_at_several_budgets(tmp_path):
 
 @needs_native
 def test_projections_that_are_alike_at_all_budgets_leave_these_open(tmp_path):
-    model = with_projections("bert", "low-rank", active=[0.3, 0.6], attention_active=0.5)
+    alike = {"active": [0.3, 0.6], "attention_active": 0.5}
+    refitted = with_projections("bert", "low-rank", **alike)
+    with pytest.raises(UserError, match="does not do the same at the budgets"):
+        check_budgets(stored_config(refitted), alike["active"])
+    model = with_projections("bert", "low-rank", **alike, compensate=False)
     model.save_pretrained(tmp_path / "model")
     export_openvino(str(tmp_path / "model"), str(tmp_path / "out"))
     compiled, inputs = compile_model(tmp_path / "out"), {"input_ids": torch.randint(5, 90, (3, 11))}

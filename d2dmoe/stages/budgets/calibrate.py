@@ -12,6 +12,8 @@ from ...data.batches import Batches
 from ...kernels import dispatching
 from ...measure.layer_inputs import LayerInputs
 from ...moe.layer import layers
+from ...tensors import REFITS
+from ..compensate import output_projections
 from .curve import threshold_curve
 from .fit import BudgetFits
 from .goals import GOALS, Evidence, Goal
@@ -31,6 +33,7 @@ def calibrate(
     dense: Callable[[], nn.Module] | None = None,
     plan: Plan | None = None,
     inputs: LayerInputs | None = None,
+    compensate: bool = False,
 ) -> None:
     """Fill `config.curve` and `config.budgets`, and the stand-ins of the model's layers.
 
@@ -46,13 +49,14 @@ def calibrate(
         dense: Gives the dense model, against which `speedup` targets are measured.
         plan: The projections around attention, and the head.
         inputs: The layers' inputs on the batches.
+        compensate: Refit output projections on what they get from the converted layers before them.
 
     Raises:
         UserError: If a target is out of reach.
     """
     plan = plan or Plan()
     even = even_shares(config, plan)
-    fits = BudgetFits(model, batches, config, even, inputs)
+    fits = BudgetFits(model, batches, config, even, inputs, compensate)
     goals = _goals(targets, fits, unseen or batches, dense, plan)
     config.budgets.replace([])
     config.curve = threshold_curve(model, batches, config, thresholds, inputs=fits.inputs)
@@ -112,5 +116,6 @@ def _by_number(config: D2DMoEConfig, goals: list[Goal]) -> list[tuple[int, Goal]
 def _sort(model: nn.Module, config: D2DMoEConfig) -> None:
     """Budgets, and the stand-ins that belong to them, by rising active fraction."""
     order = config.budgets.sort()
-    for value in (value for layer in layers(model) for value in layer.stand_ins().values()):
+    refits = [getattr(x, name) for x in output_projections(model) if x.projection.refits for name in REFITS]
+    for value in (*refits, *(value for layer in layers(model) for value in layer.stand_ins().values())):
         value.data = value.data[order]

@@ -16,6 +16,7 @@ from ...moe.gating import gate_state, set_gate
 from ...moe.layer import layers
 from ...moe.projection import projections
 from ...progress import progress
+from ..compensate import compensate, forget_refits, output_projections
 from ..standins import RIDGES, fit_means, fit_stand_ins
 from .search import SEARCH_TOLERANCE, bisect
 from .shares import Shares
@@ -35,6 +36,7 @@ class BudgetFits:
         batches: Calibration batches.
         shares: Shares a budget out among blocks and projections; equally at first.
         inputs: The layers' inputs on these batches.
+        compensate: Refit output projections on what they get from the converted layers before them?
     """
 
     model: nn.Module
@@ -42,6 +44,7 @@ class BudgetFits:
     config: D2DMoEConfig
     shares: Callable[[float], Shares] | None = None
     inputs: LayerInputs | None = None
+    compensate: bool = False
 
     def __post_init__(self) -> None:
         self.inputs = self.inputs or LayerInputs(self.model, self.batches)
@@ -52,6 +55,7 @@ class BudgetFits:
         shares = Shares([active] * len(self.config.blocks)) if self.shares is None else self.shares(active)
         budget.active, budget.taus = active, curve.thresholds_by_block(shares.blocks)
         budget.ffn_active, budget.projection_states = shares.ffn_active, shares.states
+        forget_refits(self.model, self.config, number)
 
     def fit(self, numbers: Sequence[int]) -> None:
         """Thresholds and stand-ins of some budgets. Stand-ins move what runs: thresholds are set before and after."""
@@ -60,7 +64,11 @@ class BudgetFits:
         again = self.config.stand_in in REGRESSED
         self.match_active(numbers, first=again)
         self.fit_stand_ins(numbers)
-        if again:
+        refits = self.compensate and bool(output_projections(self.model))
+        for number in numbers if refits else ():
+            room = {"folder": self.inputs.folder, "memory": self.inputs.memory}
+            compensate(self.model, self.batches, self.config, number, **room)
+        if again or refits:
             self.match_active(numbers)
 
     def fit_roughly(self) -> None:
@@ -105,7 +113,7 @@ class BudgetFits:
             move(point)
             for index, layer in enumerate(layers(self.model)):
                 layer.gate_state = gate_state(config, budget.taus[index], number)
-            for layer, state in zip(projections(self.model), budget.projection_states, strict=True):
+            for layer, state in zip(projections(self.model), config.projection_states(number), strict=True):
                 layer.gate_state = state
             return measure_active(self.model, batches)
 
