@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -13,10 +14,11 @@ from torch import nn
 
 from ..data.batches import Batches
 from ..moe.gating import set_gate
-from .layer_inputs import KEPT, Spill
+from .layer_inputs import ROOM, Spill
 from .observe import EnoughSeen, model_inputs, pieces, trunk
 from .replay import giving, innermost_parts, mapped
 
+KEPT = 128 * 2**20  # bytes kept in memory
 Rows = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -34,7 +36,7 @@ class Walk:
         modules: Those that will be asked for. They share nothing and pass nothing on but their outputs.
         gate: Arguments of `set_gate` for the walk.
         folder: Where a file may hold what is kept.
-        memory: Bytes kept in memory, by default `layer_inputs.KEPT`.
+        memory: Bytes kept in memory, by default `KEPT`.
 
     Attributes:
         order: Those of `modules` that run once in a forward pass, in this order.
@@ -126,7 +128,9 @@ class Walk:
             value = value.detach().clone()
             return lambda: value
         if self._spill is None and self.folder is not None:
-            self._spill = Spill(self.folder)
+            needed = value.nbytes * len(self._pieces) * len({*self._parts.values()})  # parts are alike
+            if shutil.disk_usage(self.folder).free > ROOM * needed:
+                self._spill = Spill(self.folder)
         if self._spill is None:
             self._trusted = False
             for kept in self._kept:

@@ -8,6 +8,7 @@ from zoo import converted_tiny
 
 from d2dmoe import set_gate
 from d2dmoe.data import Batches
+from d2dmoe.measure import walk
 from d2dmoe.measure.observe import model_inputs
 from d2dmoe.measure.walk import Walk
 from d2dmoe.moe.layer import DynamicFFN, layers
@@ -47,10 +48,10 @@ def count_calls(model: torch.nn.Module) -> list[DynamicFFN]:
 def test_every_module_is_met_as_in_the_whole_model(name):
     model = converted_tiny(name)
     wanted = in_whole_passes(model, QUARTER)
-    walk = Walk(model, BATCHES, layers(model)[::-1], QUARTER)
-    assert walk.order == layers(model)
-    for layer in walk.order:
-        for ours, theirs in zip(walk.at(layer), wanted[layer], strict=True):
+    steps = Walk(model, BATCHES, layers(model)[::-1], QUARTER)
+    assert steps.order == layers(model)
+    for layer in steps.order:
+        for ours, theirs in zip(steps.at(layer), wanted[layer], strict=True):
             assert all(map(torch.equal, ours, theirs))
 
 
@@ -60,30 +61,42 @@ def test_what_was_passed_is_run_once_where_there_is_room(room, in_file, again, t
     model = converted_tiny("gpt2")
     first, second = layers(model)
     calls = count_calls(model)
-    walk = Walk(model, BATCHES, layers(model), QUARTER, tmp_path if in_file else None, room)
+    steps = Walk(model, BATCHES, layers(model), QUARTER, tmp_path if in_file else None, room)
     calls.clear()
-    list(walk.at(first))
+    list(steps.at(first))
     assert calls == [first] * 3
-    list(walk.at(second))
+    list(steps.at(second))
     calls.clear()
-    list(walk.at(second))
+    list(steps.at(second))
     assert calls.count(first) == again
     assert calls.count(second) == 3 + (again == 1) * 2
     calls.clear()
-    list(walk.at(second))
+    list(steps.at(second))
     assert calls.count(first) == (again == 3) * 3
+
+
+def test_a_full_disk_is_not_filled(monkeypatch, tmp_path):
+    monkeypatch.setattr(walk, "ROOM", 10**15)
+    model = converted_tiny("gpt2")
+    first, second = layers(model)
+    calls = count_calls(model)
+    steps = Walk(model, BATCHES, layers(model), QUARTER, tmp_path, 0)
+    for layer in (first, second, second):
+        calls.clear()
+        list(steps.at(layer))
+    assert calls.count(first) == 3
 
 
 def test_a_change_of_a_module_is_met_by_those_after_it():
     model = converted_tiny("gpt2")
     first, second = layers(model)
-    walk = Walk(model, BATCHES, layers(model), QUARTER)
-    list(walk.at(first))
+    steps = Walk(model, BATCHES, layers(model), QUARTER)
+    list(steps.at(first))
     with torch.no_grad():
         first.down_weight.mul_(-2)
     wanted = in_whole_passes(model, QUARTER)[second]
     for _ in range(2):  # the second time with what was kept
-        for ours, theirs in zip(walk.at(second), wanted, strict=True):
+        for ours, theirs in zip(steps.at(second), wanted, strict=True):
             assert all(map(torch.equal, ours, theirs))
 
 
@@ -94,8 +107,8 @@ def test_everything_runs_again_where_a_part_passes_something_on_by_another_way()
     blocks[0].attn.register_forward_hook(lambda _, __, output: held.update(mean=output[0].mean()))
     blocks[1].register_forward_pre_hook(lambda _, args: (args[0] + held.pop("mean", 0), *args[1:]))
     wanted = in_whole_passes(model, QUARTER)
-    walk = Walk(model, BATCHES, layers(model), QUARTER)
-    for layer in walk.order:
+    steps = Walk(model, BATCHES, layers(model), QUARTER)
+    for layer in steps.order:
         for _ in range(2):
-            for ours, theirs in zip(walk.at(layer), wanted[layer], strict=True):
+            for ours, theirs in zip(steps.at(layer), wanted[layer], strict=True):
                 assert all(map(torch.equal, ours, theirs))
