@@ -166,3 +166,55 @@ def test_only_so_much_text_is_read(monkeypatch):
         convert_model(wide("gpt2"), replace(QUICK, attention="auto", calibration_tokens=64), data)
     assert data.tokens > 3 * 64
     assert 0 < read[0] <= 64 + len(data.items[0]["input_ids"])
+
+
+MORE = replace(QUICK, calibration_tokens=4000)
+
+
+def strong(name: str) -> torch.nn.Module:
+    """A tiny model in which much is lost before the last layer."""
+    model = wide(name)
+    for parameter in model.parameters():
+        parameter.data *= 3
+    return model
+
+
+def test_refits_are_stored_for_every_budget_unless_they_are_not_wanted():
+    for wanted in (True, False):
+        model, data = strong("gpt2"), batches(600)
+        convert_model(model, replace(MORE, attention="low-rank", active=[0.6, 0.3], compensate=wanted), data)
+        record = stored_config(model)
+        outputs = [layer for layer in projections(model) if layer.projection.role == "o"]
+        refitted = [layer for layer in outputs if layer.projection.refits]
+        assert {layer.projection.refits for layer in refitted} == ({2} if wanted else set())
+        assert record.to_dict()["version"] == (5 if wanted else 1)
+        for layer in refitted:
+            less, more = (budget.projection_states[layer.number].ranks[0] for budget in record.budgets)
+            assert layer.refit_out.shape == (2, more, layer.projection.outputs)
+            assert not layer.refit_out[0, less:].any()
+
+
+def test_a_conversion_that_was_interrupted_after_calibration_has_its_refits(tmp_path, monkeypatch):
+    config, data = replace(MORE, attention="heads", active=[0.3, 0.6]), batches(600)
+    model, again = strong("gpt2"), strong("gpt2")
+    convert_model(model, config, data, work=tmp_path)
+    monkeypatch.setattr("d2dmoe.pipeline.model.calibrate", None)  # it would fail
+    convert_model(again, config, data, work=tmp_path, resume=True)
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert any(name.endswith("refit_out") for name in ours)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_search_refits_what_it_ends_with():
+    """Every fraction that is tried has other ranks."""
+    model, data = strong("gpt2"), batches(600)
+    convert_model(model, replace(MORE, attention="low-rank", active=[], max_loss=[0.02]), data)
+    (budget,) = stored_config(model).budgets
+    for layer, state in zip(projections(model), budget.projection_states, strict=True):
+        if layer.projection.refits:
+            assert layer.refit_out.shape[1] == layer.projection.refit_rank == state.ranks[0]
+    assert any(layer.projection.refits for layer in projections(model))
+    inputs = model_inputs(model, data[0])
+    with torch.no_grad(), set_gate(model, budget=0):
+        assert model(**inputs).logits.isfinite().all()
