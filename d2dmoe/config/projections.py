@@ -154,7 +154,7 @@ def check_projections(projections: Sequence[Projection], budgets: Sequence[Any])
         widest = projection.inputs if projection.role == HEAD else projection.outputs
         in_range(f"{where}.rank", projection.rank, 0, widest)
         _check_heads(projection, where)
-        _check_refits(projection, budgets, where)
+        _check_refits(projection, number, budgets)
     check_distinct(projections, "name", "projections")
     for number, budget in enumerate(budgets):
         _check_settings(projections, budget, f"budgets[{number}]")
@@ -221,13 +221,11 @@ def _check_heads(projection: Projection, where: str) -> None:
     in_range(f"{where}.head_rank", projection.head_rank, 0, max(projection.head_widths, default=0))
 
 
-def _check_refits(projection: Projection, budgets: Sequence[Any], where: str) -> None:
+def _check_refits(projection: Projection, number: int, budgets: Sequence[Any]) -> None:
+    where, counted = f"projections[{number}]", budgets if projection.refits else []
     if projection.refits and projection.role != "o":
         refuse(f"{where}.refits", projection.refits, "0, as it is no output projection")
     if projection.refits not in (0, len(budgets)):
         refuse(f"{where}.refits", projection.refits, f"0 or {len(budgets)}, the number of budgets")
-    place = int(where[len("projections[") : -1])
-    used = (
-        [projection.thin(budget.methods[place], budget.ranks[place]) for budget in budgets] if projection.refits else []
-    )
+    used = (projection.thin(budget.methods[number], budget.ranks[number]) for budget in counted)
     in_range(f"{where}.refit_rank", projection.refit_rank, max(used, default=0), projection.inputs)

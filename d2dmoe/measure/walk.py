@@ -36,7 +36,7 @@ class Walk:
         modules: Those that will be asked for. They share nothing and pass nothing on but their outputs.
         gate: Arguments of `set_gate` for the walk.
         folder: Where a file may hold what is kept.
-        memory: Bytes kept in memory, by default `KEPT`.
+        memory: Bytes kept in memory, by default and at most `KEPT`.
 
     Attributes:
         order: Those of `modules` that run once in a forward pass, in this order.
@@ -47,7 +47,7 @@ class Walk:
         folder: Path | None = None, memory: int | None = None,
     ):  # fmt: skip
         self.model, self.gate, self.folder = model, gate, folder
-        self._pieces, self._left = list(pieces(batches)), KEPT if memory is None else memory
+        self._pieces, self._left = list(pieces(batches)), KEPT if memory is None else min(memory, KEPT)
         self._parts = dict(zip(modules, innermost_parts(model, modules), strict=True))
         self._kept: list[dict[nn.Module, Any]] = [{} for _ in self._pieces]  # of each piece, what parts gave
         self._spill: Spill | None = None

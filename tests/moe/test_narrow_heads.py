@@ -229,6 +229,10 @@ def test_flops_are_those_of_the_counter():
         ("head_rank", 1000, r"projections\[0\].head_rank is 1000"),
         ("head_rank", 1, r"ranks\[0\]\[\d+\] is"),
         ("attention", -1, r"projections\[0\].attention is -1"),
+        ("refits", 1, r"projections\[0\].refits is 1"),
+        ("refits", 2, r"projections\[1\].refits is 2"),
+        ("refit_rank", 1, r"projections\[1\].refit_rank is 1"),
+        ("refit_rank", 1000, r"projections\[1\].refit_rank is 1000"),
     ],
 )
 def test_a_record_that_does_not_fit(field, value, said, tmp_path):
@@ -236,7 +240,8 @@ def test_a_record_that_does_not_fit(field, value, said, tmp_path):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"].pop("checksums", None)
-    config["quantization_config"]["projections"][0][field] = value
+    number = int(said[len(r"projections\[")]) if said.startswith("projections") else 0
+    config["quantization_config"]["projections"][number][field] = value
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=said):
         type(model).from_pretrained(tmp_path)
