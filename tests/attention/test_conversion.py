@@ -168,7 +168,7 @@ def test_only_so_much_text_is_read(monkeypatch):
     assert 0 < read[0] <= 64 + len(data.items[0]["input_ids"])
 
 
-MORE = replace(QUICK, calibration_tokens=4000)
+MORE = replace(QUICK, calibration_tokens=1500)
 
 
 def strong(name: str) -> torch.nn.Module:
@@ -181,7 +181,7 @@ def strong(name: str) -> torch.nn.Module:
 
 def test_refits_are_stored_for_every_budget_unless_they_are_not_wanted():
     for wanted in (True, False):
-        model, data = strong("gpt2"), batches(600)
+        model, data = strong("gpt2"), batches(200)
         convert_model(model, replace(MORE, attention="low-rank", active=[0.6, 0.3], compensate=wanted), data)
         record = stored_config(model)
         outputs = [layer for layer in projections(model) if layer.projection.role == "o"]
@@ -195,7 +195,7 @@ def test_refits_are_stored_for_every_budget_unless_they_are_not_wanted():
 
 
 def test_a_conversion_that_was_interrupted_after_calibration_has_its_refits(tmp_path, monkeypatch):
-    config, data = replace(MORE, attention="heads", active=[0.3, 0.6]), batches(600)
+    config, data = replace(MORE, attention="heads", active=[0.3, 0.6]), batches(200)
     model, again = strong("gpt2"), strong("gpt2")
     convert_model(model, config, data, work=tmp_path)
     monkeypatch.setattr("d2dmoe.pipeline.model.calibrate", None)  # it would fail
@@ -208,7 +208,7 @@ def test_a_conversion_that_was_interrupted_after_calibration_has_its_refits(tmp_
 
 def test_a_search_refits_what_it_ends_with():
     """Every fraction that is tried has other ranks."""
-    model, data = strong("gpt2"), batches(600)
+    model, data = strong("gpt2"), batches(200)
     convert_model(model, replace(MORE, attention="low-rank", active=[], max_loss=[0.02]), data)
     (budget,) = stored_config(model).budgets
     for layer, state in zip(projections(model), budget.projection_states, strict=True):
