@@ -330,6 +330,26 @@ def converted_tiny(name: str) -> Any:
     return model
 
 
+def attached(model: Any) -> Any:
+    """The model with experts that all run, and room for the bases of its projections and heads."""
+    import torch
+    from conftest import randomise_routers
+
+    from d2dmoe.config import ConvertConfig, D2DMoEConfig
+    from d2dmoe.config.sizes import choose_projections
+    from d2dmoe.discovery import discover, find_projections
+    from d2dmoe.moe.loader import attach
+
+    blocks = discover(model).blocks
+    for block in blocks:
+        block.experts = 8
+    found = choose_projections(ConvertConfig(attention="heads"), find_projections(model).found)
+    config = D2DMoEConfig(blocks=blocks, router_width=8, projections=found)
+    attach(model, config, [torch.arange(block.width) for block in blocks])
+    randomise_routers(model)
+    return model
+
+
 def refit_randomly(model: Any) -> None:
     """Random refits of all output projections, for every budget of the record."""
     import torch

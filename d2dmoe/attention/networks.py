@@ -21,7 +21,7 @@ from ..config.projections import Projection
 from ..config.record import Block
 from ..data.batches import Batches
 from ..discovery.inputs import on_small_inputs
-from ..measure.observe import model_inputs, pieces, trunk_below
+from ..measure.observe import model_inputs, pieces, real_rows, trunk_below
 from ..moe.network import put_network
 from ..moe.packing import matrix_of, sizes
 from ..training import train
@@ -134,9 +134,9 @@ class Reading:
 
         def watch(group: int) -> Callable:
             def hook(_: nn.Module, args: tuple) -> None:
-                x, mask = args[0].reshape(-1, args[0].shape[-1]), current["mask"]
-                padded = mask is not None and mask.numel() == len(x) and not mask.all()
-                held[group].append(x[mask.reshape(-1).bool().to(x.device)] if padded else x.clone())
+                x = args[0].reshape(-1, args[0].shape[-1])
+                wanted = real_rows(current["mask"], len(x))
+                held[group].append(x.clone() if wanted is None else x[wanted.to(x.device)])
 
             return hook
 

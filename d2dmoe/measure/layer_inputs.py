@@ -32,6 +32,12 @@ class Spill:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
 
+    @classmethod
+    def where_room(cls, folder: Path | None, needed: int) -> Spill | None:
+        """A file for so many bytes, where there is a folder with room for it."""
+        enough = folder is not None and shutil.disk_usage(folder).free > ROOM * needed
+        return cls(folder) if enough else None
+
     def write(self, value: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Write a tensor; returns what reads it."""
         place, shape, dtype = self._file.seek(0, os.SEEK_END), value.shape, value.dtype
@@ -141,8 +147,7 @@ class LayerInputs:
         rows = sum(
             layer.block.d_model * layer.block.calls * layer.down_weight.element_size() for layer in layers(self.model)
         )
-        enough = shutil.disk_usage(self.folder).free > ROOM * self.batches.tokens * rows
-        return Spill(self.folder) if enough else None
+        return Spill.where_room(self.folder, self.batches.tokens * rows)
 
     def _replay(self, observer: Observer, name: str, only: Collection[int] | None) -> None:
         numbers = [index for index in sorted(self._kept) if only is None or index in only]

@@ -39,6 +39,13 @@ class EnoughSeen(Exception):
     """Raised by an observer that needs no later layer: it ends the pass over this batch."""
 
 
+def real_rows(mask: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+    """Which of so many rows are tokens ``(rows,)``, by a batch's `attention_mask`; `None` if all of them count."""
+    if mask is None or mask.numel() != rows or mask.all():
+        return None
+    return mask.reshape(-1).bool()
+
+
 @contextmanager
 def observing(model: nn.Module, observer: Observer) -> Iterator[dict[str, torch.Tensor | None]]:
     """Have `observer` called in every converted layer at every forward pass.
@@ -51,9 +58,8 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[dict[str, torch.
 
     def watch(index: int) -> Callable:
         def call(layer, x, hidden, scores, run):
-            mask = current["mask"]
-            if mask is not None and mask.numel() == x.shape[0] and not mask.all():
-                keep = mask.reshape(-1).bool()
+            keep = real_rows(current["mask"], len(x))
+            if keep is not None:
                 hidden = None if hidden is None else hidden[:, keep]
                 x, scores, run = (None if t is None else t[keep] for t in (x, scores, run))
             observer(index, layer, x, hidden, scores, run)
@@ -79,9 +85,8 @@ def observing_projections(
     current: dict[str, torch.Tensor | None] = {"mask": None}
 
     def call(layer: DynamicProjection, x: torch.Tensor, keep: torch.Tensor | None) -> None:
-        mask = current["mask"]
-        if mask is not None and mask.numel() == x.shape[0] and not mask.all():
-            wanted = mask.reshape(-1).bool()
+        wanted = real_rows(current["mask"], len(x))
+        if wanted is not None:
             x, keep = x[wanted], None if keep is None else keep[wanted]
         observer(layer, x, keep)
 

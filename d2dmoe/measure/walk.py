@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -14,8 +13,8 @@ from torch import nn
 
 from ..data.batches import Batches
 from ..moe.gating import set_gate
-from .layer_inputs import ROOM, Spill
-from .observe import EnoughSeen, model_inputs, pieces, trunk
+from .layer_inputs import Spill
+from .observe import EnoughSeen, model_inputs, pieces, real_rows, trunk
 from .replay import giving, innermost_parts, mapped
 
 KEPT = 128 * 2**20  # bytes kept in memory
@@ -90,11 +89,8 @@ class Walk:
         if not self._trusted:
             kept = {}
         found = self._run(number, module, kept, keep=self._trusted is not False)
-        mask = self._pieces[number].get("attention_mask")
-        if mask is not None and mask.numel() == len(found[0]) and not mask.all():
-            wanted = mask.reshape(-1).bool()
-            return found[0][wanted], found[1][wanted]
-        return found
+        wanted = real_rows(self._pieces[number].get("attention_mask"), len(found[0]))
+        return found if wanted is None else (found[0][wanted], found[1][wanted])
 
     def _run(self, number: int, module: nn.Module, given: dict[nn.Module, Any], *, keep: bool = False) -> Rows:
         """The forward pass of a piece up to this module, with the outputs of some parts given."""
@@ -127,10 +123,9 @@ class Walk:
         if self._left >= 0:
             value = value.detach().clone()
             return lambda: value
-        if self._spill is None and self.folder is not None:
+        if self._spill is None:
             needed = value.nbytes * len(self._pieces) * len({*self._parts.values()})  # parts are alike
-            if shutil.disk_usage(self.folder).free > ROOM * needed:
-                self._spill = Spill(self.folder)
+            self._spill = Spill.where_room(self.folder, needed)
         if self._spill is None:
             self._trusted = False
             for kept in self._kept:

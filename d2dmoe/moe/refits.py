@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -25,7 +25,6 @@ class Refitted:
     weight: torch.Tensor
     refit_out: torch.Tensor
     refit_constant: torch.Tensor
-    added_shapes: Callable[[], dict[str, tuple[int, ...]]]
     _parameters: dict[str, nn.Parameter | None]
     _note_names: Callable[[], None]
 
@@ -49,35 +48,31 @@ class Refitted:
             out: ``(thin, outputs)``.
             constant: ``(outputs,)``.
         """
-        p, known = self.projection, [getattr(self, name, None) for name in REFITS]
-        p.refits = len(states)
-        p.refit_rank = max(p.refit_rank, len(out), 1, *(p.thin(s.method, s.ranks) for s in states))
-        shapes = self.added_shapes()
-        for name, value, new in zip(REFITS, known, (out, constant), strict=True):
-            tensor = self.weight.new_zeros(shapes[name])
-            if value is not None:
-                tensor[tuple(map(slice, value.shape))] = value
-            tensor[number] = 0
-            tensor[number][tuple(map(slice, new.shape))] = new.to(tensor)
-            self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-        self._note_names()
+        p = self.projection
+        rank = max(p.refit_rank, len(out), 1, *(p.thin(s.method, s.ranks) for s in states))
+        outs = self.weight.new_zeros(len(states), rank, p.outputs)
+        constants = self.weight.new_zeros(len(states), p.outputs)
+        if p.refits:
+            outs[:, : p.refit_rank], constants[:] = self.refit_out, self.refit_constant
+        outs[number], constants[number] = 0, constant.to(constants)
+        outs[number, : len(out)] = out.to(outs)
+        self.hold_refits(outs, constants)
 
-    def take_refits(self, states: Sequence[ProjectionState], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Those of another run, by name; none where there are none."""
-        for number in range(len(states) if tensors else 0):
-            self.set_refit(states, number, *(tensors[name][number] for name in REFITS))
+    def hold_refits(self, out: torch.Tensor | None, constant: torch.Tensor | None) -> None:
+        """Have these refits ``(budgets, refit_rank, outputs)`` and ``(budgets, outputs)``; `None`: have none."""
+        p = self.projection
+        p.refits, p.refit_rank = (0, 0) if out is None else out.shape[:2]
+        for name, tensor in zip(REFITS, (out, constant), strict=True):
+            self._parameters.pop(name, None)
+            if tensor is not None:
+                self._parameters[name] = nn.Parameter(tensor.detach().to(self.weight), requires_grad=False)
+        self._note_names()
 
     def trim_refits(self, states: Sequence[ProjectionState]) -> None:
         """Keep no more rows of a refit than these settings use, and none where it changes nothing at all of them."""
-        p, known = self.projection, [getattr(self, name, None) for name in REFITS]
-        if not p.refits:
-            return
-        changes = any(bool(value.any()) for value in known)
-        p.refit_rank = max(1, *(p.thin(s.method, s.ranks) for s in states)) if changes else 0
-        p.refits *= changes
-        for name, tensor in zip(REFITS, known, strict=True):
-            del self._parameters[name]
-            if changes:
-                kept = tensor[:, : p.refit_rank].clone() if tensor.dim() == 3 else tensor
-                self._parameters[name] = nn.Parameter(kept, requires_grad=False)
-        self._note_names()
+        p = self.projection
+        if p.refits and not (self.refit_out.any() or self.refit_constant.any()):
+            self.hold_refits(None, None)
+        elif p.refits:
+            rank = max(1, *(p.thin(s.method, s.ranks) for s in states))
+            self.hold_refits(self.refit_out[:, :rank].clone(), self.refit_constant)

@@ -63,9 +63,7 @@ def fitted(
     if record is not None:
         stored.take_calibration(json.loads(record.read_text()))
     for layer in projections(model):
-        own = {n: f"{layer.projection.name}.{n}" for n in REFITS}
-        states = [budget.projection_states[layer.number] for budget in stored.budgets]
-        layer.take_refits(states, {n: tensors[key] for n, key in own.items() if key in tensors})
+        layer.hold_refits(*(tensors.get(f"{layer.projection.name}.{name}") for name in REFITS))
     for key, value in changed().items():
         value.copy_(tensors[key])
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..config.record import Block
-from ..measure.observe import model_inputs, pieces, trunk_below
+from ..measure.observe import model_inputs, pieces, real_rows, trunk_below
 from ..moe.packing import Neurons
 from ..progress import progress
 
@@ -57,9 +57,8 @@ def activation_profiles(
     def watch(name: str):
         def hook(_: nn.Module, args: tuple) -> None:
             hidden = args[0].reshape(-1, args[0].shape[-1])
-            mask = current.get("attention_mask")
-            if mask is not None and mask.numel() == len(hidden) and not mask.all():
-                hidden = hidden[mask.reshape(-1).bool()]
+            wanted = real_rows(current.get("attention_mask"), len(hidden))
+            hidden = hidden if wanted is None else hidden[wanted]
             hidden = hidden.float() if signed else hidden.float().abs()
             omega = torch.randn(len(hidden), SKETCH, generator=generator)
             sums[name] += (hidden.T.cpu() @ omega).double()

@@ -8,7 +8,7 @@ from zoo import converted_tiny
 
 from d2dmoe import set_gate
 from d2dmoe.data import Batches
-from d2dmoe.measure import walk
+from d2dmoe.measure import layer_inputs
 from d2dmoe.measure.observe import model_inputs
 from d2dmoe.measure.walk import Walk
 from d2dmoe.moe.layer import DynamicFFN, layers
@@ -76,7 +76,7 @@ def test_what_was_passed_is_run_once_where_there_is_room(room, in_file, again, t
 
 
 def test_a_full_disk_is_not_filled(monkeypatch, tmp_path):
-    monkeypatch.setattr(walk, "ROOM", 10**15)
+    monkeypatch.setattr(layer_inputs, "ROOM", 10**15)
     model = converted_tiny("gpt2")
     first, second = layers(model)
     calls = count_calls(model)

@@ -7,40 +7,25 @@ import json
 
 import pytest
 import torch
-from conftest import randomise_routers, randomise_vectors
+from conftest import randomise_vectors
 from torch.testing import assert_close
-from zoo import check_generation, refit_randomly, tiny
+from zoo import attached, check_generation, refit_randomly, tiny
 
 import d2dmoe
 from d2dmoe.attention.fit import fit_all
 from d2dmoe.attention.heads import heads_of
-from d2dmoe.config import ConvertConfig, D2DMoEConfig
 from d2dmoe.config.budgets import Budget
 from d2dmoe.config.projections import HEAD, ProjectionState
-from d2dmoe.config.sizes import choose_projections
 from d2dmoe.data import Batches
-from d2dmoe.discovery import discover, dummy_inputs, find_projections
+from d2dmoe.discovery import dummy_inputs, find_projections
 from d2dmoe.errors import UserError
 from d2dmoe.measure.flops import model_flops, projection_flops
 from d2dmoe.moe.gating import set_gate, use_gate
 from d2dmoe.moe.heads import parts_of
-from d2dmoe.moe.loader import attach
 from d2dmoe.moe.projected import trim_projections
 from d2dmoe.moe.projection import projections
 
 MODELS = ("gpt2", "bert", "vit", "llama", "t5", "phi3")
-
-
-def attached(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with experts that all run, and room for bases."""
-    blocks = discover(model).blocks
-    for block in blocks:
-        block.experts = 8
-    found = choose_projections(ConvertConfig(attention="heads"), find_projections(model).found)
-    config = D2DMoEConfig(blocks=blocks, router_width=8, projections=found)
-    attach(model, config, [torch.arange(block.width) for block in blocks])
-    randomise_routers(model)
-    return model
 
 
 def converted(name: str, dtype: torch.dtype = torch.float64, seed: int = 3) -> torch.nn.Module:

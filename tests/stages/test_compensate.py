@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import randomise_routers, randomise_vectors
-from zoo import tiny
+from conftest import randomise_vectors
+from zoo import attached, tiny
 
 from d2dmoe import set_gate
 from d2dmoe.attention.fit import fit_all
-from d2dmoe.config import Budget, ConvertConfig, D2DMoEConfig
+from d2dmoe.config import Budget, D2DMoEConfig
 from d2dmoe.config.projections import ProjectionState
-from d2dmoe.config.sizes import choose_projections
 from d2dmoe.data import Batches
-from d2dmoe.discovery import discover, find_projections
 from d2dmoe.measure.observe import model_inputs
-from d2dmoe.moe.loader import attach
+from d2dmoe.moe.gating import stored_config
 from d2dmoe.moe.projection import projections
 from d2dmoe.stages.compensate import best_refit, compensate, forget_refits, output_projections
 from d2dmoe.stages.ridge import ridge
@@ -33,18 +31,12 @@ def converted(name: str, method: str) -> tuple[torch.nn.Module, D2DMoEConfig]:
     for parameter in model.parameters():
         parameter.data *= 3
     randomise_vectors(model)
-    blocks = discover(model).blocks
-    for block in blocks:
-        block.experts = 8
-    found = choose_projections(ConvertConfig(attention="heads"), find_projections(model).found)
-    config = D2DMoEConfig(blocks=blocks, router_width=8, projections=found)
-    attach(model, config, [torch.arange(block.width) for block in blocks])
-    randomise_routers(model)
+    config = stored_config(attached(model))
     fit_all(model, DATA)
     budgets = []
     for share in (0.25, 0.5):
-        budget = Budget(share, [0.0] * len(blocks))
-        budget.projection_states = [state_of(p, method, share) for p in found]
+        budget = Budget(share, [0.0] * len(config.blocks))
+        budget.projection_states = [state_of(p, method, share) for p in config.projections]
         budgets.append(budget)
     config.budgets.replace(budgets)
     return model, config
