@@ -19,7 +19,8 @@ from itertools import accumulate
 import torch
 
 from ..config.projections import Projection, ProjectionState, rows_of
-from .int8_plans import Factors
+
+Factors = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
 
 
 def head_shapes(projection: Projection) -> dict[str, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch import nn
 
 from ..config.projections import ProjectionState
 from ..kernels import LinearPlan, StaleWeights, identity, projects, rounded_rows
+from .heads import or_none, run_narrow
 from .prepared import offloaded
 
-Factors = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
 Projected = Any  # a `DynamicProjection`, which imports this
 KEPT = 32  # maps whose plans are kept: a projection has some for each budget
 
@@ -22,7 +23,7 @@ class Plans:
 
     def __init__(self) -> None:
         self._known: dict[tuple, LinearPlan] = {}
-        self._folded: dict[tuple[str, ProjectionState], tuple[tuple, LinearPlan]] = {}  # with versions of all tensors
+        self._single: dict[tuple[str, ProjectionState], tuple[tuple, LinearPlan]] = {}  # with versions of all tensors
 
     def __reduce__(self) -> tuple:
         return Plans, ()
@@ -48,13 +49,13 @@ class Plans:
             y = self._by_library(x, key, lambda: LinearPlan(weight, bias, rounds=dtype == "int8-dynamic"))
         return _by_torch(x, weight, bias, dtype) if y is None else y
 
-    def folded(self, layer: Projected, x: torch.Tensor, state: ProjectionState, dtype: str) -> torch.Tensor:
-        """The same for factors, multiplied out before they are rounded.
+    def single(self, layer: Projected, x: torch.Tensor, state: ProjectionState, dtype: str) -> torch.Tensor:
+        """The same for what is one product: factors multiplied out before they are rounded, or heads of less width.
 
         Args:
             layer: A `DynamicProjection`.
             x: ``(…, inputs)``.
-            state: With the ranks of the sections.
+            state: With the ranks of the sections, or the widths of heads.
             dtype: `int8` or `int8-dynamic`.
         """
         own, held = layer._parameters, layer._buffers  # `nn.Module` finds attributes slowly, and this is a hot path
@@ -64,21 +65,27 @@ class Plans:
             # `kernels.identity`, inline
             versions = tuple([(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None])
             for _ in range(2):
-                known = self._folded.get((dtype, state))
+                known = self._single.get((dtype, state))
                 if known is None or known[0] != versions:
-                    known = self._fold(layer, state, dtype, versions)
+                    known = self._add(layer, state, dtype, versions)
                 try:
                     return known[1](x)
                 except StaleWeights:
-                    self._folded = {}
-        return _by_torch(x, *_multiplied_out(layer.factors(state), state.ranks), dtype)
+                    self._single = {}
+        factors, product = layer.factors(state), partial(_by_torch, dtype=dtype)
+        return run_narrow(x, factors, product) if state.method == "heads" else product(x, *_multiplied_out(*factors))
 
-    def _fold(self, layer: Projected, state: ProjectionState, dtype: str, versions: tuple) -> tuple[tuple, LinearPlan]:
-        weight, bias = _multiplied_out(layer.factors(state), state.ranks)
+    def _add(self, layer: Projected, state: ProjectionState, dtype: str, versions: tuple) -> tuple[tuple, LinearPlan]:
+        factors, places, width = layer.factors(state), {}, layer.projection.inputs
+        if state.method == "heads":
+            weight, (kept, *there), (bias,) = factors
+            places = {"spread": or_none(kept, there[0])} if there else {"gather": kept, "width": width}
+        else:
+            weight, bias = _multiplied_out(*factors)
         sources = [t for t in layer.factor_sources() if t.numel()]
-        plan = LinearPlan(weight, bias, rounds=dtype == "int8-dynamic", sources=sources)
-        others = [(key, known) for key, known in self._folded.items() if key != (dtype, state)][-KEPT + 1 :]
-        self._folded = {**dict(others), (dtype, state): (versions, plan)}
+        plan = LinearPlan(weight, bias, rounds=dtype == "int8-dynamic", sources=sources, **places)
+        others = [(key, known) for key, known in self._single.items() if key != (dtype, state)][-KEPT + 1 :]
+        self._single = {**dict(others), (dtype, state): (versions, plan)}
         return versions, plan
 
     def _by_library(self, x: torch.Tensor, key: tuple, make: Callable[[], LinearPlan]) -> torch.Tensor | None:
@@ -96,10 +103,11 @@ class Plans:
 
 
 @torch.no_grad()
-def _multiplied_out(factors: Factors, ranks: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def _multiplied_out(
+    first: torch.Tensor, second: list[torch.Tensor], constants: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights ``(outputs, inputs)`` and constants ``(outputs,)`` of factors."""
-    first, second, constants = factors
-    parts = zip(first.split(ranks), second, strict=True)
+    parts = zip(first.split([s.shape[1] for s in second]), second, strict=True)
     return torch.cat([(s.float() @ f.float()).to(s.dtype) for f, s in parts]), torch.cat(constants)
 
 

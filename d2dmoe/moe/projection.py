@@ -28,8 +28,8 @@ from ..kernels import Watch, identity, native
 from ..tensors import BASES, HEADS
 from .few_tokens import FewTokens
 from .gate import Gate, Gated
-from .heads import head_shapes, narrow, run_narrow, used_rank
-from .int8_plans import Factors, Plans
+from .heads import Factors, head_shapes, narrow, run_narrow, used_rank
+from .int8_plans import Plans
 from .prepared import offloaded
 from .refits import Refitted, refit_shapes
 
@@ -166,11 +166,14 @@ class DynamicProjection(Refitted, Gated, nn.Module):
         if self._learns():
             return by_factors(x, self._derive(state), state.ranks)
         if self.linear_dtype is not None and self.projection.macs <= FOLDED:
-            return self.plans.folded(self, x, state, self.linear_dtype)
+            return self.plans.single(self, x, state, self.linear_dtype)
         return self._factored(x, self.factors(state), state.ranks)
 
     def _narrow(self, x: torch.Tensor, state: ProjectionState) -> torch.Tensor:
-        return run_narrow(x, self._derive(state) if self._learns() else self.factors(state), self._by_weights)
+        learns = self._learns()
+        if self.linear_dtype is not None and not learns:
+            return self.plans.single(self, x, state, self.linear_dtype)
+        return run_narrow(x, self._derive(state) if learns else self.factors(state), self._by_weights)
 
     def _by_weights(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """A dense map, rounded where that is asked for."""

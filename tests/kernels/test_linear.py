@@ -58,6 +58,38 @@ def test_odd_shapes(isa, rounds, dtype, data):
     check(*problem(tokens, inputs, outputs, bias=data.draw(st.booleans()), dtype=dtype), rounds, isa)
 
 
+@ISAS
+@ROUNDS
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_some_columns_are_read_and_outputs_lie_apart(isa, rounds, dtype, data):
+    tokens, inputs, outputs = (data.draw(st.integers(1, most)) for most in (60, 40, 150))
+    x, weight, bias = problem(tokens, inputs, outputs, dtype=DTYPES[dtype])
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    wide = torch.randn(tokens, inputs + data.draw(st.integers(0, 20)), generator=generator).to(x.dtype)
+    gather = torch.randperm(wide.shape[1], generator=generator)[:inputs]
+    there = torch.rand(outputs + 50, generator=generator) < 0.7
+    places = there.cumsum(0) - 1
+    spread = torch.where(there & (places < outputs), places, -1)
+    wide[:, gather] = x
+    y = LinearPlan(weight, bias, rounds=rounds, gather=gather, width=wide.shape[1], spread=spread, kernels=isa)(wide)
+    thin = LinearPlan(weight, bias, rounds=rounds, kernels=isa)(x)
+    assert torch.equal(y, torch.where(spread < 0, 0, thin[:, spread.clamp_min(0)]))
+
+
+@pytest.mark.parametrize("spread", [[-1, -1], [0, 63, 64, 65, -1, 3, -1], [-1, 2, 3, 130, 131, -1, -1, 0]])
+def test_runs_are_pieces_of_one_panel(spread):
+    runs, first_run = linear.runs_of(torch.tensor(spread), 140)
+    found = [None] * len(spread)
+    for panel in range(3):
+        for place, column, count in runs[first_run[panel] : first_run[panel + 1]].tolist():
+            assert place < 0 or place // 64 == (place + count - 1) // 64 == panel
+            found[column : column + count] = [-1] * count if place < 0 else range(place, place + count)
+    assert found == spread
+    assert first_run[-1] == len(runs)
+
+
 @ROUNDS
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_change_nothing(rounds, threads):

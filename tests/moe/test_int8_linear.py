@@ -112,7 +112,9 @@ def test_outputs_follow_the_weights_and_copies_keep_the_setting():
 
 @needs_native
 @pytest.mark.parametrize("folded", [0, int8_linear.LEAST], ids=["factors", "folded"])
-@pytest.mark.parametrize("attention", ["low-rank", "channels", pytest.param("low-rank:o", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "attention", ["low-rank", "channels", "heads", pytest.param("low-rank:o", marks=pytest.mark.slow)]
+)
 def test_converted_models(attention, folded, tmp_path, monkeypatch):
     monkeypatch.setattr(projection, "FOLDED", folded)
     model = tiny("gpt2")

@@ -23,7 +23,7 @@
 
 using namespace d2dmoe;
 
-EXPORT int d2dmoe_abi() { return 11; }
+EXPORT int d2dmoe_abi() { return 12; }
 
 namespace {
 

@@ -18,8 +18,8 @@ class _Linear(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("bf16", "kernels", "rounds")),
-        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "panel")),
-        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias", "samples")),
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "panel", "width")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias", "gather", "runs", "first_run", "samples")),
         ("sample_count", ctypes.c_int64),
         ("fingerprint", ctypes.c_uint64),
     )
@@ -32,6 +32,29 @@ def panels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return in_quads(padded.view(-1, PANEL, weight.shape[1]).transpose(1, 2), "up_weight")
 
 
+def runs_of(spread: torch.Tensor, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What lies in one piece in rows of `y`, panel by panel.
+
+    Args:
+        spread: ``(width,)``, for each column of `y` its place among the outputs, or -1 for zero.
+        outputs: How many there are.
+
+    Returns:
+        ``(runs, 3)``, first output or -1, first column of `y` and their number; and ``(panels + 1,)``, the first run of
+        each panel and the end. Zeros are with the panel of the outputs before them.
+    """
+    places, columns = spread.long(), torch.arange(len(spread))
+    zero, before = places < 0, torch.cat([places.new_tensor([-2]), places[:-1]])
+    goes_on = torch.where(zero, before == -1, (before == places - 1) & (before >= 0) & (places % PANEL > 0))
+    first = columns[~goes_on]
+    counts = torch.diff(first, append=torch.tensor([len(spread)]))
+    panel = (places.clamp_min(0).cummax(0).values // PANEL)[first]
+    panel = torch.where(zero[first], panel, places[first] // PANEL)
+    panel, order = panel.sort(stable=True)
+    runs = torch.stack([places[first], first, counts], 1)[order].contiguous()
+    return runs, torch.searchsorted(panel, torch.arange(-(-outputs // PANEL) + 1))
+
+
 class LinearPlan:
     """One linear map as the library wants it. Holds the tensors that it points to."""
 
@@ -39,14 +62,19 @@ class LinearPlan:
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, rounds: bool = False,
+        gather: torch.Tensor | None = None, width: int | None = None, spread: torch.Tensor | None = None,
         sources: Sequence[torch.Tensor] | None = None, kernels: int | None = None,
     ):  # fmt: skip
         """``y = x W + b`` with weights as `quads.rounded` has them, a scale for each output.
 
+        With `gather` it is ``x[:, gather] W + b``, and with `spread` its outputs lie apart in `y`.
+
         Args:
             weight: ``(outputs, inputs)``, in fp32 or bf16.
             bias: ``(outputs,)``, or `None`.
-            rounds: Round tokens as well, each on a scale of its own.
+            rounds: Round tokens as well, each on a scale of its own (with `gather`, of what is read of it).
+            gather: ``(inputs,)``, the columns of `x` that are read; then the `width` of `x`.
+            spread: For each column of `y` its place among the outputs, none twice, or -1 for zero.
             sources: Compared at each call with what they were, see `Watch`; by default weight and bias.
             kernels: Forces an instruction set.
 
@@ -56,15 +84,22 @@ class LinearPlan:
         for tensor in (weight, bias):
             if tensor is not None and (tensor.device.type != "cpu" or not tensor.data_ptr()):
                 raise RuntimeError(f"a weight is on the device {tensor.device}; the CPU kernels need it in memory")
-        self.dtype, (self.outputs, self.inputs) = weight.dtype, weight.shape
+        self.dtype, (outputs, inputs) = weight.dtype, weight.shape
+        self.inputs = inputs if width is None else width
+        self.outputs = outputs if spread is None else len(spread)
         quads, scale = panels(weight.detach())
         beside = None if bias is None else bias.detach().float().contiguous()
-        self.keep = (quads, scale, beside)
+        columns = None if gather is None else gather.to(torch.int32).contiguous()
+        runs, first_run = (None, None) if spread is None else runs_of(spread, outputs)
+        self.keep = (quads, scale, beside, columns, runs, first_run)
         struct = _Linear(
-            bf16=weight.dtype == torch.bfloat16, rounds=rounds, inputs=self.inputs, outputs=self.outputs, panel=PANEL,
+            bf16=weight.dtype == torch.bfloat16, rounds=rounds, inputs=inputs, outputs=outputs, panel=PANEL,
             kernels=kernel_for(weight.dtype, int8=True) if kernels is None else kernels, weight=quads.data_ptr(),
-            scale=scale.data_ptr(), bias=None if beside is None else beside.data_ptr(),
+            scale=scale.data_ptr(), width=self.outputs,
         )  # fmt: skip
+        beside_them = (("bias", beside), ("gather", columns), ("runs", runs), ("first_run", first_run))
+        for name, tensor in beside_them:
+            setattr(struct, name, None if tensor is None else tensor.data_ptr())
         watched = (weight, bias) if sources is None else sources
         self.watch = Watch([t.detach() for t in watched if t is not None])
         self.watch.enter(struct)
