@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import os
 import sys
@@ -31,7 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for name in ("json", "plot"):
             _check_writable("--" + name, getattr(arguments, name, None))
-        return arguments.run(arguments, sys.argv[1:] if argv is None else argv)
+        code = arguments.run(arguments, sys.argv[1:] if argv is None else argv)
+        if argv is None:  # this process does nothing more
+            _end_launched(code)
+        return code
     except UserError as error:
         if arguments.debug:
             raise
@@ -51,6 +55,22 @@ def main(argv: list[str] | None = None) -> int:
         kind, first = type(error).__name__, first_line(error)
         print(f"d2dmoe: {kind if first == kind else f'{kind}: {first}'} (--debug shows where)", file=sys.stderr)
         return 1
+
+
+def _end_launched(code: int) -> None:
+    """End one of several launched processes here, with what is registered for its end.
+
+    Threads of Gloo may still hold tensors. One that lets go of them while Python shuts down aborts the process, and
+    then its launcher stops the others.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch" in sys.modules:
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
 
 def _check_writable(flag: str, path: str | None) -> None:

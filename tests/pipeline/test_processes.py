@@ -12,7 +12,7 @@ from d2dmoe.config import TrainingConfig
 from d2dmoe.training import train
 
 SCRIPT = """
-import sys
+import os, sys
 sys.path.insert(0, {tests!r})
 from accelerate import PartialState
 from safetensors.torch import save_file
@@ -21,6 +21,7 @@ from pipeline.test_processes import trained
 found = trained(1)
 if PartialState().is_main_process:
     save_file(found, "two.safetensors")
+os._exit(0)  # as the command does: a thread of Gloo may abort a process that shuts down
 """
 LAUNCH = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]  # as accelerate's, without MPI
 
