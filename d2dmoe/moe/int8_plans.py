@@ -31,7 +31,7 @@ class Plans:
     def linear(
         self, module: nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: str
     ) -> torch.Tensor:
-        """``y = x round(weight) + bias``, and with `int8-dynamic` ``round(x)``.
+        """``y = x round(weight) + bias``; with `int8-dynamic` both are rotated, and ``round(x)``.
 
         Every output has one scale for its weights, and every token one where tokens are rounded: the largest value
         becomes 127. Biases are not rounded. Gradients pass the rounding as if it were not there.
@@ -112,8 +112,8 @@ def _multiplied_out(
 
 
 def _by_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: str) -> torch.Tensor:
-    x = rounded_rows(x) if dtype == "int8-dynamic" else x
-    return nn.functional.linear(x, rounded_rows(weight), bias)
+    dynamic = dtype == "int8-dynamic"
+    return nn.functional.linear(rounded_rows(x, rotate=True) if dynamic else x, rounded_rows(weight, dynamic), bias)
 
 
 def _can(layer: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> bool:

@@ -169,7 +169,7 @@ class DynamicFFN(Gated, nn.Module):
         up, gate, down = self._weights(state)
         dynamic = self.expert_dtype == "int8-dynamic"
         hidden = hidden_activations(
-            rounded_rows(x) if dynamic else x, up, self.up_bias, gate, self.gate_bias, self.act
+            rounded_rows(x, rotate=True) if dynamic else x, up, self.up_bias, gate, self.gate_bias, self.act
         )  # (experts, tokens, size)
         hidden = without_padding(hidden.to(_wider(hidden, down)), block=self.block)
         scores = run = None
@@ -194,8 +194,8 @@ class DynamicFFN(Gated, nn.Module):
         if self.linear_in is not None:
             linear_in, linear_out = self.linear_in[stand_in], state.faded(self.linear_out[stand_in])
             if dynamic:
-                hidden = rounded_rows(x) @ rounded(linear_in[None], "up_weight")  # as an expert's
-                hidden, whole = rounded_hidden(hidden, linear_out[None])
+                first = rounded(linear_in[None], "up_weight", rotate=True)  # as an expert's
+                hidden, whole = rounded_hidden(rounded_rows(x, rotate=True) @ first, linear_out[None])
                 y = y + (hidden @ whole)[0]
             else:
                 y = y + x @ linear_in @ linear_out
@@ -215,10 +215,11 @@ class DynamicFFN(Gated, nn.Module):
             return self.up_weight, self.gate_weight, down
         if stand_in is not None and self.delta_in is not None:
             down = down + self.delta_in[stand_in] @ state.faded(self.delta_out[stand_in])
-        gate = None if self.gate_weight is None else rounded(self.gate_weight, "gate_weight")
-        if self.expert_dtype == "int8":
+        dynamic = self.expert_dtype == "int8-dynamic"
+        gate = None if self.gate_weight is None else rounded(self.gate_weight, "gate_weight", dynamic)
+        if not dynamic:
             down = rounded(down, "down_weight")
-        return rounded(self.up_weight, "up_weight"), gate, down
+        return rounded(self.up_weight, "up_weight", dynamic), gate, down
 
     def _fused(self, x: torch.Tensor, state: GateState) -> torch.Tensor:
         """The same by a backend, straight through it where nobody watches the dispatcher."""

@@ -80,9 +80,9 @@ def set_expert_dtype(model: nn.Module, dtype: str | None) -> int:
     of the bytes of fp32. Everywhere else (GPU, autocast, gradients, compiled code) PyTorch computes with the rounded
     weights. Gradients pass the rounding as if it were not there, so a fine-tuning trains the parameters for int8.
 
-    `int8-dynamic` rounds what the experts multiply as well: every token, and every token's hidden values in an expert
-    times the scales of the down projection, on scales of their own; routers and the linear term take tokens and weights
-    in bf16. Processors with AVX-512 VNNI then compute many tokens faster. It never takes the dense layout of
+    `int8-dynamic` rounds what the experts multiply as well: every token, rotated with the weights that it meets
+    (`kernels.quads.rotated`), and every token's hidden values in an expert times the scales of the down projection, on
+    scales of their own; so do the router's first product and the linear term. Processors with AVX-512 VNNI then compute many tokens faster. It never takes the dense layout of
     `keep_dense`.
 
     Args:

@@ -29,7 +29,7 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor, rounds: bool = False) -> torch.Tensor:
         """Scores ``(tokens, experts)`` of tokens ``(tokens, d_model)``; if it `rounds`, by a first product in int8."""
-        x, hidden = (rounded_rows(t) if rounds else t for t in (x, self.hidden))
+        x, hidden = (rounded_rows(t, rotate=True) if rounds else t for t in (x, self.hidden))
         return torch.relu(x @ hidden.T).matmul(self.score.T).abs()
 
 

@@ -14,21 +14,34 @@ from hypothesis import strategies as st
 from test_operator import BF16_ERROR, DTYPES, LIBRARY, check, kernels, needs_native, problem, team
 from torch.testing import assert_close
 
-from d2dmoe.kernels import down_product, hidden_activations, native, rounded
+from d2dmoe.kernels import down_product, hidden_activations, native, rounded, rounded_rows
 from d2dmoe.kernels.operator import ACTIVATIONS, ARGUMENTS, TENSORS
-from d2dmoe.kernels.quads import in_quads
+from d2dmoe.kernels.quads import in_quads, rotated
 
 INPUTS = {"up_weight": 1, "gate_weight": 1, "down_weight": 2}
 FP32 = [(number, name) for number, name in kernels() if not LIBRARY.d2dmoe_kernels_bf16(number)]
 ISAS = pytest.mark.parametrize("isa", [n for n, _ in FP32], ids=[name for _, name in FP32])
 
 
-def modelled(arguments: dict) -> dict:
+def rotation(n: int) -> torch.Tensor:
+    """What tokens of `n` inputs are multiplied by where they are rounded: blocks of 64, of 16, and ones."""
+    blocks, left = [], n
+    for size in (64, 16):
+        flips = [sum((i >> bit & 3) == 3 for bit in (0, 2, 4)) for i in range(size)]
+        signs = [[(-1.0) ** ((i & j).bit_count() + flips[i]) for j in range(size)] for i in range(size)]
+        blocks += [torch.tensor(signs, dtype=torch.float64) / size**0.5] * (left // size)
+        left %= size
+    return torch.block_diag(*blocks, torch.eye(left, dtype=torch.float64))
+
+
+def modelled(arguments: dict, rotates: bool = False) -> dict:
     """With weights in fp64 that are whole multiples, up to 127, of the scale of their neuron."""
     found = dict(arguments)
     for name, dim in INPUTS.items():
         weight = arguments[name]
         if weight is not None:
+            if rotates and dim == 1:
+                weight = rotation(weight.shape[1]).T @ weight.double()
             scale = weight.float().abs().amax(dim, keepdim=True) / 127
             whole = (weight.float() / scale.masked_fill(scale == 0, 1)).round()
             assert whole.abs().max() <= 127
@@ -50,20 +63,21 @@ def whole_rows(x: torch.Tensor) -> torch.Tensor:
 
 def check_rounded(arguments: dict, isa: int | None = None, name: str = "y") -> None:
     """With rounded tokens and hidden values. Sums in another order can round a hidden value to the next step."""
-    y, weights = by_native(arguments, isa, "int8-dynamic"), modelled(arguments)
+    y, weights = by_native(arguments, isa, "int8-dynamic"), modelled(arguments, rotates=True)
     act, wide = ACTIVATIONS[arguments["activation"]], {n: None if t is None else t.double() for n, t in weights.items()
                                                        if isinstance(t, torch.Tensor) or t is None}  # fmt: skip
-    x = wide["x"]
+    matrix = rotation(wide["x"].shape[1])
+    x = whole_rows((wide["x"] @ matrix).float()).double()
     names = ("up_weight", "up_bias", "gate_weight", "gate_bias")
-    hidden = hidden_activations(whole_rows(x.float()).double(), *(wide[n] for n in names), act)
+    hidden = hidden_activations(x, *(wide[n] for n in names), act)
     scale = arguments["down_weight"].float().abs().amax(2)[:, None] / 127
     hidden = whole_rows(hidden * scale.double())
     whole = (wide["down_weight"] / scale.transpose(1, 2).masked_fill(scale.transpose(1, 2) == 0, 1)).round()
     expected = down_product(hidden, whole, wide["down_bias"], arguments["run"], wide["constants"])
     if wide["linear_in"] is not None:
-        into, out = (arguments[n].float() for n in ("linear_in", "linear_out"))
+        into, out = (matrix.T @ wide["linear_in"]).float(), arguments["linear_out"].float()
         scale, whole = out.abs().amax(1) / 127, whole_rows(out).double()
-        hidden = whole_rows(x.float()).double() @ whole_rows(into.T).T.double()
+        hidden = x @ whole_rows(into.T).T.double()
         whole = whole / scale.double().masked_fill(scale == 0, 1)[:, None]
         expected = expected + whole_rows(hidden * scale.double()) @ whole
     assert not y.isnan().any(), name
@@ -134,7 +148,7 @@ def test_the_same_experts_run(dtype, tokens, isa, expert_dtype, d):
     arguments = problem(tokens, d, 8, 12, 16, glu=False, dtype=DTYPES[dtype]) | {"gate": "topk", "tau": 0.6}
     router = [arguments[name] for name in ("x", "router_hidden", "router_score")]
     if expert_dtype == "int8-dynamic":
-        router[:2] = (whole_rows(t.float()) for t in router[:2])
+        router[:2] = (whole_rows(rotated(t)) for t in router[:2])
     x, into, out = (t.double() for t in router)
     scores = (torch.relu(x @ into.T) @ out.T).abs()
     clear = (scores.sort().values.diff() > 1e-5 * scores.amax(1, True)).all(1)
@@ -217,6 +231,26 @@ def test_rounding():
         assert_close(y[top], weight[top])
         assert (y[1, :, 2] == 0).all()
     assert rounded(weight.bfloat16(), "up_weight").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 47, 64, 80, 147])
+def test_rotation(n):
+    """The same products in other coordinates, where one large value does not set the steps for all others."""
+    x, weight = torch.randn(3, n, dtype=torch.float64), torch.randn(2, n, 5, dtype=torch.float64)
+    assert_close(rotated(x), x @ rotation(n))
+    assert_close(rotated(x) @ rotated(weight, 1), x @ weight)
+    assert_close(rotated(x).square().sum(), x.square().sum())
+    assert rotated(x.bfloat16()).dtype == torch.float32
+    for block in (16, 64):  # one value, and a constant
+        assert_close(rotated(torch.eye(block)[3]).abs(), torch.full((block,), block**-0.5))
+        assert_close(rotated(torch.ones(block)).abs(), torch.ones(block))
+    x = torch.randn(200, 64)
+    x[:, 5] = 30
+    step = {rotate: (rounded_rows(x, rotate) - (rotated(x) if rotate else x)).norm() for rotate in (False, True)}
+    assert step[True] < 0.4 * step[False]
+    given = x.clone().requires_grad_()
+    rounded_rows(given, rotate=True).square().sum().backward()
+    assert_close(given.grad, 2 * x, rtol=0.1, atol=0.3)
 
 
 def test_quads():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_int8 import ISAS
+from test_int8 import ISAS, rotation
 from test_operator import BF16_ERROR, DTYPES, LIBRARY, at_once, needs_native
 
 from d2dmoe.kernels import LinearPlan, StaleWeights
@@ -38,7 +38,11 @@ def check(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rounds: bool, isa: int | None = None
 ) -> None:
     y = LinearPlan(weight, bias, rounds=rounds, kernels=isa)(x)
-    expected = (whole_rows(x) if rounds else x.double()) @ whole_rows(weight).T
+    if rounds:
+        matrix = rotation(x.shape[1])
+        expected = whole_rows(x.double() @ matrix) @ whole_rows(weight.double() @ matrix).T
+    else:
+        expected = x.double() @ whole_rows(weight).T
     expected = expected if bias is None else expected + bias.double()
     assert y.dtype == x.dtype
     assert y.shape == expected.shape

@@ -17,13 +17,14 @@ from d2dmoe.convert import convert_model
 from d2dmoe.data.batches import Batches
 from d2dmoe.discovery import dummy_inputs
 from d2dmoe.kernels import use_backend
+from d2dmoe.kernels.quads import rotated
 from d2dmoe.measure.evaluate import evaluate
 from d2dmoe.moe import int8_linear, int8_plans, projection
 from d2dmoe.moe.int8_linear import Int8Map
 from d2dmoe.moe.layer import layers
 from d2dmoe.moe.projection import DynamicProjection
 
-CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # relative error; a value between two steps goes to either
+CLOSE = {torch.float32: 1e-2, torch.bfloat16: 0.1}  # relative error; a value between two steps goes to either
 DTYPE = pytest.mark.parametrize("linear_dtype", ["int8", "int8-dynamic"])
 
 
@@ -77,7 +78,8 @@ def test_each_map_is_the_formula(dtype, near, linear_dtype):
     set_linear_dtype(model, linear_dtype)
     for layer in (m for m in model.modules() if isinstance(m, Int8Map)):
         x = torch.randn(5, layer.matrix().shape[1]).to(dtype)
-        given = [_whole(x) if linear_dtype == "int8-dynamic" else x.double(), _whole(layer.matrix())]
+        given, dynamic = [x, layer.matrix()], linear_dtype == "int8-dynamic"
+        given = [_whole(rotated(t)) for t in given] if dynamic else [x.double(), _whole(given[1])]
         bias = None if layer.bias is None else layer.bias.double()
         assert apart(layer(x).double(), nn.functional.linear(*given, bias)) < near
 

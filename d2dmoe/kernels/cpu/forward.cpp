@@ -23,7 +23,7 @@
 
 using namespace d2dmoe;
 
-EXPORT int d2dmoe_abi() { return 12; }
+EXPORT int d2dmoe_abi() { return 13; }
 
 namespace {
 
@@ -172,7 +172,7 @@ Inputs inputs_of(const Call& c, int64_t first, int64_t count, const Forms& f) {
             c.kernels.widen(reinterpret_cast<const bf16*>(c.x + (first + t) * c.ld_x), d, f.wide + t * d);
     Inputs x = inputs_in(c, first, f);
     for (int64_t t = 0; c.rounds() && t < count; t++)
-        c.kernels.round_row(static_cast<const float*>(x.row(t)), d, f.rounded + t * c.rounded_row());
+        c.kernels.round_token(static_cast<const float*>(x.row(t)), d, f.rounded + t * c.rounded_row());
     return x;
 }
 

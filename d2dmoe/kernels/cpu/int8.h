@@ -61,30 +61,126 @@ struct Spread {
 };
 
 // To the largest value 127; a row with a value that is not finite gets the scale NaN and zeros.
-inline void round_by(const Spread& spread, const float* x, int64_t n, char* out) {
-    auto* row = reinterpret_cast<Rounded*>(out);
-    float most = largest_of(spread.largest);
-    bool finite = total(spread.bad) == 0;
-    row->scale = finite ? most / 127.0f : __builtin_nanf("");
-    bool some = finite && row->scale > 0;
-    float scale = some ? row->scale : 1.0f;
-    vi sum = {};
-    int64_t i = 0;
-    for (; some && i < n; i += LANES) {
-        vf v = quotient(load_some(x + i, n - i), scale);
-        vi whole = (vi)(v + 12582912.0f) - 0x4b400000;  // rounds to an integer in the low bits
-        sum += whole;
-        store_bytes(row->bytes + i, whole, n - i);
+class Rounding {
+public:
+    Rounding(const Spread& spread, int64_t n, char* out) : row_(reinterpret_cast<Rounded*>(out)) {
+        float most = largest_of(spread.largest);
+        bool finite = total(spread.bad) == 0;
+        row_->scale = finite ? most / 127.0f : __builtin_nanf("");
+        some_ = finite && row_->scale > 0;
+        if (!some_) std::memset(row_->bytes, 0, size_t(n));
+        std::memset(row_->bytes + n, 0, size_t(-n & 3));
     }
-    if (!some) std::memset(row->bytes, 0, size_t(n));
-    std::memset(row->bytes + n, 0, size_t(-n & 3));
-    row->offset = 128 * sum_of(sum);
+    // Values `first` to `first + n`, where `first` is a multiple of LANES.
+    void add(const float* x, int64_t first, int64_t n) {
+        for (int64_t i = 0; some_ && i < n; i += LANES) {
+            vf v = quotient(load_some(x + i, n - i), row_->scale);
+            vi whole = (vi)(v + 12582912.0f) - 0x4b400000;  // rounds to an integer in the low bits
+            sum_ += whole;
+            store_bytes(row_->bytes + first + i, whole, n - i);
+        }
+    }
+    void end() { row_->offset = 128 * sum_of(sum_); }
+
+private:
+    Rounded* row_;
+    bool some_;
+    vi sum_ = {};
+};
+
+inline void round_by(const Spread& spread, const float* x, int64_t n, char* out) {
+    Rounding rounding(spread, n, out);
+    rounding.add(x, 0, n);
+    rounding.end();
 }
 
 inline void round_row(const float* x, int64_t n, char* out) {
     Spread spread;
     for (int64_t i = 0; i < n; i += LANES) spread.see(load_some(x + i, n - i));
     round_by(spread, x, n, out);
+}
+
+// The signs of `quads.rotated` over the length of its matrix.
+template <int BLOCK>
+struct Signs {
+    float at[BLOCK];
+    constexpr Signs() : at() {
+        constexpr float LENGTH = BLOCK == 64 ? 8 : 4;
+        static_assert(LENGTH * LENGTH == BLOCK);
+        for (int i = 0; i < BLOCK; i++) {
+            int pairs = i & i >> 1;
+            at[i] = ((pairs ^ pairs >> 2 ^ pairs >> 4) & 1 ? -1 : 1) / LENGTH;
+        }
+    }
+};
+
+#if defined(__AVX512F__)
+// The sum in every first place, the difference in every second one.
+inline __m512 pairs(__m512 own, __m512 other, __mmask16 second) {
+    return _mm512_fmadd_ps(own, _mm512_mask_blend_ps(second, _mm512_set1_ps(1), _mm512_set1_ps(-1)), other);
+}
+#endif
+
+// BLOCK values as `quads.rotated` has them, by sums and differences of pairs that are ever farther apart.
+template <int BLOCK>
+inline void rotate(const float* x, float* out) {
+    static constexpr Signs<BLOCK> SIGNS;
+#if defined(__AVX512F__)
+    constexpr int COUNT = BLOCK / 16;
+    __m512 v[COUNT];
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; i++) {
+        v[i] = _mm512_mul_ps(_mm512_loadu_ps(x + 16 * i), _mm512_loadu_ps(SIGNS.at + 16 * i));
+        v[i] = pairs(v[i], _mm512_permute_ps(v[i], 0xb1), 0xaaaa);
+        v[i] = pairs(v[i], _mm512_permute_ps(v[i], 0x4e), 0xcccc);
+        v[i] = pairs(v[i], _mm512_shuffle_f32x4(v[i], v[i], 0xb1), 0xf0f0);
+        v[i] = pairs(v[i], _mm512_shuffle_f32x4(v[i], v[i], 0x4e), 0xff00);
+    }
+#pragma GCC unroll 2
+    for (int step = 1; step < COUNT; step *= 2)
+#pragma GCC unroll 4
+        for (int i = 0; i < COUNT; i++)
+            if (!(i & step)) {
+                __m512 first = v[i], second = v[i + step];
+                v[i] = _mm512_add_ps(first, second), v[i + step] = _mm512_sub_ps(first, second);
+            }
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; i++) _mm512_storeu_ps(out + 16 * i, v[i]);
+#else
+    for (int64_t i = 0; i < BLOCK; i++) out[i] = x[i] * SIGNS.at[i];
+    for (int64_t step = 1; step < BLOCK; step *= 2)
+        for (int64_t start = 0; start < BLOCK; start += 2 * step)
+            for (int64_t i = start; i < start + step; i++) {
+                float first = out[i], second = out[i + step];
+                out[i] = first + second, out[i + step] = first - second;
+            }
+#endif
+}
+
+inline void rotate_row(const float* x, int64_t n, float* out) {
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) rotate<64>(x + i, out + i);
+    for (; i + 16 <= n; i += 16) rotate<16>(x + i, out + i);
+    std::memcpy(out + i, x + i, size_t(n - i) * sizeof(float));
+}
+
+// A token in the coordinates of `quads.rotated`, rounded. Of a long one parts are rotated twice rather than kept.
+inline void round_token(const float* x, int64_t n, char* out) {
+    constexpr int64_t PART = 2048;
+    float values[PART];
+    Spread spread;
+    for (int64_t first = 0; first < n; first += PART) {
+        int64_t count = std::min(PART, n - first);
+        rotate_row(x + first, count, values);
+        for (int64_t i = 0; i < count; i += LANES) spread.see(load_some(values + i, count - i));
+    }
+    Rounding rounding(spread, n, out);
+    for (int64_t first = 0; first < n; first += PART) {
+        int64_t count = std::min(PART, n - first);
+        if (n > PART) rotate_row(x + first, count, values);
+        rounding.add(values, first, count);
+    }
+    rounding.end();
 }
 
 inline float value_at(const float* x, int64_t k) { return x[k]; }

@@ -41,8 +41,8 @@ struct GateCall {
     int64_t min_experts, max_experts, shared;
 };
 
-// out[t][i] = sum over k of rows[t][k] w[k][i], with w in int8 as int8.h has it and rows in fp32, or as `round_row` makes them:
-// then all of them one after the other, see `rounded_rows`.
+// out[t][i] = sum over k of rows[t][k] w[k][i], with w in int8 as int8.h has it and rows in fp32, or as `round_token` makes
+// them: then all of them one after the other, see `rounded_rows`.
 using Panel = void (*)(const char* const* rows, int64_t count, const uint8_t* w, int64_t depth, int64_t width,
                        float* const* out);
 
@@ -58,10 +58,10 @@ struct Kernels {
     // Null where another table does fp32 as well.
     void (*expert_f32)(const ExpertCall&);
     void (*expert_bf16)(const ExpertCall&);
-    // Weights as int8.h has them; x, biases and constant in fp32. The second one reads `rounded`, as `round_row` makes it.
+    // Weights as int8.h has them; x, biases and constant in fp32. The second one reads `rounded`, as `round_token` makes it.
     void (*expert_int8)(const ExpertCall&);
     void (*expert_rounded)(const ExpertCall&);
-    void (*round_row)(const float* x, int64_t n, char* out);
+    void (*round_token)(const float* x, int64_t n, char* out);
     Panel panel_int8, panel_rounded;  // of rows in fp32, and of rounded ones
     Columns columns_rounded;
     void (*unpack)(const uint8_t* w, int64_t depth, int64_t width, float* out);  // to integers in fp32; whole vectors

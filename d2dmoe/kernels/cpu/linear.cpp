@@ -93,7 +93,7 @@ void prepare(const Call& c, int64_t first, int64_t last) {
             for (int64_t i = 0; i < l.inputs; i++) wide[i] = x[l.gather[i]];
         }
         if (c.copies()) x = wide;
-        if (l.rounds) c.kernels.round_row(x, l.inputs, c.rounded + t * c.ld_rounded());
+        if (l.rounds) c.kernels.round_token(x, l.inputs, c.rounded + t * c.ld_rounded());
     }
 }
 

@@ -25,11 +25,11 @@ class _Linear(ctypes.Structure):
     )
 
 
-def panels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def panels(weight: torch.Tensor, rotate: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """As the library reads weights ``(outputs, inputs)``: bytes ``(panels, ceil(inputs / 4), 64, 4)``, see
     `quads.in_quads`, and the scales of the outputs ``(panels, 64)``; zeros fill up the last panel."""
     padded = torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % PANEL))
-    return in_quads(padded.view(-1, PANEL, weight.shape[1]).transpose(1, 2), "up_weight")
+    return in_quads(padded.view(-1, PANEL, weight.shape[1]).transpose(1, 2), "up_weight", rotate)
 
 
 def runs_of(spread: torch.Tensor, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,7 +72,7 @@ class LinearPlan:
         Args:
             weight: ``(outputs, inputs)``, in fp32 or bf16.
             bias: ``(outputs,)``, or `None`.
-            rounds: Round tokens as well, each on a scale of its own (with `gather`, of what is read of it).
+            rounds: Rotate and round tokens as well, each on a scale of its own (with `gather`, of what is read of it).
             gather: ``(inputs,)``, the columns of `x` that are read; then the `width` of `x`.
             spread: For each column of `y` its place among the outputs, none twice, or -1 for zero.
             sources: Compared at each call with what they were, see `Watch`; by default weight and bias.
@@ -87,7 +87,7 @@ class LinearPlan:
         self.dtype, (outputs, inputs) = weight.dtype, weight.shape
         self.inputs = inputs if width is None else width
         self.outputs = outputs if spread is None else len(spread)
-        quads, scale = panels(weight.detach())
+        quads, scale = panels(weight.detach(), rotate=rounds)
         beside = None if bias is None else bias.detach().float().contiguous()
         columns = None if gather is None else gather.to(torch.int32).contiguous()
         runs, first_run = (None, None) if spread is None else runs_of(spread, outputs)

@@ -748,7 +748,7 @@ const Kernels D2DMOE_TABLE_NAME(D2DMOE_ISA) = {
     isa::expert<Wide, bf16>,
     D2DMOE_FP32(isa::expert_int8<float>),
     D2DMOE_FP32(isa::expert_int8<isa::Rounded>),
-    D2DMOE_FP32(isa::round_row),
+    D2DMOE_FP32(isa::round_token),
     D2DMOE_FP32(isa::panel<float>),
     D2DMOE_FP32(isa::panel<isa::Rounded>),
     D2DMOE_FP32(isa::columns_rounded),

@@ -15,7 +15,7 @@ import torch
 from ..gates import topk_priority
 from ..quads import INPUTS, in_quads
 
-ABI = 12
+ABI = 13
 LIBRARY = Path(os.environ.get("D2DMOE_LIBRARY") or Path(__file__).with_name("libd2dmoe.so"))
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "silu": 4}
 GATES = {"max": 0, "share": 1, "topk": 2, "topp": 3, "absolute": 4}
@@ -32,6 +32,7 @@ _TENSORS = {  # field of the struct -> argument of the operator
     "base": "base", "linear_in": "linear_in", "linear_out": "linear_out",
 }  # fmt: skip
 _SCALES = {"up_weight": "up_scale", "gate_weight": "gate_scale", "down_weight": "down_scale"}
+_BY_TOKENS = frozenset(("up_weight", "gate_weight"))  # what tokens are multiplied by: rotated with them
 _ROUNDED = {  # of `int8-dynamic` also in int8 -> field of the scales, as which weight of an expert
     "router_hidden": ("router_scale", "up_weight"), "linear_in": ("linear_in_scale", "up_weight"),
     "linear_out": ("linear_out_scale", "down_weight"),
@@ -244,14 +245,16 @@ def _as_read(
 ) -> tuple[dict[str, torch.Tensor | None], dict[str, torch.Tensor]]:
     """The operator's tensors as the library reads them, and the scales of weights in int8 by field of the struct."""
     int8, dtypes, scales = expert_dtype is not None, dict.fromkeys(given, given["up_weight"].dtype), {}
+    dynamic = expert_dtype == "int8-dynamic"
     if int8:
         dtypes |= dict.fromkeys(_BESIDE, torch.float32)
     tensors = {name: None if t is None else t.to(dtypes[name]).contiguous() for name, t in given.items()}
     for name in INPUTS if int8 else ():
         weight = tensors[name]
         if weight is not None:
-            tensors[name], scales[_SCALES[name]] = made_of(weight, partial(in_quads, name=name), known)
-    for name, (field, like) in _ROUNDED.items() if expert_dtype == "int8-dynamic" else ():
+            make = partial(in_quads, name=name, rotate=dynamic and name in _BY_TOKENS)
+            tensors[name], scales[_SCALES[name]] = made_of(weight, make, known)
+    for name, (field, like) in _ROUNDED.items() if dynamic else ():
         weight = tensors[name]
         if weight is not None:
             make = partial(_as_one_expert, name=like, turned=name == "router_hidden")
@@ -261,7 +264,7 @@ def _as_read(
 
 def _as_one_expert(weight: torch.Tensor, name: str, turned: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """`in_quads` of one matrix, which is stored the other way round if `turned`."""
-    return in_quads((weight.T if turned else weight)[None], name)
+    return in_quads((weight.T if turned else weight)[None], name, rotate=name in _BY_TOKENS)
 
 
 class Plan:
