@@ -16,6 +16,7 @@ from .output import emit
 
 NAME = "bench"
 HELP = "time of one layer or a model, dense against converted"
+LENGTH = 128  # tokens
 
 
 def add_flags(sub: argparse.ArgumentParser) -> None:
@@ -25,7 +26,8 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
     what.add_argument("--model", metavar="DIR", help="converted model: prefill and decode")
     sub.add_argument("--tokens", type=numbers, default=[1, 16, 128, 512], metavar="N,M,…", help="for --layer")
     sub.add_argument("--batch", type=numbers, default=[1, 8, 64], metavar="N,M,…", help="texts or images, for --model")
-    sub.add_argument("--length", type=int, default=128, help="tokens of each text, for --model")
+    most = f"tokens of each text, for --model (default: {LENGTH}, or what the model takes)"
+    sub.add_argument("--length", type=int, help=most)
     sub.add_argument(
         "--data", help="for --model: text cut into pieces of --length tokens, or images (default: random tokens, on "
         "which a converted model runs more experts than on text)",
@@ -124,7 +126,8 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
     most = 4 * (os.cpu_count() or 1)
     if not 0 <= arguments.threads <= most:
         raise UserError(f"--threads {arguments.threads}: must be between 0, which changes nothing, and {most}")
-    counts = {"tokens": arguments.tokens, "batch": arguments.batch, "length": [arguments.length]}
+    length = LENGTH if arguments.length is None else arguments.length
+    counts = {"tokens": arguments.tokens, "batch": arguments.batch, "length": [length]}
     for name, values in counts.items():
         for value in values:
             if not (1 <= value < math.inf and value == int(value)):
@@ -153,6 +156,7 @@ def _bench_rivals(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     config, stored = _converted(arguments.model)
     if stored.networks:
         raise UserError(f"--rivals: {arguments.model} holds no dense model (--attention mlp) to compare with")
+    _set_length(arguments, config, decodes=False)
     batches = [int(n) for n in arguments.batch]
     prompts = _real(arguments, config, max(batches)) if arguments.data else None
     model, dense = hub.load_model(arguments.model, config), hub.load_dense(arguments.model, config)
@@ -161,6 +165,30 @@ def _bench_rivals(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         actives=arguments.active or [budget.active for budget in stored.budgets], prompts=prompts,
         say=lambda text: print(f"d2dmoe: note: {text}", file=sys.stderr),
     )  # fmt: skip
+
+
+def _set_length(arguments: argparse.Namespace, config: Any, decodes: bool) -> None:
+    """Give texts the length that was asked for, or one that the model takes.
+
+    Args:
+        arguments: Are changed.
+        config: The model's.
+        decodes: Is one token more added to the text?
+
+    Raises:
+        UserError: If the model does not take as many tokens.
+    """
+    from .. import hub
+    from ..config.options import DataConfig
+    from ..discovery.positions import fit_to_positions
+
+    wanted = (arguments.length or LENGTH) + decodes
+    kind = hub.model_class(config, arguments.model)
+    most = fit_to_positions(DataConfig(max_length=wanted), kind, config).max_length - decodes
+    if arguments.length and arguments.length > most:
+        taken = f"{most + decodes} tokens" + ", one of them the one that decoding adds" * decodes
+        raise UserError(f"--length {arguments.length}: the model takes {taken}; give at most {most}")
+    arguments.length = min(arguments.length or LENGTH, most)
 
 
 def _converted(name: str) -> tuple[Any, Any]:
@@ -200,6 +228,7 @@ def _bench_model(arguments: argparse.Namespace, options: dict[str, Any]) -> list
             f"{arguments.model} holds no dense model (--attention mlp): dense times are of one with its shapes and "
             f"random weights", stacklevel=1
         )  # fmt: skip
+    _set_length(arguments, config, hub.is_causal(hub.model_class(config, arguments.model)))
     batches = [int(n) for n in arguments.batch]
     if arguments.data:
         options["prompts"] = _real(arguments, config, max(batches))

@@ -50,6 +50,8 @@ def check(config: Any) -> None:
             raise UserError(f"{flag} {value}: must be one of {', '.join(choices)}")
         if isinstance(value, int | float) and not isinstance(value, bool) and not value >= 0:
             raise UserError(f"{flag} {value}: must be 0 or more")
+    if not getattr(config, "data", "builtin").strip():
+        raise UserError("--data: nothing given; name files, a folder, a hub data set, or builtin")
     _check_asked_for(config)
     least = {"max_length": 2, "batch_size": 1, "router_batch": 1, "calibration_tokens": 1, "attention_tokens": 1,
              "attention_batch": 1}  # fmt: skip

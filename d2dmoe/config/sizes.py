@@ -24,6 +24,8 @@ def attention_way(attention: str) -> tuple[str, str]:
     if way not in ATTENTION:
         one = "; a conversion takes one of them" if {*way.split(",")} <= {*ATTENTION} else ""
         raise UserError(f"--attention {attention}: {way!r} is none of {', '.join(ATTENTION)}{one}")
+    if way == "none" and roles:
+        raise UserError(f"--attention {attention}: none of the projections has no roles; give none alone, or a way")
     wanted = [role.strip() for role in roles.split(",")] if roles else list("qkvo")
     if not {*wanted} <= {*"qkvo"}:
         raise UserError(f"--attention {attention}: after the colon come some of q,k,v,o")
@@ -57,10 +59,13 @@ def choose_projections(
         layer = next((n for n, end in enumerate(ends) if place <= end), len(ends) - 1)
         if layer in wanted and {*projection.role} <= {*roles}:
             found.append(projection)
-    if not found:
+    named = ":" in config.attention
+    left_out = [role for role in roles if named and not any(role in p.role for p in found)]
+    if not found or left_out:
+        alone = f"no projection of this model does {','.join(left_out) or 'that'} alone"
         raise UserError(
-            f"--attention {config.attention}: no projection of this model does that alone; there are "
-            f"{', '.join(sorted({p.role for p in projections}))} (a fused one is converted with all its roles)"
+            f"--attention {config.attention}: {alone}; there are {', '.join(sorted({p.role for p in projections}))} "
+            f"(a fused one is converted with all its roles)"
         )
     groups = {group: number for number, group in enumerate(dict.fromkeys(p.group for p in found))}
     for projection in found:

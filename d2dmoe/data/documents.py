@@ -40,6 +40,8 @@ def read_documents(
         UserError: If the source does not exist, is empty, is not UTF-8, or has no usable column.
     """
     columns, path = Columns(text_column, label_column), Path(source)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"--data {source}: not a file; a pipe can be read only once, so write it to a file first")
     if not header and (not path.exists() or (path.is_file() and kind_of(path) != "csv")):
         raise UserError(f"--data {source}: --no-header is for csv and tsv files; leave it out")
     if source == "builtin":

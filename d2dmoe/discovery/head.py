@@ -19,7 +19,7 @@ def find_head(model: nn.Module) -> tuple[str, int, int]:
     """
     head = model.get_output_embeddings() if model.can_generate() else None
     if head is None:
-        raise UserError(f"--head svd-softmax: a {type(model).__name__} does not choose from a vocabulary; leave it out")
+        raise UserError(f"--head svd-softmax: {type(model).__name__} does not choose from a vocabulary; leave it out")
     name = next((name for name, module in model.named_modules() if module is head), "")
     if not isinstance(head, nn.Linear) or not is_plain(head) or not name:
         raise UserError(

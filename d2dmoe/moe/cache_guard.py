@@ -1,64 +1,88 @@
-"""A key-value cache belongs to the heads that filled it: narrower ones have another basis than the dense model's."""
+"""Narrow heads have another basis than the dense model's: what else writes there has to have the same one.
+
+A key-value cache belongs to the heads that filled it, and an adapter around a projection adds to its outputs as they
+are in the dense model. Neither is told that heads are narrow, so both are watched.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..config.projections import ProjectionState
+from ..config.projections import HEAD, ProjectionState
 from ..errors import UserError
 from .gate import Gates
 from .projection import DynamicProjection, projections
 
 MARK = "_d2dmoe_narrow"  # of a cache: which heads were narrow
-CACHE = "past_key_values"
+CACHES = ("past_key_values", "past_key_value", "cache_params")
 
 
-class CacheGuard:
-    """Refuses a cache in which other heads are narrow than are now. Budgets that narrow the same heads can take turns.
+class Guard:
+    """Refuses a cache in which other heads are narrow than are now, and an adapter around narrow ones.
+
+    Budgets that narrow the same heads can take turns with a cache.
 
     Args:
-        layers: The projections whose outputs a cache holds, or that meet it.
+        model: Whose modules the projections are.
+        layers: The projections that can be narrow.
     """
 
-    def __init__(self, layers: list[DynamicProjection]):
-        self.layers = layers
+    def __init__(self, model: nn.Module, layers: list[DynamicProjection]):
+        self.layers = [layer for layer in layers if layer.projection.role != "o"]  # a cache holds these, or meets them
+        self.places = [(layer, *_place(model, layer)) for layer in layers]
         self._known: dict[tuple[int, Gates], Any] = {}
 
-    def before(self, _: nn.Module, args: Any, given: dict[str, Any]) -> None:
+    def before(self, _: nn.Module, args: tuple, given: dict[str, Any]) -> None:
         """Hook of a model.
 
         Raises:
-            UserError: If the cache does not fit.
+            UserError: If the cache, or an adapter, does not fit.
         """
-        cache = given.get(CACHE)
-        if cache is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return
-        mark = getattr(cache, MARK, None)
-        if mark is not None and mark != self._now() and cache.get_seq_length() > 0:
+        for layer, parent, name in self.places:
+            outer = parent._modules.get(name)
+            if outer is not layer and _adapts(outer) and any(map(any, self._of(layer))):
+                raise UserError(
+                    f"an adapter is around {layer.projection.name}, whose heads are narrow at this budget: it would "
+                    f"act in another basis than in the dense model; leave attention out of its target_modules, run at "
+                    f"a budget without narrow heads (active=1), merge it, or convert with --attention low-rank"
+                )
+        cache = _cache_in((*(given.get(name) for name in CACHES), *args))
+        if cache is None or cache.get_seq_length() == 0:
+            return
+        now, dense = self._now(), tuple(map(_dense, self.layers))
+        if getattr(cache, MARK, dense) != now:
             raise UserError(
-                "this key-value cache was filled at another budget, at which other attention heads are narrow: keys "
-                "and queries would not be in one basis; start with an empty cache, or convert with --attention low-rank"
+                "this key-value cache was filled at another budget, at which other attention heads are narrow, or by "
+                "another model: keys and queries would not be in one basis; start with an empty cache, or convert with "
+                "--attention low-rank"
             )
 
-    def after(self, _: nn.Module, args: Any, output: Any) -> None:
+    def after(self, _: nn.Module, args: tuple, given: dict[str, Any], output: Any) -> None:
         """Hook of a model: mark its cache."""
-        cache = getattr(output, CACHE, None)
-        if cache is not None and not torch.compiler.is_compiling() and hasattr(cache, "get_seq_length"):
+        if torch.compiler.is_compiling():
+            return
+        found = output if isinstance(output, tuple) else (getattr(output, name, None) for name in CACHES)
+        cache = _cache_in((*found, *(given.get(name) for name in CACHES), *args))
+        if cache is not None:
             setattr(cache, MARK, self._now())
 
     def _now(self) -> tuple:
-        """Which heads are narrow, layer by layer."""
-        found = []
-        for n, layer in enumerate(self.layers):
-            state = layer.gate.in_force(layer)
-            if (n, state) not in self._known:
-                own = state if isinstance(state, tuple) else (state,)
-                self._known[n, state] = tuple(dict.fromkeys(_narrow(layer, s) for s in own))
-            found.append(self._known[n, state])
-        return tuple(found)
+        """Which heads are narrow, layer by layer, at the budgets of the rows."""
+        return tuple(map(self._of, self.layers))
+
+    def _of(self, layer: DynamicProjection) -> tuple[tuple[bool, ...], ...]:
+        state = layer.gate.in_force(layer)
+        key = (layer.number, state)
+        if key not in self._known:
+            own = state if isinstance(state, tuple) else (state,)
+            self._known[key] = tuple(dict.fromkeys(_narrow(layer, s) for s in own))
+        return self._known[key]
 
 
 def _narrow(layer: DynamicProjection, state: ProjectionState) -> tuple[bool, ...]:
@@ -67,10 +91,32 @@ def _narrow(layer: DynamicProjection, state: ProjectionState) -> tuple[bool, ...
     return tuple(width < full for width, full in zip(kept, widths, strict=True))
 
 
-def guard_cache(model: nn.Module) -> None:
-    """Watch the caches of a model, where heads can be narrow in it."""
-    layers = [x for x in projections(model) if x.projection.heads and x.projection.role != "o"]
+def _dense(layer: DynamicProjection) -> tuple[tuple[bool, ...], ...]:
+    return ((False,) * len(layer.projection.head_widths),)
+
+
+def _place(model: nn.Module, layer: DynamicProjection) -> tuple[nn.Module, str]:
+    path, _, name = layer.projection.name.rpartition(".")
+    return model.get_submodule(path), name
+
+
+def _adapts(outer: nn.Module | None) -> bool:
+    """Whether this adds something to a layer within it, as peft's adapters do while they are on."""
+    if not hasattr(outer, "base_layer") or getattr(outer, "disable_adapters", False) or getattr(outer, "merged", False):
+        return False
+    return bool(getattr(outer, "active_adapters", True))
+
+
+def _cache_in(values: Iterable[Any]) -> Any:
+    return next((value for value in values if hasattr(value, "get_seq_length")), None)
+
+
+def guard_narrow_heads(model: nn.Module) -> None:
+    """Watch caches and adapters of a model, where heads can be narrow in it."""
+    layers = [x for x in projections(model) if x.projection.heads and x.projection.role != HEAD]
     if layers:
-        guard = CacheGuard(layers)
-        model.register_forward_pre_hook(guard.before, with_kwargs=True)
-        model.register_forward_hook(guard.after)
+        guard = Guard(model, layers)
+        # peft calls the inner model, and so does whoever fills a cache with it
+        for watched in {id(m): m for m in (model, getattr(model, "base_model", model))}.values():
+            watched.register_forward_pre_hook(guard.before, with_kwargs=True)
+            watched.register_forward_hook(guard.after, with_kwargs=True)

@@ -21,7 +21,8 @@ class Packed(nn.Module):
     def __repr__(self) -> str:
         return (
             f"{self.path}, whose weights are packed into experts (name target_parameters=[{', '.join(self.tensors)}] "
-            f"instead, or adapt the dense model and convert the adapter with d2dmoe export --adapter)"
+            f"instead, with target_modules=[] in a GPT-2, or adapt the dense model and convert the adapter with d2dmoe "
+            f"export --adapter)"
         )
 
 

@@ -18,7 +18,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from ..config.record import Block, D2DMoEConfig
 from ..errors import UserError
 from ..tensors import shapes_in
-from .cache_guard import guard_cache
+from .cache_guard import guard_narrow_heads
 from .check import check_block, check_config, check_tensors, refuse_part
 from .gating import set_gate
 from .layer import DynamicFFN, layers
@@ -51,8 +51,8 @@ def swap_modules(model: PreTrainedModel, config: D2DMoEConfig, files: Iterable[A
     for number, block in here.items():
         check_block(model, number, block)
         mount(model, make_layer(model, number, block, config, budgets=len(config.budgets)))
-    mount_projections(model, localise_projections(model, config, _prefixes(model)))
     shapes = shapes_in(files)
+    mount_projections(model, localise_projections(model, config, _prefixes(model), shapes))
     check_tensors(layers(model), shapes, model.base_model_prefix)
     check_projected(projections(model), shapes, model.base_model_prefix)
     _keep_packed(model)
@@ -100,7 +100,7 @@ def finish(model: PreTrainedModel, config: D2DMoEConfig, dtype: torch.dtype | No
         for place, layer in enumerate(projections(model)):
             layer.number = place
     trainable(model)
-    guard_cache(model)
+    guard_narrow_heads(model)
     set_gate(model, active=config.default_active)
 
 
@@ -295,7 +295,7 @@ def attach(model: PreTrainedModel, config: D2DMoEConfig, orders: list[torch.Tens
     model.register_load_state_dict_pre_hook(pack_state)
     _keep_packed(model)
     trainable(model)
-    guard_cache(model)
+    guard_narrow_heads(model)
     remember(model, config)
 
 

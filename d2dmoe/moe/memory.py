@@ -82,8 +82,8 @@ def set_expert_dtype(model: nn.Module, dtype: str | None) -> int:
 
     `int8-dynamic` rounds what the experts multiply as well: every token, rotated with the weights that it meets
     (`kernels.quads.rotated`), and every token's hidden values in an expert times the scales of the down projection, on
-    scales of their own; so do the router's first product and the linear term. Processors with AVX-512 VNNI then compute many tokens faster. It never takes the dense layout of
-    `keep_dense`.
+    scales of their own; so do the router's first product and the linear term. Processors with AVX-512 VNNI then
+    compute many tokens faster. It never takes the dense layout of `keep_dense`.
 
     Args:
         model: Converted model, changed in place. Its copies keep the setting, its checkpoints do not.

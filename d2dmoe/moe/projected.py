@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from warnings import warn
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from ..config.projections import HEAD, Projection, ProjectionState
 from ..config.record import D2DMoEConfig
 from ..config.validate import MEND, WHERE, refuse
 from ..errors import UserError
-from ..tensors import Shapes
+from ..tensors import BASES, Shapes
 from .check import LINEAR
 from .head import DynamicHead
 from .packing import sizes
@@ -22,13 +23,19 @@ from .projection import DynamicConv1D, DynamicLinear, DynamicProjection, project
 Localised = list[tuple[int, Projection]]  # number in the record, and the projection under the names of this class
 
 
-def localise_projections(model: nn.Module, config: D2DMoEConfig, prefixes: Sequence[tuple[str, str]]) -> Localised:
+def localise_projections(
+    model: nn.Module, config: D2DMoEConfig, prefixes: Sequence[tuple[str, str]], shapes: Shapes
+) -> Localised:
     """The projections that this model class has.
+
+    A class with another head than that of a language model has no converted head. One that was made anew, as
+    `resize_token_embeddings` does where head and embeddings are not tied, runs dense.
 
     Args:
         model: The skeleton.
         config: The record.
         prefixes: `(strip, add)` pairs that turn names of the class that was saved into names of this class.
+        shapes: Of the tensors in the files, where there are some.
 
     Raises:
         UserError: If a projection of a part that the class has is not there, or is of another kind or size.
@@ -39,6 +46,8 @@ def localise_projections(model: nn.Module, config: D2DMoEConfig, prefixes: Seque
         ours = [a + projection.name.removeprefix(s) for s, a in prefixes if projection.name.startswith(s)]
         name = next((n for n in ours if n in names), None)
         if name is None:
+            if projection.role == HEAD and model.get_output_embeddings() is None:
+                continue
             if any(n.rpartition(".")[0] in names for n in ours if "." in n):
                 refuse(f"projections[{number}].name", projection.name, "the path of a module of this model")
             continue
@@ -46,7 +55,14 @@ def localise_projections(model: nn.Module, config: D2DMoEConfig, prefixes: Seque
         if not isinstance(module, LINEAR):
             refuse(f"projections[{number}].name", projection.name,
                    f"the path of a linear map, and there is a {type(module).__name__}")  # fmt: skip
-        for field, size in zip(("inputs", "outputs"), sizes(module), strict=True):
+        inputs, outputs = sizes(module)
+        if projection.role == HEAD:
+            if shapes and not any(key.endswith(f"{projection.name}.{BASES[0]}") for key in shapes):
+                gone = "the converted head of this checkpoint was replaced (by resize_token_embeddings?) and runs dense"
+                warn(gone, stacklevel=2)
+                continue
+            projection = replace(projection, outputs=outputs)  # nothing that is stored depends on the vocabulary
+        for field, size in (("inputs", inputs), ("outputs", outputs)):
             if getattr(projection, field) != size:
                 refuse(f"projections[{number}].{field}", getattr(projection, field), f"{size}, by {name}")
         found.append((number, replace(projection, name=name)))

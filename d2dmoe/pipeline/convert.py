@@ -90,7 +90,7 @@ def convert(
         sparsified = {"sparsify": job.sparsified.run(resume, say)} if job.sparsified else {}
         model, log, dense = _converted(job, config, work, resume, say)
         if first:
-            rows = _figures(model, job, dense)
+            rows = _figures(model, job, dense, healed=config.heal > 0 and config.heal_parameters == "all")
             results = _record(config, job.plan, command, started) | {"router_log": log, **sparsified}
             results |= {**healing_of(config, work), "rows": rows}
             results["calibration_tokens"] = job.calibration.first(config.calibration_tokens).tokens
@@ -218,16 +218,19 @@ def _record(config: ConvertConfig, plan: ConversionPlan, command: list[str] | No
     }  # fmt: skip
 
 
-def _figures(model: PreTrainedModel, job: _Job, dense: Callable[[], PreTrainedModel]) -> list[dict[str, Any]]:
+def _figures(
+    model: PreTrainedModel, job: _Job, dense: Callable[[], PreTrainedModel], *, healed: bool
+) -> list[dict[str, Any]]:
     """Rows of the stored budgets and of everything on, on held-out data; none without such data.
 
-    `dense` gives the dense model, which is needed where the converted one does not hold it.
+    `dense` gives the dense model, which is needed where the converted one does not hold it: all of it was `healed`, or
+    networks stand in the places of some maps.
     """
     if job.held_out is None:
         return []
     stored = stored_config(model)
     settings = [{"active": a} for a in sorted({*(b.active for b in stored.budgets), 1.0})]
-    original = dense() if stored.networks else None
+    original = dense() if healed or stored.networks else None
     return evaluate_both(model, job.held_out, job.second, settings, tokenizer=job.processor, original=original)
 
 

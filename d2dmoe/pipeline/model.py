@@ -30,10 +30,10 @@ from ..config.sizes import (
 from ..data.batches import Batches
 from ..discovery.blocks import discover
 from ..discovery.projections import find_projections
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..files import write_text
 from ..measure.layer_inputs import LayerInputs
-from ..measure.observe import release_memory
+from ..measure.observe import model_inputs, pieces, release_memory
 from ..measure.upcast import Upcasting
 from ..moe.gating import set_gate
 from ..moe.layer import layers
@@ -94,9 +94,10 @@ def convert_model(
         The router training log.
 
     Raises:
-        UserError: If the model is in half precision, has no block to convert, or cannot be reproduced as experts.
+        UserError: If the model is in half precision, has no block to convert, or cannot be reproduced as experts; or
+            if it is wrapped or converted already, or the batches are none or do not fit it.
     """
-    _check_precision(model)
+    _check_given(model, batches)
     model.eval()
     blocks = _blocks_of(model, config, batches) if blocks is None else blocks
     projections = _projections_of(model, config, batches) if projections is None else projections
@@ -148,6 +149,23 @@ def _check_precision(model: PreTrainedModel) -> None:
 def _by_networks(config: ConvertConfig) -> bool:
     """Do networks take the places of projections? Then the converted model does not hold the dense one."""
     return attention_way(config.attention)[0] == "mlp"
+
+
+def _check_given(model: PreTrainedModel, batches: Batches) -> None:
+    """Raises `UserError` if these are no dense model and its batches."""
+    if not isinstance(model, PreTrainedModel):
+        remedy = "merge its adapter first (merge_and_unload)" if hasattr(model, "merge_and_unload") else "unwrap it"
+        raise UserError(f"{type(model).__name__} is no model of transformers; {remedy}")
+    _check_precision(model)
+    if layers(model):
+        raise UserError("this model is converted already; give the dense model it came from")
+    if not isinstance(batches, Batches) or not len(batches):
+        raise UserError("batches must be a d2dmoe.data.Batches with something in it, for instance Batches(rows, 8)")
+    try:
+        with torch.no_grad():
+            model(**model_inputs(model, next(pieces(batches, 1))))
+    except Exception as error:
+        raise UserError(f"{type(model).__name__} does not run on these batches: {first_line(error)}") from None
 
 
 def _twin(model: PreTrainedModel, config: ConvertConfig) -> Callable[[], PreTrainedModel | None]:

@@ -65,7 +65,7 @@ TWIN = {
 TRAINED_TWIN = {
     "everything": "the dense model as this conversion has trained it",
     "without": "Without `import d2dmoe` the same folder opens as that dense model, its neurons in another order. It\n"
-    'is not `{base}` any more: {trained}. "Dense" in the figures is the trained one.',
+    'is not `{base}` any more: {trained}. "Dense" in the figures is {compared}.',
 }
 NO_TWIN = {
     "everything": "everything that this model has, and not the dense model",
@@ -100,7 +100,8 @@ def _twin(recipe: dict[str, Any], networks: bool) -> dict[str, str]:
     done += ["healed in all its weights"] * bool(recipe.get("heal") and recipe.get("heal_parameters") == "all")
     if not done:
         return TWIN
-    words = {"base": _shown(recipe["model"]), "trained": "it was " + " and ".join(done)}
+    compared = "the one that was fine-tuned" if len(done) > 1 or "fine-tuned" in done[0] else "the one before healing"
+    words = {"base": _shown(recipe["model"]), "trained": "it was " + " and ".join(done), "compared": compared}
     return {key: text.format(**words) for key, text in TRAINED_TWIN.items()}
 
 

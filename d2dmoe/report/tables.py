@@ -52,7 +52,7 @@ def drift_table(rows: list[dict[str, Any]]) -> str:
     """Rows of `evaluate` with an entry `drift`: active fraction and quality on the data and on the second text."""
     shown = [row for row in rows if "drift" in row]
     name, other = shown[0]["metric"]["name"], shown[0]["drift"]["data"]
-    header = ["active", f"on {other}", name, f"on {other}", "loss increase", f"on {other}"]
+    header = [text for column in ("active", name, "loss increase") for text in (column, f"{column} on {other}")]
     body = [
         [
             row["active_fraction"], row["drift"]["active_fraction"], row["metric"]["value"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -305,6 +306,29 @@ def test_data_that_cannot_feed_the_model(name: str, words: list, home: Path, ref
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_pipe_is_no_file(home: Path, refused, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    has(refused("eval", "--model", home / "first", "--data", tmp_path / "pipe"), "pipe", "write it to a file first")
+
+
+def test_no_data(home: Path, refused) -> None:
+    for verb in (["eval"], ["convert", "--output-dir", "out"]):
+        has(refused(*verb, "--model", home / "dense", "--data", ""), "--data: nothing given", "builtin")
+
+
+@pytest.mark.parametrize("setting", [["--active", "0.5"], ["--tau", "0.1"], ["--oracle"]], ids=" ".join)
+def test_a_dense_model_has_no_budgets(setting: list[str], home: Path, refused) -> None:
+    text = refused("eval", "--model", home / "dense", "--data", home / "text.txt", "--max-length", 32, *setting)
+    has(text, "dense", "is not converted and has no budgets")
+
+
+@pytest.mark.parametrize("attention", ["low-rank:q,o", "none:q"])
+def test_a_role_that_is_not_converted_alone(attention: str, convert) -> None:
+    """Of a fused projection; it was left out without a word."""
+    words = ["no roles"] if "none" in attention else ["does q alone", "there are o, qkv"]
+    has(convert("--attention", attention, "--active", "0.5"), f"--attention {attention}", *words)
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])

@@ -18,7 +18,7 @@ from d2dmoe.cli import main
 from d2dmoe.config import Budget, D2DMoEConfig, DataConfig, UserError
 from d2dmoe.discovery import discover
 from d2dmoe.kernels import use_backend
-from d2dmoe.measure import bench
+from d2dmoe.measure import bench, peers
 from d2dmoe.measure.pairs import make_pair, parse_layer
 from d2dmoe.measure.prompts import real_prompts
 from d2dmoe.measure.rivals import RIVAL_FUNCTIONS
@@ -241,6 +241,21 @@ def test_pieces_are_no_longer_than_the_model_can_take(folder, tmp_path):
     prompts = real_prompts(str(folder), config, None, DataConfig(data=str(file), max_length=4 * limit), 1)
     (first, *_) = prompts(GPT2LMHeadModel(config), 1)
     assert first["input_ids"].shape == (1, limit)
+
+
+@pytest.mark.parametrize("rivals", [[], ["--rivals"]], ids=["", "rivals"])
+def test_texts_longer_than_the_model_takes_are_refused(rivals, folder, monkeypatch, capsys):
+    limit = GPT2LMHeadModel.from_pretrained(folder).config.n_positions
+    lengths = []
+    monkeypatch.setattr(bench, "bench_model", lambda *_, length, **__: lengths.append(length) or [])
+    monkeypatch.setattr(peers, "bench_peers", lambda *_, length, **__: lengths.append(length) or [])
+    most = limit - (not rivals)  # decoding adds a token
+    for length in (most, most + 1):
+        code = main(["bench", "--model", str(folder), "--length", str(length), *rivals])
+        assert code == (length > most)
+    assert f"--length {most + 1}: the model takes {limit} tokens" in capsys.readouterr().err
+    main(["bench", "--model", str(folder), *rivals])
+    assert lengths == [most, min(most, 128)]
 
 
 DATA_REFUSED = {

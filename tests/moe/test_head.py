@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import randomise_vectors
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
+from transformers import AutoModelForSequenceClassification
 from zoo import tiny
 
 from d2dmoe import ConvertConfig, UserError
@@ -201,3 +203,34 @@ def test_the_share_is_checked():
 
     with pytest.raises(UserError, match="--head-active 1"):
         resolve(ConvertConfig, {"head": "svd-softmax", "head_active": 1.0})
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("gpt2", 110), ("gpt2", 80), ("llama", 110)])
+def test_a_vocabulary_of_another_size(name, tokens, tmp_path):
+    """Tied, the head stays; else transformers makes a new one, which runs dense."""
+    model = tiny(name)
+    convert_model(model, QUICK, batches())
+    model.resize_token_embeddings(tokens)
+    model.save_pretrained(tmp_path)
+    replaced = head_of(model) is None
+    with pytest.warns(UserWarning, match="runs dense") if replaced else nullcontext():
+        again = type(model).from_pretrained(tmp_path)
+    assert (head_of(again) is None) == replaced
+    ids = torch.arange(12)[None]
+    for active in (0.5, 1):
+        for each in (model, again):
+            set_gate(each, active=active)
+        assert_close(again(ids).logits, model(ids).logits)
+    again.save_pretrained(tmp_path / "again")
+    type(model).from_pretrained(tmp_path / "again")
+
+
+def test_another_kind_of_head_has_no_converted_one(tmp_path):
+    model = tiny("llama")
+    convert_model(model, QUICK, batches())
+    model.save_pretrained(tmp_path)
+    other = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert head_of(other) is None
+    assert_close(other.model(torch.arange(12)[None])[0], model.model(torch.arange(12)[None])[0])
+    other.save_pretrained(tmp_path / "again")
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")

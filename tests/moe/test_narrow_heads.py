@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from conftest import randomise_vectors
+from peft import IA3Config, LoraConfig, get_peft_model
 from torch.testing import assert_close
 from zoo import attached, check_generation, refit_randomly, tiny
 
@@ -188,6 +189,48 @@ def test_a_cache_belongs_to_the_heads_that_filled_it():
         again = copy.deepcopy(model)
         with set_gate(again, active=1), pytest.raises(UserError, match="filled at another budget"):
             again(ids[:, 4:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_no_way_around_the_guard_of_caches(name):
+    """Whoever filled it, and however it is handed over."""
+    model, ids = converted(name, torch.float32), torch.randint(5, 30, (2, 6))
+    dense, start, rest = tiny(name), ids[:, :4], ids[:, 4:]
+    fill = {
+        "a tuple": lambda: model(start, use_cache=True, return_dict=False)[1],
+        "the inner model": lambda: model.base_model(start, use_cache=True).past_key_values,
+        "another model": lambda: dense(start, use_cache=True).past_key_values,
+    }
+    with torch.no_grad():
+        for filled in fill.values():
+            with set_gate(model, active=1):
+                cache = filled()
+                model(rest, past_key_values=copy.deepcopy(cache))
+            with set_gate(model, active=0.5):
+                for run in (
+                    lambda cache: model(rest, past_key_values=cache),
+                    lambda cache: model.base_model(rest, past_key_values=cache),
+                    lambda cache: model.base_model(rest, cache) if name == "gpt2" else model(rest, None, None, cache),
+                ):
+                    with pytest.raises(UserError, match="filled at another budget"):
+                        run(copy.deepcopy(cache))
+
+
+@pytest.mark.parametrize("adapter", [LoraConfig, IA3Config])
+def test_an_adapter_around_narrow_heads_is_refused(adapter):
+    """It would act in their basis, and in the dense one when it is merged."""
+    model, ids = converted("llama", torch.float32), torch.randint(5, 30, (2, 6))
+    options = {"feedforward_modules": []} if adapter is IA3Config else {"init_lora_weights": False}
+    adapted = get_peft_model(model, adapter(target_modules=["v_proj"], **options))
+    with set_gate(adapted, active=1):
+        adapted(ids)
+    with set_gate(adapted, active=0.5):
+        for run in (adapted, lambda ids: adapted.generate(input_ids=ids, max_new_tokens=2, do_sample=False)):
+            with pytest.raises(UserError, match=r"an adapter is around model.layers.0.self_attn.v_proj, whose heads"):
+                run(ids)
+        with adapted.disable_adapter():
+            adapted(ids)
+        adapted.merge_and_unload()(ids)
 
 
 def test_flops_are_those_of_the_counter():

@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from cli_support import GPT2, save_model
 from conftest import ROOT
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from zoo import tiny
 
@@ -50,6 +51,23 @@ def test_half_precision_is_refused_with_the_remedy(dtype):
     with pytest.raises(UserError, match=r"dtype=torch\.float32"):
         convert_model(model, QUICK, token_batches())
     assert not layers(model)
+
+
+def test_what_is_no_dense_model_and_its_batches_is_refused():
+    batches, converted = token_batches(), tiny("gpt2")
+    convert_model(converted, QUICK, batches)
+    adapted = get_peft_model(tiny("gpt2"), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    for model, given, said in (
+        (converted, batches, "converted already"),
+        (adapted, batches, r"PeftModel is no model of transformers; merge its adapter first"),
+        (torch.nn.Linear(2, 2), batches, "Linear is no model of transformers"),
+        (tiny("gpt2"), [{"input_ids": torch.arange(12)[None]}], r"must be a d2dmoe\.data\.Batches"),
+        (tiny("gpt2"), Batches([], 8), "with something in it"),
+        (tiny("gpt2"), Batches([{"input_ids": [5, 100_000]}], 8), "GPT2LMHeadModel does not run on these batches"),
+        (tiny("whisper"), batches, "WhisperForConditionalGeneration does not run on these batches"),
+    ):
+        with pytest.raises(UserError, match=said):
+            convert_model(model, QUICK, given)
 
 
 def test_low_memory_gives_what_fp32_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
