@@ -68,7 +68,8 @@ def evaluate(
 
     Returns:
         `{"gate", "tau", "active_fraction", "flops_fraction_ffn", "flops_fraction_model", "metric", "dense", "metrics",
-        "dense_metrics", "tokens", "ms_per_token"}`; `metrics` holds what the metric tells besides its own value.
+        "dense_metrics", "tokens", "ms_per_token", "dtype"}`; `metrics` holds what the metric tells besides its
+        own value.
 
     Raises:
         UserError: If the metric does not fit the model or the data.
@@ -166,6 +167,7 @@ class _Point:
             "metrics": dict(further),
             "dense_metrics": dict(dense_further),
             "ms_per_token": milliseconds,
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         }
 
 

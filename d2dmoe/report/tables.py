@@ -38,6 +38,9 @@ def eval_table(rows: list[dict[str, Any]]) -> str:
             "attention FLOPs": ATTENTION,
             **columns,
         }
+    dtype = rows[0].get("dtype", "float32")  # a conversion measures in that of the checkpoint, which eval opens in fp32
+    if dtype != "float32":
+        columns = {f"{name} in {dtype}" if name == "ms/token" else name: key for name, key in columns.items()}
     body = [
         [
             *(row.get(k, 1.0) if k == ATTENTION else row[k] for k in columns.values()),

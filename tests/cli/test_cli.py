@@ -181,10 +181,12 @@ def test_a_width_that_the_experts_do_not_divide(home: Path, d2dmoe, tmp_path: Pa
 
 def test_figures_are_those_of_the_checkpoint(home: Path, d2dmoe, tmp_path: Path) -> None:
     """In the dtype in which it is written, not in the one it was fitted in."""
-    d2dmoe(*convert_argv(home / "dense", home / "text.txt", tmp_path / "out", "--dtype", "bfloat16"))
+    result = d2dmoe(*convert_argv(home / "dense", home / "text.txt", tmp_path / "out", "--dtype", "bfloat16"))
+    assert "| ms/token in bfloat16 |" in result.out
     flags = ["--data", home / "text.txt", "--max-length", 32, "--tokens", 500, "--part", "held_out"]
     kept = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     full = json.loads((home / "first" / "results.json").read_text())["rows"]
+    assert [rows[0]["dtype"] for rows in (kept, full)] == ["bfloat16", "float32"]
     for row, wide in zip(kept, full, strict=True):
         assert row["metric"]["value"] == pytest.approx(wide["metric"]["value"], rel=0.05)
         assert row["metric"]["value"] != wide["metric"]["value"]
@@ -329,7 +331,8 @@ def test_healing_is_in_the_checkpoint_and_leaves_the_dense_twin(home: Path, d2dm
     assert (found["steps"], found["kept"]) == (20, found["relative"] < 1)
     assert healed["plan"]["stages"] == ["split", "routers", "calibrate", "heal", "evaluate", "save"]
     assert "1 is exactly the dense model" in (tmp_path / "healed" / "README.md").read_text()
-    converted(home, d2dmoe, tmp_path / "all", *heal, "1", "--heal-parameters", "all")
+    trained = converted(home, d2dmoe, tmp_path / "all", *heal, "1", "--heal-parameters", "all")
+    assert trained["rows"][0]["dense"] == plain["rows"][0]["dense"]  # before it was healed
     card = (tmp_path / "all" / "README.md").read_text()
     assert "it was healed in all its weights" in card
     assert "exactly the dense model" not in card

@@ -20,12 +20,12 @@ struct Rounded {
 };
 
 #if defined(__AVX512F__)
-inline float largest_of(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+inline int32_t largest_of(vi v) { return _mm512_reduce_max_epi32((__m512i)v); }
 inline int32_t sum_of(vi v) { return _mm512_reduce_add_epi32((__m512i)v); }
 inline void store_bytes(int8_t* p, vi v, int64_t n) { _mm512_mask_cvtepi32_storeu_epi8(p, first_lanes(n), (__m512i)v); }
 #else
-inline float largest_of(vf v) {
-    float most = 0;
+inline int32_t largest_of(vi v) {
+    int32_t most = 0;
     for (int64_t i = 0; i < LANES; i++) most = std::max(most, v[i]);
     return most;
 }
@@ -51,12 +51,13 @@ inline vf quotient(vf x, float by) {
     return x / by;
 }
 
-// What the values of a row say about its scale.
+// The largest of a row's values without their signs: as integers, whose order is that of the values, and above them what is not
+// finite.
 struct Spread {
-    vf largest = {}, bad = {};
+    vi largest = {};
     void see(vf v) {
-        vf size = (vf)((vi)v & 0x7fffffff);
-        largest = select(size > largest, size, largest), bad += v * 0.0f;
+        vi size = (vi)v & 0x7fffffff;
+        largest = size > largest ? size : largest;
     }
 };
 
@@ -64,8 +65,10 @@ struct Spread {
 class Rounding {
 public:
     Rounding(const Spread& spread, int64_t n, char* out) : row_(reinterpret_cast<Rounded*>(out)) {
-        float most = largest_of(spread.largest);
-        bool finite = total(spread.bad) == 0;
+        int32_t size = largest_of(spread.largest);
+        bool finite = size < 0x7f800000;
+        float most;
+        std::memcpy(&most, &size, 4);
         row_->scale = finite ? most / 127.0f : __builtin_nanf("");
         some_ = finite && row_->scale > 0;
         if (!some_) std::memset(row_->bytes, 0, size_t(n));
@@ -73,12 +76,16 @@ public:
     }
     // Values `first` to `first + n`, where `first` is a multiple of LANES.
     void add(const float* x, int64_t first, int64_t n) {
+        float scale = row_->scale;  // what is written may be what is read, for all the compiler knows
+        int8_t* to = row_->bytes + first;
+        vi sum = sum_;
         for (int64_t i = 0; some_ && i < n; i += LANES) {
-            vf v = quotient(load_some(x + i, n - i), row_->scale);
+            vf v = quotient(load_some(x + i, n - i), scale);
             vi whole = (vi)(v + 12582912.0f) - 0x4b400000;  // rounds to an integer in the low bits
-            sum_ += whole;
-            store_bytes(row_->bytes + first + i, whole, n - i);
+            sum += whole;
+            store_bytes(to + i, whole, n - i);
         }
+        sum_ = sum;
     }
     void end() { row_->offset = 128 * sum_of(sum_); }
 
@@ -121,9 +128,9 @@ inline __m512 pairs(__m512 own, __m512 other, __mmask16 second) {
 }
 #endif
 
-// BLOCK values as `quads.rotated` has them, by sums and differences of pairs that are ever farther apart.
+// BLOCK values as `quads.rotated` has them, by sums and differences of pairs that are ever farther apart; seen on the way.
 template <int BLOCK>
-inline void rotate(const float* x, float* out) {
+inline void rotate(const float* x, float* out, Spread& spread) {
     static constexpr Signs<BLOCK> SIGNS;
 #if defined(__AVX512F__)
     constexpr int COUNT = BLOCK / 16;
@@ -145,7 +152,7 @@ inline void rotate(const float* x, float* out) {
                 v[i] = _mm512_add_ps(first, second), v[i + step] = _mm512_sub_ps(first, second);
             }
 #pragma GCC unroll 4
-    for (int i = 0; i < COUNT; i++) _mm512_storeu_ps(out + 16 * i, v[i]);
+    for (int i = 0; i < COUNT; i++) spread.see((vf)v[i]), _mm512_storeu_ps(out + 16 * i, v[i]);
 #else
     for (int64_t i = 0; i < BLOCK; i++) out[i] = x[i] * SIGNS.at[i];
     for (int64_t step = 1; step < BLOCK; step *= 2)
@@ -154,14 +161,17 @@ inline void rotate(const float* x, float* out) {
                 float first = out[i], second = out[i + step];
                 out[i] = first + second, out[i + step] = first - second;
             }
+    for (int64_t i = 0; i < BLOCK; i += LANES) spread.see(load(out + i));
 #endif
 }
 
-inline void rotate_row(const float* x, int64_t n, float* out) {
+inline Spread rotate_row(const float* x, int64_t n, float* out, Spread spread) {
     int64_t i = 0;
-    for (; i + 64 <= n; i += 64) rotate<64>(x + i, out + i);
-    for (; i + 16 <= n; i += 16) rotate<16>(x + i, out + i);
+    for (; i + 64 <= n; i += 64) rotate<64>(x + i, out + i, spread);
+    for (; i + 16 <= n; i += 16) rotate<16>(x + i, out + i, spread);
     std::memcpy(out + i, x + i, size_t(n - i) * sizeof(float));
+    for (; i < n; i += LANES) spread.see(load_some(x + i, n - i));
+    return spread;
 }
 
 // A token in the coordinates of `quads.rotated`, rounded. Of a long one parts are rotated twice rather than kept.
@@ -169,15 +179,12 @@ inline void round_token(const float* x, int64_t n, char* out) {
     constexpr int64_t PART = 2048;
     float values[PART];
     Spread spread;
-    for (int64_t first = 0; first < n; first += PART) {
-        int64_t count = std::min(PART, n - first);
-        rotate_row(x + first, count, values);
-        for (int64_t i = 0; i < count; i += LANES) spread.see(load_some(values + i, count - i));
-    }
+    for (int64_t first = 0; first < n; first += PART)
+        spread = rotate_row(x + first, std::min(PART, n - first), values, spread);
     Rounding rounding(spread, n, out);
     for (int64_t first = 0; first < n; first += PART) {
         int64_t count = std::min(PART, n - first);
-        if (n > PART) rotate_row(x + first, count, values);
+        if (n > PART) rotate_row(x + first, count, values, {});
         rounding.add(values, first, count);
     }
     rounding.end();
