@@ -67,13 +67,16 @@ def rounded(weight: torch.Tensor, name: str, rotate: bool = False) -> torch.Tens
         rotate: Along the inputs, see `rotated`.
 
     Returns:
-        The same shape. A neuron with a weight that is not finite has NaN everywhere.
+        The same shape, of `rotated(weight)` if asked for. A neuron with a weight that is not finite has NaN everywhere.
     """
     return _on_scales(weight, INPUTS[name], rotate)
 
 
 def rounded_rows(x: torch.Tensor, rotate: bool = False) -> torch.Tensor:
-    """Every row of `x` ``(…, n)`` on a scale of its own; NaN where a value is not finite. Gradients pass through."""
+    """Every row of `x` ``(…, n)``, or of `rotated(x)`, on a scale of its own; NaN where a value is not finite.
+
+    Gradients pass through.
+    """
     return _on_scales(x, -1, rotate)
 
 

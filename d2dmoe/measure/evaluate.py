@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from .. import hub
@@ -249,6 +251,12 @@ class Subject:
                 f"{self.name} holds no dense model (--attention mlp): what is called dense here is this model with all "
                 f"experts on; its results.json compares it with the dense model it was made from", stacklevel=2
             )  # fmt: skip
+        if not self.original and _healed(self.name):
+            warnings.warn(
+                f"{self.name} was healed in all its weights (--heal-parameters all): what is called dense here is the "
+                f"healed model with everything on; --original MODEL compares with the one it was made from",
+                stacklevel=2,
+            )
         model = hub.load_model(self.name, self.config)
         if expert_dtype and self.stored:
             set_expert_dtype(model, expert_dtype)
@@ -304,6 +312,15 @@ def prepare(
         also_eval, data, name=name, config=config, kind=kind, processor=processor, metric=metric, tokens=tokens
     )
     return Subject(name, config, stored, batches, metric, processor, second or None, original)
+
+
+def _healed(name: str) -> bool:
+    """Whether the recipe in a converted folder has healed the dense weights as well."""
+    recipe = Path(name) / "recipe.yaml"
+    with suppress(yaml.YAMLError, UnicodeDecodeError, AttributeError):
+        found = yaml.safe_load(recipe.read_text()) if recipe.is_file() else {}
+        return bool(found.get("heal")) and found.get("heal_parameters") == "all"
+    return False
 
 
 def _check_original(original: str, name: str, config: Any) -> None:

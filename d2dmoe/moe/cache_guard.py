@@ -18,7 +18,7 @@ from .gate import Gates
 from .projection import DynamicProjection, projections
 
 MARK = "_d2dmoe_narrow"  # of a cache: which heads were narrow
-CACHES = ("past_key_values", "past_key_value", "cache_params")
+CACHE = "past_key_values"
 
 
 class Guard:
@@ -52,7 +52,7 @@ class Guard:
                     f"act in another basis than in the dense model; leave attention out of its target_modules, run at "
                     f"a budget without narrow heads (active=1), merge it, or convert with --attention low-rank"
                 )
-        cache = _cache_in((*(given.get(name) for name in CACHES), *args))
+        cache = _cache_in((given.get(CACHE), *args))
         if cache is None or cache.get_seq_length() == 0:
             return
         now, dense = self._now(), tuple(map(_dense, self.layers))
@@ -67,8 +67,8 @@ class Guard:
         """Hook of a model: mark its cache."""
         if torch.compiler.is_compiling():
             return
-        found = output if isinstance(output, tuple) else (getattr(output, name, None) for name in CACHES)
-        cache = _cache_in((*found, *(given.get(name) for name in CACHES), *args))
+        found = output if isinstance(output, tuple) else (getattr(output, CACHE, None),)
+        cache = _cache_in((*found, given.get(CACHE), *args))
         if cache is not None:
             setattr(cache, MARK, self._now())
 

@@ -316,6 +316,7 @@ def test_other_methods_open_again(flags, home: Path, d2dmoe, tmp_path: Path) -> 
             assert all(layer.gate_state.shared == 2 * ("2" in flags) for layer in layers(model))
 
 
+@pytest.mark.filterwarnings("always:.*was healed in all its weights")
 def test_healing_is_in_the_checkpoint_and_leaves_the_dense_twin(home: Path, d2dmoe, tmp_path: Path) -> None:
     heal = ("--active", "0.5", "--heal-tokens", "256", "--heal-learning-rate", "1e-2", "--heal")
     plain = converted(home, d2dmoe, tmp_path / "plain", *heal[:2])
@@ -333,6 +334,9 @@ def test_healing_is_in_the_checkpoint_and_leaves_the_dense_twin(home: Path, d2dm
     assert "1 is exactly the dense model" in (tmp_path / "healed" / "README.md").read_text()
     trained = converted(home, d2dmoe, tmp_path / "all", *heal, "1", "--heal-parameters", "all")
     assert trained["rows"][0]["dense"] == plain["rows"][0]["dense"]  # before it was healed
+    evaluated = ("eval", "--model", tmp_path / "all", "--data", home / "text.txt", "--max-length", 32, "--active", 0.5)
+    assert "was healed in all its weights" in d2dmoe(*evaluated).err
+    assert "was healed" not in d2dmoe(*evaluated, "--original", home / "dense").err
     card = (tmp_path / "all" / "README.md").read_text()
     assert "it was healed in all its weights" in card
     assert "exactly the dense model" not in card
