@@ -43,16 +43,16 @@ def runs_of(spread: torch.Tensor, outputs: int) -> tuple[torch.Tensor, torch.Ten
         ``(runs, 3)``, first output or -1, first column of `y` and their number; and ``(panels + 1,)``, the first run of
         each panel and the end. Zeros are with the panel of the outputs before them.
     """
-    places, columns = spread.long(), torch.arange(len(spread))
+    places, columns = spread.long(), torch.arange(len(spread), device="cpu")  # whatever the default device is
     zero, before = places < 0, torch.cat([places.new_tensor([-2]), places[:-1]])
     goes_on = torch.where(zero, before == -1, (before == places - 1) & (before >= 0) & (places % PANEL > 0))
     first = columns[~goes_on]
-    counts = torch.diff(first, append=torch.tensor([len(spread)]))
+    counts = torch.diff(first, append=columns.new_tensor([len(spread)]))
     panel = (places.clamp_min(0).cummax(0).values // PANEL)[first]
     panel = torch.where(zero[first], panel, places[first] // PANEL)
     panel, order = panel.sort(stable=True)
     runs = torch.stack([places[first], first, counts], 1)[order].contiguous()
-    return runs, torch.searchsorted(panel, torch.arange(-(-outputs // PANEL) + 1))
+    return runs, torch.searchsorted(panel, torch.arange(-(-outputs // PANEL) + 1, device="cpu"))
 
 
 class LinearPlan:
