@@ -17,7 +17,7 @@ from ..errors import UserError
 from .gate import Gates
 from .projection import DynamicProjection, projections
 
-MARK = "_d2dmoe_narrow"  # of a cache: which heads were narrow
+MARK = "_d2dmoe_narrow"  # of a cache: which heads were narrow, or `None` where somebody has seen to it
 CACHE = "past_key_values"
 
 
@@ -42,7 +42,7 @@ class Guard:
         Raises:
             UserError: If the cache, or an adapter, does not fit.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
         for layer, parent, name in self.places:
             outer = parent._modules.get(name)
@@ -56,7 +56,8 @@ class Guard:
         if cache is None or cache.get_seq_length() == 0:
             return
         now, dense = self._now(), tuple(map(_dense, self.layers))
-        if getattr(cache, MARK, dense) != now:
+        mark = getattr(cache, MARK, dense)
+        if mark is not None and mark != now:
             raise UserError(
                 "this key-value cache was filled at another budget, at which other attention heads are narrow, or by "
                 "another model: keys and queries would not be in one basis; start with an empty cache, or convert with "
@@ -65,7 +66,7 @@ class Guard:
 
     def after(self, _: nn.Module, args: tuple, given: dict[str, Any], output: Any) -> None:
         """Hook of a model: mark its cache."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
         found = output if isinstance(output, tuple) else (getattr(output, CACHE, None),)
         cache = _cache_in((*found, given.get(CACHE), *args))
@@ -109,6 +110,11 @@ def _adapts(outer: nn.Module | None) -> bool:
 
 def _cache_in(values: Iterable[Any]) -> Any:
     return next((value for value in values if hasattr(value, "get_seq_length")), None)
+
+
+def trust(cache: Any) -> None:
+    """Take a cache that was put together from keys and values of the same budget."""
+    setattr(cache, MARK, None)
 
 
 def guard_narrow_heads(model: nn.Module) -> None:

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from ..moe.cache_guard import trust
+
 MASK, POSITIONS, BEAMS = "attention_mask", "position_ids", "beam_idx"
 Feed = dict[str, np.ndarray]  # inputs of an OpenVINO model by name
 
@@ -32,6 +34,7 @@ class Cached(nn.Module):
         given, past = dict(zip(self.names, values, strict=False)), values[len(self.names) :]
         cache = DynamicCache()
         cache.layers = [_filled(*pair) for pair in zip(past[::2], past[1::2], strict=True)]
+        trust(cache)
         output = self.model(**given, past_key_values=cache, use_cache=True)
         return output.logits, *_tensors(output.past_key_values)
 
