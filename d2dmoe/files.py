@@ -9,6 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from .errors import UserError
+
 DIGESTED = 2**28  # bytes of files whose contents are compared, a second's work; beyond that their times decide
 
 
@@ -22,6 +26,21 @@ def replacing(file: Path) -> Iterator[Path]:
     scratch = file.with_name(file.name + ".tmp")
     yield scratch
     os.replace(scratch, file)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """What a YAML file maps; nothing if there is no such file, or no mapping in it.
+
+    Raises:
+        UserError: If it is damaged.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        raise UserError(f"{file}: is not valid YAML; copy it again from where it came from") from None
+    return content if isinstance(content, dict) else {}
 
 
 def write_text(file: Path, text: str) -> None:

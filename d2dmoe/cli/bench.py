@@ -156,7 +156,7 @@ def _bench_rivals(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     config, stored = _converted(arguments.model)
     if stored.networks:
         raise UserError(f"--rivals: {arguments.model} holds no dense model (--attention mlp) to compare with")
-    _set_length(arguments, config, decodes=False)
+    _set_length(arguments, config)
     batches = [int(n) for n in arguments.batch]
     prompts = _real(arguments, config, max(batches)) if arguments.data else None
     model, dense = hub.load_model(arguments.model, config), hub.load_dense(arguments.model, config)
@@ -167,13 +167,8 @@ def _bench_rivals(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     )  # fmt: skip
 
 
-def _set_length(arguments: argparse.Namespace, config: Any, decodes: bool) -> None:
+def _set_length(arguments: argparse.Namespace, config: Any) -> None:
     """Give texts the length that was asked for, or one that the model takes.
-
-    Args:
-        arguments: Are changed.
-        config: The model's.
-        decodes: Is one token more added to the text?
 
     Raises:
         UserError: If the model does not take as many tokens.
@@ -182,13 +177,13 @@ def _set_length(arguments: argparse.Namespace, config: Any, decodes: bool) -> No
     from ..config.options import DataConfig
     from ..discovery.positions import fit_to_positions
 
-    wanted = (arguments.length or LENGTH) + decodes
-    kind = hub.model_class(config, arguments.model)
-    most = fit_to_positions(DataConfig(max_length=wanted), kind, config).max_length - decodes
-    if arguments.length and arguments.length > most:
-        taken = f"{most + decodes} tokens" + ", one of them the one that decoding adds" * decodes
-        raise UserError(f"--length {arguments.length}: the model takes {taken}; give at most {most}")
-    arguments.length = min(arguments.length or LENGTH, most)
+    kind, wanted = hub.model_class(config, arguments.model), arguments.length or LENGTH
+    more = int(hub.is_causal(kind) and not arguments.rivals)  # decoding adds a token
+    most = fit_to_positions(DataConfig(max_length=wanted + more), kind, config).max_length - more
+    if arguments.length and wanted > most:
+        taken = f"{most + more} tokens" + ", one of them the one that decoding adds" * more
+        raise UserError(f"--length {wanted}: the model takes {taken}; give at most {most}")
+    arguments.length = min(wanted, most)
 
 
 def _converted(name: str) -> tuple[Any, Any]:
@@ -228,7 +223,7 @@ def _bench_model(arguments: argparse.Namespace, options: dict[str, Any]) -> list
             f"{arguments.model} holds no dense model (--attention mlp): dense times are of one with its shapes and "
             f"random weights", stacklevel=1
         )  # fmt: skip
-    _set_length(arguments, config, hub.is_causal(hub.model_class(config, arguments.model)))
+    _set_length(arguments, config)
     batches = [int(n) for n in arguments.batch]
     if arguments.data:
         options["prompts"] = _real(arguments, config, max(batches))

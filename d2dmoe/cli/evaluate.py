@@ -64,9 +64,6 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
     options = {"part": part, "tokens": arguments.tokens, "metric": arguments.metric}
     options |= {"also_eval": arguments.also_eval, "original": arguments.original}
     subjects = [prepare(name, config, settings, **options) for name in dict.fromkeys(names)]
-    budgets = (settings or arguments.oracle) and not arguments.expert_dtype  # which is refused for itself
-    if budgets and not any(subject.stored for subject in subjects):
-        raise UserError(f"{names[0]} is not converted and has no budgets; leave out --active, --tau and --oracle")
     dtypes = {"expert_dtype": arguments.expert_dtype, "linear_dtype": arguments.linear_dtype}
     rows = compare(subjects, settings, oracle=arguments.oracle, **dtypes)
     text = compare_table(rows) if arguments.compare else eval_table(rows)

@@ -5,6 +5,7 @@ One dataclass per stage. `ConvertConfig` inherits from all of them: names on the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -272,6 +273,11 @@ class HealConfig(CalibrationConfig):
         "peak learning rate of the distillation (0: 1e-3, and 5e-5 where every weight is trained; bases of projections "
         "then have one that is tried from 100 steps on, otherwise a tenth of 1e-3, or all of 5e-5)",
     )
+
+
+def heals_everything(recipe: Mapping[str, Any]) -> bool:
+    """Whether a conversion of these options trains the dense weights as well."""
+    return bool(recipe.get("heal")) and recipe.get("heal_parameters") == "all"
 
 
 @dataclass

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from .. import hub
 from ..config.checks import check_tau
-from ..config.options import DataConfig
+from ..config.options import DataConfig, heals_everything
 from ..config.record import D2DMoEConfig
 from ..data.batches import Batches
 from ..data.reading import read_batches
 from ..discovery.positions import fit_to_positions
 from ..errors import UserError
+from ..files import read_yaml
 from ..kernels import dispatching
 from ..moe.gating import set_gate, stored_config
 from ..moe.int8_linear import dtypes_of, set_linear_dtype
@@ -315,11 +315,9 @@ def prepare(
 
 
 def _healed(name: str) -> bool:
-    """Whether the recipe in a converted folder has healed the dense weights as well."""
-    recipe = Path(name) / "recipe.yaml"
-    with suppress(yaml.YAMLError, UnicodeDecodeError, AttributeError):
-        found = yaml.safe_load(recipe.read_text()) if recipe.is_file() else {}
-        return bool(found.get("heal")) and found.get("heal_parameters") == "all"
+    """Whether the recipe in a converted folder, if it can be read, has healed the dense weights as well."""
+    with suppress(UserError):
+        return heals_everything(read_yaml(Path(name) / "recipe.yaml"))
     return False
 
 
@@ -348,13 +346,17 @@ def compare(
     `linear_dtype`.
 
     Raises:
-        UserError: If they are not measured by the same metric, or none has the experts that a dtype was given for.
+        UserError: If they are not measured by the same metric, or none has the experts that a dtype was given for, or
+            the budgets that settings were.
     """
     if expert_dtype and not any(subject.stored for subject in subjects):
         raise UserError(
             f"--expert-dtype {expert_dtype}: {subjects[0].name} has no experts; "
             f"run `d2dmoe convert --model {subjects[0].name}` first"
         )
+    if (settings or oracle) and not any(subject.stored for subject in subjects):
+        name = subjects[0].name
+        raise UserError(f"{name} is not converted and has no budgets; leave out --active, --tau and --oracle")
     for subject in subjects[1:]:
         if subject.metric != subjects[0].metric:
             raise UserError(

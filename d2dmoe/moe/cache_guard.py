@@ -55,9 +55,8 @@ class Guard:
         cache = _cache_in((given.get(CACHE), *args))
         if cache is None or cache.get_seq_length() == 0:
             return
-        now, dense = self._now(), tuple(map(_dense, self.layers))
-        mark = getattr(cache, MARK, dense)
-        if mark is not None and mark != now:
+        mark = getattr(cache, MARK) if hasattr(cache, MARK) else tuple(map(_dense, self.layers))
+        if mark is not None and mark != self._now():
             raise UserError(
                 "this key-value cache was filled at another budget, at which other attention heads are narrow, or by "
                 "another model: keys and queries would not be in one basis; start with an empty cache, or convert with "

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .. import hub
-from ..config.options import ConvertConfig
+from ..config.options import ConvertConfig, heals_everything
 from ..config.record import Block
 from ..data.batches import Batches
 from ..data.reading import sources_of
@@ -90,7 +90,7 @@ def convert(
         sparsified = {"sparsify": job.sparsified.run(resume, say)} if job.sparsified else {}
         model, log, dense = _converted(job, config, work, resume, say)
         if first:
-            rows = _figures(model, job, dense, healed=config.heal > 0 and config.heal_parameters == "all")
+            rows = _figures(model, job, dense, healed=heals_everything(recipe))
             results = _record(config, job.plan, command, started) | {"router_log": log, **sparsified}
             results |= {**healing_of(config, work), "rows": rows}
             results["calibration_tokens"] = job.calibration.first(config.calibration_tokens).tokens

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..config.options import heals_everything
 from ..config.projections import HEAD
 from .tables import eval_table
 
@@ -96,11 +97,12 @@ def _twin(recipe: dict[str, Any], networks: bool) -> dict[str, str]:
     """What the card says of the dense model in a checkpoint."""
     if networks:
         return NO_TWIN
-    done = [f"fine-tuned first (`--sparsify {recipe['sparsify']}`)"] * (recipe.get("sparsify", "skip") != "skip")
-    done += ["healed in all its weights"] * bool(recipe.get("heal") and recipe.get("heal_parameters") == "all")
+    tuned = recipe.get("sparsify", "skip") != "skip"
+    done = [f"fine-tuned first (`--sparsify {recipe['sparsify']}`)"] if tuned else []
+    done += ["healed in all its weights"] * heals_everything(recipe)
     if not done:
         return TWIN
-    compared = "the one that was fine-tuned" if len(done) > 1 or "fine-tuned" in done[0] else "the one before healing"
+    compared = "the one that was fine-tuned" if tuned else "the one before healing"
     words = {"base": _shown(recipe["model"]), "trained": "it was " + " and ".join(done), "compared": compared}
     return {key: text.format(**words) for key, text in TRAINED_TWIN.items()}
 

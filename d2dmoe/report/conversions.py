@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import UserError
+from ..files import read_yaml
 from ..quality import quality_loss
 
 USAGE, RESULTS, TIMES = "report.json", "results.json", "bench*.json"
@@ -89,7 +88,7 @@ def read_conversion(path: str | Path, name: str | None = None) -> Conversion:
         raise UserError(
             f"{folder / USAGE}: holds other counts than those of convert; delete it to go without, or convert again"
         )
-    return Conversion(name, folder, results, _recipe(folder / "recipe.yaml"), record, usage, times)
+    return Conversion(name, folder, results, read_yaml(folder / "recipe.yaml"), record, usage, times)
 
 
 def _is_usage(usage: dict[str, Any]) -> bool:
@@ -127,16 +126,6 @@ def _json(file: Path) -> dict[str, Any] | None:
 
 def _short(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error).splitlines()[0]
-
-
-def _recipe(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        raise UserError(f"{file}: is not valid YAML; copy it again from where it came from") from None
-    return content if isinstance(content, dict) else {}
 
 
 def _check_results(results: dict[str, Any], path: str | Path) -> None:
